@@ -1,0 +1,79 @@
+// The engine interface: queue, submit once per batch, reap once per batch.
+//
+// An engine belongs to one thread (its I/O thread), which makes every call on it. Several engines
+// may work on one file at once: each I/O thread has its own, and an EngineSet (engine_set.h) routes
+// kinds of operation to different ones. The contract every implementation keeps, tested by
+// tests/aio/engine_contract_test.cpp on each of them:
+//
+//   queue()    takes a request. Makes no system call unless the batch bound is reached.
+//   submit()   starts everything queued, with one system call per batch where the kernel interface
+//              has batches. What the kernel will not take now (a full queue, EAGAIN) waits inside
+//              and goes out after completions make room; nothing is refused to the caller.
+//   reap()     runs `complete` for everything that has finished, without blocking. The only
+//              place completions run from. A completion may queue() new requests.
+//   prepare_to_sleep() / wake_up()   bracket a sleep on completion_fd(): between them a completion
+//              makes the fd readable. prepare_to_sleep() returns false if something is
+//              there to be reaped (or submitted) already.
+//   ~Engine()  requires in_flight() == 0 (asserted): the owner drains first. Drain by reap() until
+//              in_flight() is 0; every accepted request always completes, with its result or an
+//              error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "aio/io_request.h"
+
+namespace vblk::aio {
+
+// Counters since creation. Written by the owner thread only; others may read a value a moment old
+// through EngineSet::statistics().
+struct EngineStatistics {
+  std::uint64_t requests{0};      // queued by the caller
+  std::uint64_t submit_calls{0};  // system calls (or pool hand-overs) that submitted
+  std::uint64_t submitted{0};     // kernel I/Os submitted; more than requests after short transfers
+  std::uint64_t resubmitted{0};   // of those: rests of short transfers, EINTR, EAGAIN
+  std::uint64_t reap_calls{0};    // reap() calls that found at least one completion
+  std::uint64_t completed{0};
+};
+
+class Engine {
+ public:
+  Engine() = default;
+  virtual ~Engine() = default;
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // "threads", "native", "io_uring", "simulated": QEMU's names.
+  [[nodiscard]] virtual std::string_view name() const = 0;
+  // Whether this kernel and this engine do `kind` asynchronously; queue() takes no other kind
+  // (asserted). EngineSet routes the rest elsewhere.
+  [[nodiscard]] virtual bool supports(IoKind kind) const = 0;
+
+  virtual void queue(IoRequest& request) = 0;
+  virtual void submit() = 0;
+  // Returns the number of requests completed.
+  virtual std::size_t reap() = 0;
+
+  // Readable (an eventfd or a ring) when there is something to reap after prepare_to_sleep()
+  // returned true. The caller drains it only through wake_up().
+  [[nodiscard]] virtual int completion_fd() const = 0;
+  [[nodiscard]] virtual bool prepare_to_sleep() = 0;
+  virtual void wake_up() = 0;
+
+  // Requests queued and not completed yet.
+  [[nodiscard]] std::size_t in_flight() const { return in_flight_; }
+  [[nodiscard]] const EngineStatistics& statistics() const { return statistics_; }
+  // One line per thing the user should know: a missing kernel feature, a limit that was lowered.
+  [[nodiscard]] const std::vector<std::string>& notes() const { return notes_; }
+
+ protected:
+  std::size_t in_flight_{0};
+  EngineStatistics statistics_;
+  std::vector<std::string> notes_;
+};
+
+}  // namespace vblk::aio

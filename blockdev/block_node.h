@@ -1,0 +1,62 @@
+// A node of the block graph: a protocol leaf (raw file, null), a format, later a filter.
+//
+// A node is the shared, thread-safe description of a disk and its state; the I/O threads bring what
+// must not be shared in an IoContext. submit() is the one gate: it checks a request against the
+// node's limits once, so that the pieces behind it hold no defensive code.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include "blockdev/block_request.h"
+
+namespace vblk::blockdev {
+
+class IoContext;
+
+// What a node can do and how big it is. Fixed while requests run, except the size (live resize).
+struct BlockLimits {
+  // Granularity that needs no read-modify-write or bounce below; a power of two. A hint for the
+  // guest's topology: nodes take any offset and length.
+  std::uint32_t optimal_alignment_bytes{512};
+  // Largest single read or write the node takes; at least 1 MiB.
+  std::uint64_t transfer_bytes_max{0};
+  bool read_only{false};
+  bool can_discard{false};
+  bool can_write_zeroes{false};
+  bool write_zeroes_may_unmap{false};  // whether may_unmap can free space here
+};
+
+class BlockNode {
+ public:
+  BlockNode() = default;
+  virtual ~BlockNode() = default;
+  BlockNode(const BlockNode&) = delete;
+  BlockNode& operator=(const BlockNode&) = delete;
+
+  // Size of the disk as the guest sees it. Any thread.
+  [[nodiscard]] std::uint64_t size_bytes() const {
+    return size_bytes_.load(std::memory_order_relaxed);
+  }
+  [[nodiscard]] const BlockLimits& limits() const { return limits_; }
+  // For messages: the path, or "null".
+  [[nodiscard]] const std::string& name() const { return name_; }
+
+  // Carries out `request` on the calling I/O thread with what `context` lends. Never fails by
+  // itself: every outcome arrives through request.complete(). Errors decided at the gate: EINVAL
+  // (beyond the end, lengths that do not add up), EROFS (change of a read-only disk), EOPNOTSUPP.
+  void submit(BlockRequest& request, IoContext& context);
+
+ protected:
+  // The node's own work on a request that passed the gate: in range, not empty (empty requests are
+  // completed by the gate), allowed. Must end in exactly one completion, never synchronously:
+  // through an engine or context.complete_later().
+  virtual void do_submit(BlockRequest& request, IoContext& context) = 0;
+
+  std::atomic<std::uint64_t> size_bytes_{0};
+  BlockLimits limits_;
+  std::string name_;
+};
+
+}  // namespace vblk::blockdev

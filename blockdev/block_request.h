@@ -1,0 +1,44 @@
+// One operation on a disk, as nodes take it from the front and from each other.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <sys/uio.h>
+
+#include "aio/io_request.h"
+
+namespace vblk::blockdev {
+
+// The kinds of operation are the engines' kinds: a node may turn one into several of another.
+using BlockOperation = aio::IoKind;
+
+// A request to a node.
+//
+// Ownership: the caller owns it, its iovec array and the buffers, and keeps them in place from
+// BlockNode::submit() until `complete` runs; nodes may rewrite the iovec array meanwhile.
+// Everything a leaf needs to carry it out is embedded, so that nothing is allocated per request.
+// Thread and completion: as for aio::IoRequest: same thread, exactly once, never inside submit().
+struct BlockRequest {
+  using Completion = void (*)(BlockRequest& request, int error);
+
+  BlockOperation operation{BlockOperation::kRead};
+  bool write_through{false};  // kWrite, kWriteZeroes: stable on the disk when it completes
+  bool may_unmap{false};      // kWriteZeroes: may deallocate
+  std::uint64_t offset_bytes{0};
+  std::uint64_t length_bytes{0};  // sum of the iovecs for kRead and kWrite
+  iovec* iov{nullptr};            // kRead and kWrite only
+  std::uint32_t iov_count{0};
+  Completion complete{nullptr};  // `error` is an errno value, 0 for success
+
+  // Below: scratch of the node that is carrying the request out, and of the I/O context.
+  BlockRequest* next{nullptr};
+  class BlockNode* node{nullptr};
+  class IoContext* context{nullptr};
+  int deferred_error{0};
+  struct Io : aio::IoRequest {
+    BlockRequest* parent{nullptr};
+  } io;
+};
+
+}  // namespace vblk::blockdev

@@ -1,0 +1,93 @@
+// The loop of one I/O thread: user-space polling in front, Boost.Asio behind.
+//
+// A cycle polls everything that can be looked at in user space (avail rings, completion rings),
+// and repeats while there is progress. Only when a whole cycle found nothing, and the busy-poll
+// window has passed, does it ask every poller to prepare for sleep (turn notifications on and look
+// once more) and sleep in Asio, which waits for kick eventfds, engine fds, timers and posted work.
+//
+//   state      driver notifications   system calls
+//   polling    suppressed             none of its own
+//   sleeping   on                     one wait; woken by an fd, a timer or post()
+//
+// Thread: everything runs on the thread inside run(), except post() and stop(), which any thread
+// may call.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace vblk::blockdev {
+
+// Something with work that can be seen without a system call.
+class Poller {
+ public:
+  Poller() = default;
+  virtual ~Poller() = default;
+  Poller(const Poller&) = delete;
+  Poller& operator=(const Poller&) = delete;
+
+  // Does what can be done now; true if anything was done.
+  virtual bool poll() = 0;
+  // End of a cycle: publish what the cycle's polls have gathered (used rings, interrupts).
+  virtual void settle() {}
+  // Turns notifications on, then looks again; false means there is work: do not sleep.
+  [[nodiscard]] virtual bool prepare_to_sleep() = 0;
+  // Back from sleep (or the sleep was called off): suppress notifications again.
+  virtual void wake_up() = 0;
+};
+
+// The order in which a cycle polls: dispatch first, so that engines submit one batch for all
+// queues.
+enum class PollStage : std::uint8_t { kDispatch, kEngine };
+
+struct IoLoopOptions {
+  // How long a loop without progress goes on looking before it sleeps. 0: it sleeps at once.
+  std::chrono::microseconds poll_max{0};
+};
+
+class IoLoop {
+ public:
+  explicit IoLoop(IoLoopOptions options = {});
+  ~IoLoop();
+  IoLoop(const IoLoop&) = delete;
+  IoLoop& operator=(const IoLoop&) = delete;
+
+  // Runs until stop(). Posted functions that were accepted before stop() still run.
+  void run();
+  void stop();
+
+  // Runs `function` on the loop's thread, in order, from the loop. Any thread. One allocation per
+  // call: for the control plane, not for requests.
+  void post(std::move_only_function<void()> function);
+  // post(), then waits until it has run. Not from the loop's own thread (asserted).
+  void run_and_wait(std::move_only_function<void()> function);
+  [[nodiscard]] bool is_loop_thread() const;
+
+  // Registers a poller until remove_poller(). Loop thread, or before run().
+  void add_poller(Poller& poller, PollStage stage);
+  void remove_poller(Poller& poller);
+
+  // Wakes the loop whenever `fd` becomes readable. Watched until the returned handle dies (loop
+  // thread). The fd stays the caller's. `on_readable` runs on the loop thread before the next cycle
+  // and must consume the readiness (read the eventfd).
+  class Watch {
+   public:
+    Watch() = default;
+    virtual ~Watch() = default;
+    Watch(const Watch&) = delete;
+    Watch& operator=(const Watch&) = delete;
+  };
+  [[nodiscard]] std::unique_ptr<Watch> watch(int fd, std::move_only_function<void()> on_readable);
+
+  // Runs `function` once after `delay` unless the handle dies first. Loop thread.
+  [[nodiscard]] std::unique_ptr<Watch> call_after(std::chrono::nanoseconds delay,
+                                                  std::move_only_function<void()> function);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace vblk::blockdev

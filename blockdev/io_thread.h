@@ -1,0 +1,40 @@
+// One I/O thread: a loop, an I/O context with its own engines, and whatever queues are put on it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "aio/engine_set.h"
+#include "aio/error.h"
+#include "blockdev/io_context.h"
+#include "blockdev/io_loop.h"
+
+namespace vblk::blockdev {
+
+// Makes the engines of a thread, on that thread. Tests hand in one that makes simulated disks.
+using EngineSetFactory = std::function<Expected<std::unique_ptr<aio::EngineSet>>()>;
+
+class IoThread {
+ public:
+  // Starts the thread and makes its engines there; an engine that cannot be made is the error.
+  static Expected<std::unique_ptr<IoThread>> start(std::string name, IoLoopOptions loop_options,
+                                                   const EngineSetFactory& make_engines);
+  // Drains the engines, stops the loop and joins. Queues on it must have been stopped.
+  ~IoThread();
+  IoThread(const IoThread&) = delete;
+  IoThread& operator=(const IoThread&) = delete;
+
+  [[nodiscard]] IoLoop& loop() { return loop_; }
+  // To be used on the loop's thread only.
+  [[nodiscard]] IoContext& context() { return *context_; }
+
+ private:
+  explicit IoThread(IoLoopOptions loop_options) : loop_(loop_options) {}
+
+  IoLoop loop_;
+  std::unique_ptr<IoContext> context_;
+  std::thread thread_;
+};
+
+}  // namespace vblk::blockdev

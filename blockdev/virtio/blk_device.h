@@ -1,0 +1,76 @@
+// The virtio-blk device as all of its queues share it: features, config space, write stability.
+//
+// virtio 1.2, "Block Device". The config space never says anything else than what is done:
+// `writeback` in it is the very flag that write_through() reads for every write.
+//
+// Threads: negotiation and config writes come from the control thread; queues read single atomics.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "aio/error.h"
+#include "blockdev/block_node.h"
+
+namespace vblk::virtio {
+
+struct BlkDeviceOptions {
+  std::uint16_t queue_count{1};
+  std::uint16_t queue_size_max{256};       // power of two, 2 to 1024 here
+  std::uint32_t logical_block_bytes{512};  // 512, 1024, 2048 or 4096
+  std::string serial{"vblk"};              // at most 20 bytes (VIRTIO_BLK_ID_BYTES)
+  bool discard{true};                      // offer DISCARD where the node can (--discard unmap)
+  bool write_cache{true};  // initial `writeback`: false for writethrough and directsync
+};
+
+class BlkDevice {
+ public:
+  // Longest config space served to GET_CONFIG; beyond the structure it reads as zero.
+  static constexpr std::size_t kConfigBytesMax = 256;
+
+  // `node` must outlive the device. Error: kInvalidArgument for options that do not fit each other
+  // or the node (a size that is no multiple of the logical block size, a serial that is too long).
+  static Expected<std::unique_ptr<BlkDevice>> create(blockdev::BlockNode& node,
+                                                     BlkDeviceOptions options);
+
+  // virtio feature bits offered, VERSION_1 and ring features included, vhost-user's own excluded.
+  [[nodiscard]] std::uint64_t offered_features() const { return offered_features_; }
+  // The driver's choice; resets nothing. Error: kInvalidArgument if a bit was not offered.
+  // CONFIG_WCE without FLUSH sets writeback to 0 ("Device Initialization").
+  Expected<void> set_features(std::uint64_t features);
+  [[nodiscard]] std::uint64_t negotiated_features() const;
+
+  // Back to the state of a device nobody has talked to: no features, the initial writeback.
+  void reset();
+
+  // Config space bytes [offset, offset + out.size()), zero beyond the structure.
+  // Error: kInvalidArgument if the range leaves kConfigBytesMax.
+  Expected<void> read_config(std::uint32_t offset, std::span<std::byte> out) const;
+  // Only `writeback` can be written, and only to 0 or 1. Error: kInvalidArgument.
+  Expected<void> write_config(std::uint32_t offset, std::span<const std::byte> bytes);
+
+  // Whether a write that is parsed now must be stable when it completes: "Device Operation", the
+  // three cases of when a write is considered stable. Any thread; one relaxed load.
+  [[nodiscard]] bool write_through() const {
+    return write_through_.load(std::memory_order_relaxed);
+  }
+
+  [[nodiscard]] blockdev::BlockNode& node() const { return node_; }
+  [[nodiscard]] const BlkDeviceOptions& options() const { return options_; }
+
+ private:
+  BlkDevice(blockdev::BlockNode& node, BlkDeviceOptions options);
+  void update_write_through();
+
+  blockdev::BlockNode& node_;
+  BlkDeviceOptions options_;
+  std::uint64_t offered_features_{0};
+  std::atomic<std::uint64_t> negotiated_features_{0};
+  std::atomic<bool> writeback_{true};
+  std::atomic<bool> write_through_{true};
+};
+
+}  // namespace vblk::virtio

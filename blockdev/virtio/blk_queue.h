@@ -1,0 +1,85 @@
+// One virtqueue of the device on its I/O thread: pop, parse, dispatch to the node, push used,
+// interrupt.
+//
+// Everything a request needs lies in a slot that is made when the queue starts, one per ring entry,
+// found by the chain's head index. poll() pops every available chain; completions push used
+// entries; settle() publishes them at once and interrupts if the driver asked.
+//
+// Threads: all calls on the I/O thread that owns the queue, except where noted. The kick eventfd
+// only ends a sleep; while the loop is awake the avail ring is looked at directly and kicks are
+// suppressed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "aio/error.h"
+#include "blockdev/io_context.h"
+#include "blockdev/io_loop.h"
+#include "blockdev/virtio/blk_device.h"
+#include "blockdev/virtio/guest_memory.h"
+
+namespace vblk::virtio {
+
+// How a ring is to be run, as the frontend described it.
+struct BlkQueueSetup {
+  std::uint16_t index{0};
+  std::uint16_t size{0};        // entries: power of two, 1 to BlkDeviceOptions::queue_size_max
+  std::uint16_t next_avail{0};  // SET_VRING_BASE
+  std::uint64_t descriptor_address{0};  // frontend virtual addresses (SET_VRING_ADDR)
+  std::uint64_t avail_address{0};
+  std::uint64_t used_address{0};
+  int kick_fd{-1};   // -1: the queue is polled only; stays the caller's
+  int call_fd{-1};   // -1: no interrupts; stays the caller's
+  int error_fd{-1};  // signalled when the ring is broken; stays the caller's
+};
+
+// Counters since the queue started; read on the I/O thread.
+struct BlkQueueStatistics {
+  std::uint64_t requests{0};
+  std::uint64_t errors{0};       // completed with IOERR
+  std::uint64_t unsupported{0};  // completed with UNSUPP
+  std::uint64_t interrupts{0};
+  std::uint64_t kicks{0};
+};
+
+class BlkQueue final : public blockdev::Poller {
+ public:
+  // Checks the ring's addresses against `memory`, prepares the slots and registers with
+  // `context.loop()`. `device` and `context` must outlive the queue.
+  // Error: kInvalidArgument naming the address that is wrong; kExhausted.
+  static Expected<std::unique_ptr<BlkQueue>> start(BlkDevice& device, blockdev::IoContext& context,
+                                                   std::shared_ptr<const GuestMemory> memory,
+                                                   const BlkQueueSetup& setup);
+  // Requires in_flight() == 0 (asserted): stop() first.
+  ~BlkQueue() override;
+
+  // Stops popping; `stopped` runs from the loop once nothing is in flight and all used entries are
+  // published. next_avail() is then final. Idempotent until then.
+  void stop(std::move_only_function<void()> stopped);
+
+  // SET_VRING_CALL, SET_VRING_ERR and SET_VRING_KICK on a running ring. -1 turns the signal off.
+  void set_call_fd(int fd);
+  void set_error_fd(int fd);
+  void set_kick_fd(int fd);
+
+  // The ring is broken (a malformed avail ring or chain without reachable status): it pops no more.
+  [[nodiscard]] bool broken() const;
+  [[nodiscard]] std::size_t in_flight() const;
+  [[nodiscard]] std::uint16_t next_avail() const;
+  [[nodiscard]] const BlkQueueStatistics& statistics() const;
+
+  bool poll() override;
+  void settle() override;
+  [[nodiscard]] bool prepare_to_sleep() override;
+  void wake_up() override;
+
+ private:
+  struct State;
+  explicit BlkQueue(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace vblk::virtio

@@ -1,0 +1,43 @@
+// Little-endian loads and stores on memory that a guest may change at any time: each reads or
+// writes its bytes once, as a unit where the alignment allows, and never through a cast struct.
+#pragma once
+
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstring>
+
+namespace vblk::virtio {
+
+template <std::unsigned_integral T>
+constexpr T little_endian(T value) {
+  if constexpr (std::endian::native == std::endian::big) return std::byteswap(value);
+  return value;
+}
+
+template <std::unsigned_integral T>
+T load_le(const std::byte* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return little_endian(value);
+}
+
+template <std::unsigned_integral T>
+void store_le(std::byte* to, T value) {
+  value = little_endian(value);
+  std::memcpy(to, &value, sizeof(T));
+}
+
+// Ring indices, flags and events: aligned by the ring's own alignment rules, shared with the other
+// side.
+template <std::unsigned_integral T>
+T load_acquire_le(const std::byte* from) {
+  return little_endian(__atomic_load_n(reinterpret_cast<const T*>(from), __ATOMIC_ACQUIRE));
+}
+
+template <std::unsigned_integral T>
+void store_release_le(std::byte* to, T value) {
+  __atomic_store_n(reinterpret_cast<T*>(to), little_endian(value), __ATOMIC_RELEASE);
+}
+
+}  // namespace vblk::virtio

@@ -1,0 +1,83 @@
+// The guest's memory as the frontend shared it: checked translation of guest addresses to pointers.
+//
+// A GuestMemory is an immutable table; a change of the frontend's memory makes a new one, and the
+// queues are quiesced before the old mappings go (vhost_user/). Bytes inside are hostile and change
+// under our feet: read each once, into a copy.
+//
+// A frontend can also shrink the file behind a region after we mapped it; touching it would kill
+// the process with SIGBUS. GuestMemoryGuard (guest_memory_guard.h) turns that into a flag on the
+// region.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <sys/uio.h>
+#include <vector>
+
+#include "aio/error.h"
+
+namespace vblk::virtio {
+
+// One mapped region. Owns its mapping: unmapped with the last copy of the shared_ptr.
+class MemoryRegion {
+ public:
+  // Maps `size_bytes` bytes of `fd` from `mmap_offset` on. `fd` stays the caller's.
+  // Errors: kInvalidArgument (empty, wraps around, beyond the end of the file), kExhausted.
+  static Expected<std::shared_ptr<const MemoryRegion>> map(int fd, std::uint64_t guest_address,
+                                                           std::uint64_t size_bytes,
+                                                           std::uint64_t user_address,
+                                                           std::uint64_t mmap_offset);
+  // A region over memory that is already there (tests): `host` must outlive it.
+  static std::shared_ptr<const MemoryRegion> wrap(std::byte* host, std::uint64_t guest_address,
+                                                  std::uint64_t size_bytes,
+                                                  std::uint64_t user_address);
+  ~MemoryRegion();
+  MemoryRegion(const MemoryRegion&) = delete;
+  MemoryRegion& operator=(const MemoryRegion&) = delete;
+
+  [[nodiscard]] std::uint64_t guest_address() const { return guest_address_; }
+  [[nodiscard]] std::uint64_t size_bytes() const { return size_bytes_; }
+  [[nodiscard]] std::uint64_t user_address() const { return user_address_; }
+  [[nodiscard]] std::byte* host() const { return host_; }
+
+ private:
+  MemoryRegion() = default;
+  std::uint64_t guest_address_{0};
+  std::uint64_t size_bytes_{0};
+  std::uint64_t user_address_{0};  // the frontend's virtual address of the region
+  std::byte* host_{nullptr};
+  void* mapping_{nullptr};  // what to unmap: page-aligned, so it may start before `host_`
+  std::size_t mapping_bytes_{0};
+};
+
+class GuestMemory {
+ public:
+  // Most regions a table takes: QEMU's 509 memory slots, rounded up.
+  static constexpr std::size_t kMaxRegions = 512;
+
+  // Error: kInvalidArgument for overlapping guest ranges or too many regions.
+  static Expected<std::shared_ptr<const GuestMemory>> create(
+      std::vector<std::shared_ptr<const MemoryRegion>> regions);
+
+  // Host pointer for [guest_address, +length_bytes), or nullptr unless it lies in one region whole.
+  [[nodiscard]] std::byte* translate(std::uint64_t guest_address, std::uint64_t length_bytes) const;
+  // The same for a frontend virtual address (vhost-user gives ring addresses so).
+  [[nodiscard]] std::byte* translate_user(std::uint64_t user_address,
+                                          std::uint64_t length_bytes) const;
+  // Splits a guest range that may cross adjacent regions into at most `room.size()` iovecs. Returns
+  // how many, or 0 if any byte lies outside or room runs out. `length_bytes` is not 0.
+  std::size_t translate(std::uint64_t guest_address, std::uint64_t length_bytes,
+                        std::span<iovec> room) const;
+
+  [[nodiscard]] std::span<const std::shared_ptr<const MemoryRegion>> regions() const {
+    return regions_;
+  }
+
+ private:
+  GuestMemory() = default;
+  std::vector<std::shared_ptr<const MemoryRegion>> regions_;  // sorted by guest address
+};
+
+}  // namespace vblk::virtio
