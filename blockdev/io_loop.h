@@ -34,7 +34,8 @@ class Poller {
   virtual void settle() {}
   // Turns notifications on, then looks again; false means there is work: do not sleep.
   [[nodiscard]] virtual bool prepare_to_sleep() = 0;
-  // Back from sleep (or the sleep was called off): suppress notifications again.
+  // Back from sleep (or the sleep was called off): suppress notifications again. Harmless where
+  // prepare_to_sleep() was not called before.
   virtual void wake_up() = 0;
 };
 
@@ -71,7 +72,8 @@ class IoLoop {
 
   // Wakes the loop whenever `fd` becomes readable. Watched until the returned handle dies (loop
   // thread). The fd stays the caller's. `on_readable` runs on the loop thread before the next cycle
-  // and must consume the readiness (read the eventfd).
+  // and must consume the readiness (read the eventfd), itself or in a poller's wake_up(). Returns
+  // nullptr if the kernel cannot wait on `fd` (a regular file).
   class Watch {
    public:
     Watch() = default;
