@@ -1,0 +1,276 @@
+#include "blockdev/cli/options.h"
+
+#include <charconv>
+#include <sstream>
+#include <string_view>
+#include <utility>
+
+#include <boost/json.hpp>
+#include <boost/program_options.hpp>
+#include <fmt/core.h>
+
+#include "blockdev/byte_size.h"
+
+namespace vblk::cli {
+
+namespace program_options = boost::program_options;
+using program_options::value;
+
+namespace {
+
+constexpr std::string_view kServeUsage = R"(Usage: vblk serve IMAGE --socket-path PATH [options]
+       vblk serve --format null --size SIZE --socket-path PATH [options]
+
+Serves a disk image to a virtual machine as a virtio-blk disk over vhost-user.
+Runs in the foreground; SIGTERM and SIGINT drain, flush, remove the socket and exit 0.
+)";
+
+constexpr std::string_view kCtlUsage = R"(Usage: vblk ctl MONITOR-PATH COMMAND
+
+Asks a running 'vblk serve --monitor MONITOR-PATH'. Prints the answer as JSON.
+
+Commands:
+  query-aio      the engine chosen for each kind of operation, the reason for
+                 each fallback, and the engines' counters
+  query-status   the disk, the frontend's connection and the queues' counters
+
+)";
+
+std::unexpected<Error> usage_error(std::string message) {
+  return make_error(ErrorKind::kInvalidArgument, std::move(message));
+}
+
+// Options as they are typed: text, checked afterwards so that every error is ours to word.
+program_options::options_description serve_description() {
+  program_options::options_description description("Options");
+  description.add_options()                                                                     //
+      ("socket-path", value<std::string>()->value_name("PATH"),                                 //
+       "listen on this Unix socket for the frontend")                                           //
+      ("fd", value<std::string>()->value_name("N"),                                             //
+       "use the inherited vhost-user socket with this number instead, listening or connected")  //
+      ("blk-file", value<std::string>()->value_name("PATH"), "another way to name IMAGE")       //
+      ("format", value<std::string>()->default_value("raw")->value_name("raw|null"),            //
+       "format of the image; 'null' is a disk that moves no data, for measuring")               //
+      ("size", value<std::string>()->value_name("SIZE"), "size of a null disk, such as 1G")     //
+      (
+          "aio",
+          value<std::string>()->default_value("threads")->value_name("ENGINE|KIND=ENGINE,..."),  //
+          "threads, native or io_uring, for all or by kind: read, write, flush, discard, "
+          "write-zeroes")                                                                      //
+      ("cache", value<std::string>()->default_value("none")->value_name("MODE"),               //
+       "none, writeback, writethrough, directsync or unsafe, as QEMU means them")              //
+      ("queues", value<std::string>()->default_value("1")->value_name("N"),                    //
+       "virtqueues offered, 1 to 64")                                                          //
+      ("queue-size", value<std::string>()->default_value("256")->value_name("N"),              //
+       "largest virtqueue accepted, a power of two from 2 to 1024")                            //
+      ("iothreads", value<std::string>()->default_value("1")->value_name("N"),                 //
+       "I/O threads that share the virtqueues, 1 to --queues")                                 //
+      ("read-only", program_options::bool_switch(), "offer a disk that cannot be written")     //
+      ("serial", value<std::string>()->default_value("vblk")->value_name("TEXT"),              //
+       "serial number that the guest sees, at most 20 bytes")                                  //
+      ("discard", value<std::string>()->default_value("unmap")->value_name("unmap|ignore"),    //
+       "whether discards free space in the image")                                             //
+      ("logical-block-size", value<std::string>()->default_value("512")->value_name("BYTES"),  //
+       "sector size that the guest sees: 512, 1024, 2048 or 4096")                             //
+      ("thread-pool-max", value<std::string>()->default_value("64")->value_name("N"),          //
+       "most worker threads per I/O thread, 1 to 1024")                                        //
+      ("aio-max-batch", value<std::string>()->default_value("32")->value_name("N"),            //
+       "most requests in one submission to the kernel, 1 to 1024")                             //
+      ("monitor", value<std::string>()->value_name("PATH"),                                    //
+       "answer 'vblk ctl' on this Unix socket")                                                //
+      ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),          //
+       "trace, debug, info, warning, error or off")                                            //
+      ("print-capabilities", "print the capabilities of this back-end as JSON and exit")       //
+      ("help", "print this text and exit");
+  return description;
+}
+
+// Boost's messages name the option; only the ends are ours.
+Expected<program_options::variables_map> parse(
+    std::span<const std::string> arguments, const program_options::options_description& visible,
+    const program_options::positional_options_description& positional,
+    std::initializer_list<const char*> hidden_names) {
+  program_options::options_description all;
+  all.add(visible);
+  for (const char* name : hidden_names) all.add_options()(name, value<std::string>());
+  program_options::variables_map map;
+  try {
+    // No guessing: an abbreviation that works today is ambiguous tomorrow.
+    const auto style = program_options::command_line_style::unix_style &
+                       ~program_options::command_line_style::allow_guessing;
+    program_options::store(program_options::command_line_parser(
+                               std::vector<std::string>(arguments.begin(), arguments.end()))
+                               .options(all)
+                               .positional(positional)
+                               .style(style)
+                               .run(),
+                           map);
+    program_options::notify(map);
+  } catch (const program_options::too_many_positional_options_error&) {
+    return usage_error("more words than the command takes; see --help");
+  } catch (const program_options::error& error) {
+    return usage_error(fmt::format("{}; see --help", error.what()));
+  }
+  return map;
+}
+
+Expected<unsigned> parse_number(const program_options::variables_map& map, const char* option,
+                                unsigned min, unsigned max) {
+  const auto& text = map[option].as<std::string>();
+  unsigned number = 0;
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, number);
+  if (error != std::errc{} || rest != end || number < min || number > max) {
+    return usage_error(
+        fmt::format("--{} {}: must be a whole number from {} to {}", option, text, min, max));
+  }
+  return number;
+}
+
+// Stores a value or passes the error on, so that the checks below read as a list.
+template <typename T, typename Target>
+bool take(Expected<T> result, Target& target, std::optional<Error>& error) {
+  if (error) return false;
+  if (!result) {
+    error = std::move(result.error());
+    return false;
+  }
+  target = static_cast<Target>(*result);
+  return true;
+}
+
+Expected<bool> parse_discard(const std::string& text) {
+  if (text == "unmap") return true;
+  if (text == "ignore") return false;
+  return usage_error(fmt::format("--discard {}: use unmap or ignore", text));
+}
+
+Expected<void> take_image(const program_options::variables_map& map, ServeOptions& options) {
+  std::optional<Error> error;
+  auto& image = options.image;
+  take(blockdev::parse_image_format(map["format"].as<std::string>()), image.format, error);
+  take(blockdev::parse_cache_mode(map["cache"].as<std::string>()), image.cache, error);
+  take(parse_discard(map["discard"].as<std::string>()), image.discard, error);
+  if (error) return std::unexpected(std::move(*error));
+  image.read_only = map["read-only"].as<bool>();
+
+  const bool has_path = map.contains("image") || map.contains("blk-file");
+  if (image.format == blockdev::ImageFormat::kNull) {
+    if (has_path)
+      return usage_error(
+          "a null disk takes no image; leave the file name away or use --format raw");
+    if (!map.contains("size"))
+      return usage_error("a null disk needs a size; add for example --size 1G");
+    take(blockdev::parse_byte_size(map["size"].as<std::string>()), image.null_size_bytes, error);
+    if (error) return std::unexpected(std::move(*error));
+    return {};
+  }
+  if (map.contains("size"))
+    return usage_error("--size is for --format null; an image has its own size");
+  if (map.contains("image") && map.contains("blk-file")) {
+    return usage_error("the image is named twice, as IMAGE and by --blk-file; name it once");
+  }
+  if (!has_path) return usage_error("no image is named; see vblk serve --help");
+  image.path = map[map.contains("image") ? "image" : "blk-file"].as<std::string>();
+  return {};
+}
+
+Expected<void> take_device(const program_options::variables_map& map, ServeOptions& options) {
+  std::optional<Error> error;
+  auto& device = options.device;
+  take(parse_number(map, "queues", 1, kMaxQueues), device.queue_count, error);
+  take(parse_number(map, "queue-size", 2, 1024), device.queue_size_max, error);
+  take(parse_number(map, "logical-block-size", 512, 4096), device.logical_block_bytes, error);
+  take(parse_number(map, "iothreads", 1, kMaxQueues), options.iothread_count, error);
+  take(parse_number(map, "thread-pool-max", 1, 1024), options.engine.max_threads, error);
+  take(parse_number(map, "aio-max-batch", 1, 1024), options.engine.max_batch, error);
+  take(aio::AioSelection::parse(map["aio"].as<std::string>()), options.aio, error);
+  if (error) return std::unexpected(std::move(*error));
+  if (options.iothread_count > device.queue_count) {
+    return usage_error(
+        fmt::format("--iothreads {} is more than --queues {}: a thread without a queue would do "
+                    "nothing",
+                    options.iothread_count, device.queue_count));
+  }
+  device.serial = map["serial"].as<std::string>();
+  device.discard = options.image.discard;
+  device.write_cache = blockdev::has_write_cache(options.image.cache);
+  return {};
+}
+
+Expected<void> take_socket(const program_options::variables_map& map, ServeOptions& options) {
+  if (map.contains("socket-path") == map.contains("fd")) {
+    return usage_error(
+        "give either --socket-path PATH or --fd N, so that a frontend can reach the disk");
+  }
+  if (map.contains("fd")) {
+    // Descriptors 0 to 2 are standard input, output and error (vhost-user.rst, "Backend program
+    // conventions").
+    const auto fd = parse_number(map, "fd", 3, 1U << 20);
+    if (!fd) return std::unexpected(fd.error());
+    options.socket_fd = static_cast<int>(*fd);
+    return {};
+  }
+  options.socket_path = map["socket-path"].as<std::string>();
+  if (options.socket_path.empty()) return usage_error("--socket-path is empty; name a path");
+  return {};
+}
+
+// vhost-user.json, @VHostUserBackendCapabilities and @VHostUserBackendBlockFeature.
+std::string capabilities() {
+  const boost::json::value answer{{"type", "block"}, {"features", {"read-only", "blk-file"}}};
+  return boost::json::serialize(answer) + "\n";
+}
+
+}  // namespace
+
+Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments) {
+  // "Other options and arguments should be ignored" (vhost-user.rst, "Backend program
+  // conventions").
+  for (const auto& argument : arguments) {
+    if (argument == "--print-capabilities") return Answer{capabilities()};
+  }
+  program_options::positional_options_description positional;
+  positional.add("image", 1);
+  const auto description = serve_description();
+  const auto map = parse(arguments, description, positional, {"image"});
+  if (!map) return std::unexpected(map.error());
+  if (map->contains("help")) {
+    std::ostringstream text;
+    text << kServeUsage << '\n' << description;
+    return Answer{text.str()};
+  }
+  ServeOptions options;
+  if (auto done = take_image(*map, options); !done) return std::unexpected(std::move(done.error()));
+  if (auto done = take_device(*map, options); !done)
+    return std::unexpected(std::move(done.error()));
+  if (auto done = take_socket(*map, options); !done)
+    return std::unexpected(std::move(done.error()));
+  if (map->contains("monitor")) options.monitor_path = (*map)["monitor"].as<std::string>();
+  const auto level = log::parse_level((*map)["log-level"].as<std::string>());
+  if (!level) return std::unexpected(level.error());
+  options.log_level = *level;
+  return options;
+}
+
+Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> arguments) {
+  program_options::options_description description("Options");
+  description.add_options()("help", "print this text and exit");
+  program_options::positional_options_description positional;
+  positional.add("monitor", 1).add("command", 1);
+  const auto map = parse(arguments, description, positional, {"monitor", "command"});
+  if (!map) return std::unexpected(map.error());
+  if (map->contains("help")) {
+    std::ostringstream text;
+    text << kCtlUsage << description;
+    return Answer{text.str()};
+  }
+  if (!map->contains("monitor") || !map->contains("command")) {
+    return usage_error(
+        "name the monitor's socket and a command, such as query-aio; see vblk ctl --help");
+  }
+  return CtlOptions{.monitor_path = (*map)["monitor"].as<std::string>(),
+                    .command = (*map)["command"].as<std::string>()};
+}
+
+}  // namespace vblk::cli

@@ -1,0 +1,54 @@
+// The command line of `vblk serve` and `vblk ctl`, parsed and checked as far as that needs no
+// system.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+
+#include "aio/engine_set.h"
+#include "aio/error.h"
+#include "blockdev/image.h"
+#include "blockdev/log.h"
+#include "blockdev/virtio/blk_device.h"
+
+namespace vblk::cli {
+
+// Most queues of one device: a thread each is plenty for the machines of today, and each queue
+// costs a kick and a call descriptor of the default limit of 1024.
+inline constexpr unsigned kMaxQueues = 64;
+
+struct ServeOptions {
+  blockdev::ImageOptions image;
+  virtio::BlkDeviceOptions device;
+  aio::AioSelection aio;
+  aio::EngineOptions engine;
+  unsigned iothread_count{1};
+  std::string socket_path;   // empty with socket_fd
+  int socket_fd{-1};         // -1 with socket_path
+  std::string monitor_path;  // empty: no monitor
+  log::Level log_level{log::Level::kInfo};
+};
+
+struct CtlOptions {
+  std::string monitor_path;
+  std::string command;
+};
+
+// What a command line asks for besides the command itself: the text to print on standard output,
+// after which the program exits with 0 (--help, --print-capabilities).
+struct Answer {
+  std::string text;
+};
+
+template <typename Options>
+using Parsed = std::variant<Options, Answer>;
+
+// `arguments` are those after the command's name. Error: kInvalidArgument, one line naming the
+// option.
+Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments);
+Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> arguments);
+
+}  // namespace vblk::cli
