@@ -1,1 +1,70 @@
-int main() { return 0; }
+// `vblk`: one program, one command per job.
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "blockdev/cli/commands.h"
+#include "blockdev/demo/demo.h"
+
+namespace {
+
+constexpr std::string_view kUsage = R"(Usage: vblk COMMAND [options]
+
+A virtual block device backend: serves disk images to virtual machines over
+vhost-user, on the I/O engine of your choice.
+
+Commands:
+  serve   serve a disk image on a vhost-user socket
+  ctl     ask a running server which engines it uses and what it has done
+  demo    compare the engines on this machine, without a virtual machine
+
+Options:
+  --help      print this text and exit
+  --version   print the version and exit
+
+'vblk COMMAND --help' tells more about a command.
+)";
+
+int run_command(std::string_view command, std::span<const std::string> arguments,
+                std::span<char*> raw_arguments) {
+  if (command == "serve") return vblk::cli::serve_command(arguments);
+  if (command == "ctl") return vblk::cli::ctl_command(arguments);
+  if (command == "demo")
+    return vblk::demo::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
+  if (command == "--help" || command == "-h" || command == "help") {
+    fmt::print("{}", kUsage);
+    return 0;
+  }
+  if (command == "--version") {
+    fmt::print("vblk {}\n", VBLK_VERSION);
+    return 0;
+  }
+  fmt::print(stderr, "vblk: unknown command '{}'; see vblk --help\n", command);
+  return vblk::cli::kExitUsage;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // A peer that went away is an error of its own descriptor (EPIPE), never of the process.
+  std::signal(SIGPIPE, SIG_IGN);
+  if (argc < 2) {
+    fmt::print(stderr, "vblk: no command; see vblk --help\n");
+    return vblk::cli::kExitUsage;
+  }
+  const std::span<char*> words(argv, static_cast<std::size_t>(argc));
+  const std::vector<std::string> arguments(words.begin() + 2, words.end());
+  try {
+    return run_command(words[1], arguments, words.subspan(1));
+  } catch (const std::exception& exception) {
+    // Nothing throws by intention; this is for memory that runs out while setting up.
+    fmt::print(stderr, "vblk: {}: {}\n", words[1], exception.what());
+    return vblk::cli::kExitFailure;
+  }
+}

@@ -52,11 +52,10 @@ program_options::options_description serve_description() {
       ("format", value<std::string>()->default_value("raw")->value_name("raw|null"),            //
        "format of the image; 'null' is a disk that moves no data, for measuring")               //
       ("size", value<std::string>()->value_name("SIZE"), "size of a null disk, such as 1G")     //
-      (
-          "aio",
-          value<std::string>()->default_value("threads")->value_name("ENGINE|KIND=ENGINE,..."),  //
-          "threads, native or io_uring, for all or by kind: read, write, flush, discard, "
-          "write-zeroes")                                                                      //
+      ("aio",
+       value<std::string>()->default_value("threads")->value_name("ENGINE|KIND=ENGINE,..."),  //
+       "threads, native or io_uring, for all or by kind: read, write, flush, discard, "
+       "write-zeroes")                                                                         //
       ("cache", value<std::string>()->default_value("none")->value_name("MODE"),               //
        "none, writeback, writethrough, directsync or unsafe, as QEMU means them")              //
       ("queues", value<std::string>()->default_value("1")->value_name("N"),                    //
