@@ -128,7 +128,8 @@ Expected<std::unique_ptr<Monitor>> Monitor::start(const std::string& path,
   auto state = std::make_unique<State>(std::move(*listener), std::move(handlers));
   boost::system::error_code error;
   const int fd = ::dup(state->listener.fd());  // Asio closes what it owns
-  if (fd < 0 || state->acceptor.assign(UnixSocket(), fd, error)) {
+  if (fd >= 0) state->acceptor.assign(UnixSocket(), fd, error);
+  if (fd < 0 || error) {
     return make_error(ErrorKind::kExhausted, fmt::format("cannot use the monitor socket '{}': {}",
                                                          path, describe_errno(errno)));
   }
@@ -152,7 +153,8 @@ Expected<std::string> ask_monitor(const std::string& path, const std::string& co
         fmt::format("the path '{}' is longer than the {} bytes of a Unix socket's address", path,
                     blockdev::UnixListener::kPathBytesMax));
   }
-  if (socket.connect(UnixSocket::endpoint(path), error)) {
+  socket.connect(UnixSocket::endpoint(path), error);
+  if (error) {
     return make_error(
         kind_of_errno(error.value()),
         fmt::format("cannot connect to the monitor '{}': {}; is it the path given to vblk serve "
