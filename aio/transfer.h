@@ -37,6 +37,11 @@ class Transfer {
   [[nodiscard]] std::uint32_t iov_first() const { return iov_first_; }
 
  private:
+  Next fail_or_retry(int error);
+  Next stall(int error);
+  Next finish(int error);
+  void skip(IoRequest& request, std::uint64_t bytes);
+
   std::uint64_t offset_bytes_{0};
   std::uint64_t length_bytes_{0};
   std::uint32_t iov_first_{0};
