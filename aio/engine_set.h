@@ -9,7 +9,6 @@
 #pragma once
 
 #include <array>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "aio/engine.h"
+#include "aio/engine_options.h"
 #include "aio/error.h"
 
 namespace vblk::aio {
@@ -48,15 +48,6 @@ struct EngineRoute {
   std::string reason;  // empty where chosen == requested
 };
 
-struct EngineOptions {
-  // Kernel I/Os in flight per engine; more wait inside the engine. 1 to 4096.
-  unsigned queue_depth{256};
-  // Most requests in one submission: larger batches raise the latency of their first request.
-  unsigned max_batch{32};
-  // Bound of the thread pool of the threads engine, per I/O thread.
-  unsigned max_threads{64};
-};
-
 class EngineSet {
  public:
   // Creates the engines on the calling thread, which becomes their owner.
@@ -69,7 +60,11 @@ class EngineSet {
   ~EngineSet();
 
   void queue(IoRequest& request) {
-    engine_of_kind_[static_cast<std::size_t>(request.kind)]->queue(request);
+    const bool block_device_discard = request.kind == IoKind::kDiscard && request.on_block_device;
+    Engine* const engine = block_device_discard
+                               ? block_device_discard_engine_
+                               : engine_of_kind_[static_cast<std::size_t>(request.kind)];
+    engine->queue(request);
   }
   // The calls of Engine, on every engine of the set.
   void submit();
@@ -88,6 +83,7 @@ class EngineSet {
   EngineSet() = default;
   std::vector<std::unique_ptr<Engine>> engines_;
   std::array<Engine*, kIoKindCount> engine_of_kind_{};
+  Engine* block_device_discard_engine_{nullptr};  // BLKDISCARD has no asynchronous form here
   std::vector<EngineRoute> routes_;
 };
 

@@ -1,0 +1,253 @@
+#include "aio/io_uring_engine.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cassert>
+#include <cerrno>
+#include <fstream>
+#include <limits>
+#include <string>
+#include <sys/uio.h>
+#include <utility>
+
+#include <fmt/core.h>
+#include <liburing.h>
+
+#include "aio/blocking_io.h"
+
+namespace vblk::aio {
+
+namespace {
+
+struct SetupAttempt {
+  unsigned flags;
+  const char* note;  // what the user loses by this attempt, or nullptr
+};
+
+constexpr unsigned kDeferTaskrun =
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+constexpr unsigned kCoopTaskrun = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+
+constexpr std::array kAttempts{
+    SetupAttempt{kDeferTaskrun, nullptr},
+    SetupAttempt{kCoopTaskrun, "this kernel has no DEFER_TASKRUN (Linux 6.1): using COOP_TASKRUN"},
+    SetupAttempt{
+        0, "this kernel has no COOP_TASKRUN (Linux 5.19): completions interrupt the I/O thread"},
+};
+
+bool is_allowed(const SetupAttempt& attempt, const IoUringLimits& limits) {
+  if (attempt.flags == kDeferTaskrun) return limits.allow_defer_taskrun;
+  return attempt.flags != kCoopTaskrun || limits.allow_coop_taskrun;
+}
+
+std::string io_uring_disabled_setting() {
+  std::ifstream file("/proc/sys/kernel/io_uring_disabled");
+  std::string value;
+  file >> value;
+  return value;
+}
+
+std::unexpected<Error> setup_error(int error) {
+  const std::string other = "or choose another engine with --aio";
+  if (error == EPERM) {
+    const std::string setting = io_uring_disabled_setting();
+    const std::string why =
+        setting.empty() || setting == "0"
+            ? "a seccomp policy or the container forbids it; allow io_uring_setup there"
+            : fmt::format(
+                  "kernel.io_uring_disabled is {}; set it with 'sysctl "
+                  "kernel.io_uring_disabled=0'",
+                  setting);
+    return make_error(ErrorKind::kPermission,
+                      fmt::format("io_uring is not permitted: {}, {}", why, other), error);
+  }
+  if (error == ENOSYS) {
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("this kernel has no io_uring (Linux 5.6 and later have what vblk needs), or a "
+                    "sandbox hides it; allow it there, {}",
+                    other),
+        error);
+  }
+  if (error == ENOMEM) {
+    return make_error(
+        ErrorKind::kExhausted,
+        fmt::format(
+            "no memory for an io_uring: the limit of locked memory is too low; raise it with "
+            "'ulimit -l', {}",
+            other),
+        error);
+  }
+  return make_error(kind_of_errno(error),
+                    fmt::format("cannot set up an io_uring: {}; {}", describe_errno(error),
+                                "choose another engine with --aio"),
+                    error);
+}
+
+}  // namespace
+
+struct IoUringEngine::State {
+  io_uring ring{};
+  unsigned depth{0};
+  unsigned max_batch{0};
+  bool has_fallocate{false};
+  threadpool::WorkList waiting;  // not in the submission ring yet
+  unsigned in_ring{0};           // from being filled in to its completion: at most `depth`, so the
+                                 // completion ring (twice as long) cannot overflow
+
+  void prepare(io_uring_sqe& entry, const IoRequest& request) const;
+  [[nodiscard]] bool kernel_wants_entry() const;
+};
+
+void IoUringEngine::State::prepare(io_uring_sqe& entry, const IoRequest& request) const {
+  const std::uint64_t offset = request.transfer.offset_bytes();
+  iovec* const iov =
+      request.kind == IoKind::kRead || request.kind == IoKind::kWrite ? next_iov(request) : nullptr;
+  const unsigned iov_count = iov != nullptr ? next_iov_count(request) : 0;
+  // A single buffer spares the kernel the copy of the iovec array. What does not fit 32 bits comes
+  // back short.
+  const auto length = static_cast<unsigned>(
+      iov_count == 1 ? std::min<std::size_t>(iov->iov_len, std::numeric_limits<int>::max()) : 0);
+  switch (request.kind) {
+    case IoKind::kRead:
+      if (iov_count == 1) {
+        io_uring_prep_read(&entry, request.fd, iov->iov_base, length, offset);
+      } else {
+        io_uring_prep_readv(&entry, request.fd, iov, iov_count, offset);
+      }
+      break;
+    case IoKind::kWrite:
+      if (iov_count == 1) {
+        io_uring_prep_write(&entry, request.fd, iov->iov_base, length, offset);
+      } else {
+        io_uring_prep_writev(&entry, request.fd, iov, iov_count, offset);
+      }
+      entry.rw_flags = request.write_through ? RWF_DSYNC : 0;
+      break;
+    case IoKind::kFlush:
+      io_uring_prep_fsync(&entry, request.fd, IORING_FSYNC_DATASYNC);
+      break;
+    case IoKind::kDiscard:
+    case IoKind::kWriteZeroes:
+      io_uring_prep_fallocate(&entry, request.fd, fallocate_mode(request),
+                              static_cast<off_t>(offset), static_cast<off_t>(request.length_bytes));
+      break;
+  }
+}
+
+// Completions that the kernel has not put into the ring yet: it waits for the owner to enter.
+bool IoUringEngine::State::kernel_wants_entry() const {
+  return (std::atomic_ref(*ring.sq.kflags).load(std::memory_order_relaxed) &
+          (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) != 0;
+}
+
+Expected<std::unique_ptr<IoUringEngine>> IoUringEngine::create(const EngineOptions& options,
+                                                               const IoUringLimits& limits) {
+  auto state = std::make_unique<State>();
+  const char* note = nullptr;
+  int result = -EINVAL;
+  for (const auto& attempt : kAttempts) {
+    if (!is_allowed(attempt, limits)) continue;
+    note = attempt.note;
+    result = io_uring_queue_init(options.queue_depth, &state->ring, attempt.flags);
+    if (result != -EINVAL) break;
+  }
+  if (result < 0) return setup_error(-result);
+  state->depth = options.queue_depth;
+  state->max_batch = options.max_batch;
+  if (io_uring_probe* const probe = io_uring_get_probe_ring(&state->ring); probe != nullptr) {
+    state->has_fallocate =
+        limits.allow_fallocate && io_uring_opcode_supported(probe, IORING_OP_FALLOCATE) != 0;
+    io_uring_free_probe(probe);
+  }
+  std::unique_ptr<IoUringEngine> engine(new IoUringEngine(std::move(state)));
+  if (note != nullptr) engine->notes_.emplace_back(note);
+  return engine;
+}
+
+IoUringEngine::IoUringEngine(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+IoUringEngine::~IoUringEngine() {
+  assert(in_flight_ == 0 && "the owner drains before it destroys an engine");
+  io_uring_queue_exit(&state_->ring);
+}
+
+bool IoUringEngine::supports(IoKind kind) const {
+  return state_->has_fallocate || (kind != IoKind::kDiscard && kind != IoKind::kWriteZeroes);
+}
+
+void IoUringEngine::queue(IoRequest& request) {
+  assert(supports(request.kind));
+  request.engine = this;
+  request.transfer.begin(request);
+  state_->waiting.push_back(request);
+  ++in_flight_;
+  ++statistics_.requests;
+}
+
+// Moves at most one batch of waiting requests into the submission ring.
+void IoUringEngine::fill_ring() {
+  State& state = *state_;
+  while (!state.waiting.empty() && state.in_ring < state.depth &&
+         io_uring_sq_ready(&state.ring) < state.max_batch) {
+    io_uring_sqe* const entry = io_uring_get_sqe(&state.ring);
+    if (entry == nullptr) return;
+    auto& request = static_cast<IoRequest&>(*state.waiting.pop_front());
+    state.prepare(*entry, request);
+    io_uring_sqe_set_data(entry, &request);
+    ++state.in_ring;
+  }
+}
+
+void IoUringEngine::submit() {
+  for (;;) {
+    fill_ring();
+    if (io_uring_sq_ready(&state_->ring) == 0) return;
+    const int submitted = io_uring_submit(&state_->ring);
+    ++statistics_.submit_calls;
+    // EAGAIN, EBUSY, EINTR: the entries stay in the ring and go out with the next call.
+    if (submitted <= 0) return;
+    statistics_.submitted += static_cast<unsigned>(submitted);
+  }
+}
+
+std::size_t IoUringEngine::reap() {
+  State& state = *state_;
+  if (state.kernel_wants_entry()) io_uring_get_events(&state.ring);
+  std::size_t count = 0;
+  unsigned seen = 0;
+  io_uring_cqe* completion = nullptr;
+  // One by one: a completion may queue() and so on, but never touches the completion ring.
+  while (io_uring_cq_ready(&state.ring) > 0 && io_uring_peek_cqe(&state.ring, &completion) == 0) {
+    auto& request = *static_cast<IoRequest*>(io_uring_cqe_get_data(completion));
+    const long result = completion->res;
+    io_uring_cqe_seen(&state.ring, completion);
+    --state.in_ring;
+    ++seen;
+    if (request.transfer.advance(request, result) == Transfer::Next::kResubmit) {
+      ++statistics_.resubmitted;
+      state.waiting.push_back(request);
+      continue;
+    }
+    --in_flight_;
+    ++statistics_.completed;
+    ++count;
+    request.complete(request, request.transfer.error());
+  }
+  if (seen > 0) ++statistics_.reap_calls;
+  return count;
+}
+
+int IoUringEngine::completion_fd() const { return state_->ring.ring_fd; }
+
+bool IoUringEngine::prepare_to_sleep() {
+  State& state = *state_;
+  if (io_uring_cq_ready(&state.ring) > 0 || state.kernel_wants_entry()) return false;
+  const unsigned unsubmitted = io_uring_sq_ready(&state.ring);
+  // Waiting for room is waiting for completions; waiting without any in flight is work to do.
+  const bool waiting = unsubmitted > 0 || !state.waiting.empty();
+  return !waiting || state.in_ring > unsubmitted;
+}
+
+}  // namespace vblk::aio

@@ -19,7 +19,8 @@ void Transfer::begin(IoRequest& request) {
   iov_first_ = 0;
   stall_count_ = 0;
   error_ = 0;
-  // An iovec array may start with empty elements; the rest of this file relies on a first that is not.
+  // An iovec array may start with empty elements; the rest of this file relies on a first that is
+  // not.
   if (moves_data(request.kind)) skip(request, 0);
 }
 

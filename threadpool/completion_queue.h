@@ -25,8 +25,9 @@ class CompletionQueue {
   // something is there already: the consumer must take it instead of sleeping.
   [[nodiscard]] bool arm() noexcept;
 
-  // Consumer only. Takes the request of arm() back; a signal may still be on its way.
-  void disarm() noexcept;
+  // Consumer only. Takes the request of arm() back. Returns true if a producer was told to signal
+  // meanwhile: the signal has come or is on its way.
+  bool disarm() noexcept;
 
  private:
   std::atomic<Work*> head_{nullptr};

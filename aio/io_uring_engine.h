@@ -1,0 +1,58 @@
+// The `io_uring` engine: one ring per I/O thread, one io_uring_enter(2) per batch.
+//
+// Completions are read from the mapped ring. With DEFER_TASKRUN the kernel finishes requests only
+// when the owner enters it, so that no interrupt disturbs the loop; a flag in the ring says when
+// that is due. The ring's own descriptor is what a sleeping loop waits on: unlike an eventfd it
+// needs no read to be reset.
+//
+// Newer kernel features are probed, each with a fallback, and what is missing is noted:
+//   IORING_SETUP_SINGLE_ISSUER | DEFER_TASKRUN   Linux 6.1, else COOP_TASKRUN
+//   IORING_SETUP_COOP_TASKRUN | TASKRUN_FLAG     Linux 5.19, else plain
+//   IORING_OP_FALLOCATE                          Linux 5.6, else not supported(): the pool does it
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+
+#include "aio/engine.h"
+#include "aio/engine_options.h"
+#include "aio/error.h"
+
+namespace vblk::aio {
+
+// Pretends that a kernel is older than it is, so that the fallbacks can be tested.
+struct IoUringLimits {
+  bool allow_defer_taskrun{true};
+  bool allow_coop_taskrun{true};
+  bool allow_fallocate{true};
+};
+
+class IoUringEngine final : public Engine {
+ public:
+  // The calling thread becomes the ring's only submitter.
+  // Errors: kNotSupported (no io_uring in this kernel or sandbox), kPermission
+  // (kernel.io_uring_disabled, seccomp), kExhausted (locked memory, descriptors).
+  static Expected<std::unique_ptr<IoUringEngine>> create(const EngineOptions& options,
+                                                         const IoUringLimits& limits = {});
+  ~IoUringEngine() override;
+
+  [[nodiscard]] std::string_view name() const override { return "io_uring"; }
+  // Discard means PUNCH_HOLE here; BLKDISCARD is not an operation of the ring (EngineSet knows).
+  [[nodiscard]] bool supports(IoKind kind) const override;
+  void queue(IoRequest& request) override;
+  void submit() override;
+  std::size_t reap() override;
+  [[nodiscard]] int completion_fd() const override;
+  [[nodiscard]] bool prepare_to_sleep() override;
+  void wake_up() override {}  // the ring's descriptor is readable as long as there are completions
+
+ private:
+  struct State;
+  explicit IoUringEngine(std::unique_ptr<State> state);
+  void fill_ring();
+
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace vblk::aio

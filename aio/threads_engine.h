@@ -1,0 +1,51 @@
+// The `threads` engine: blocking system calls on a pool of worker threads. Works on everything.
+//
+//   owner thread   queue() collects; submit() hands the batch to the pool; reap() completes
+//   worker         perform_blocking(), pushes the request on the completion queue, and writes the
+//                  eventfd if the owner is asleep: once per batch of completions, not once per
+//                  request
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string_view>
+
+#include "aio/engine.h"
+#include "aio/engine_options.h"
+#include "aio/error.h"
+#include "threadpool/completion_queue.h"
+#include "threadpool/thread_pool.h"
+
+namespace vblk::aio {
+
+class ThreadsEngine final : public Engine {
+ public:
+  // Error: kExhausted if there is no descriptor left.
+  static Expected<std::unique_ptr<ThreadsEngine>> create(const EngineOptions& options);
+  ~ThreadsEngine() override;
+
+  [[nodiscard]] std::string_view name() const override { return "threads"; }
+  [[nodiscard]] bool supports(IoKind /*kind*/) const override { return true; }
+  void queue(IoRequest& request) override;
+  void submit() override;
+  std::size_t reap() override;
+  [[nodiscard]] int completion_fd() const override { return event_fd_; }
+  [[nodiscard]] bool prepare_to_sleep() override;
+  void wake_up() override;
+
+  [[nodiscard]] threadpool::ThreadPoolStatistics pool_statistics() const {
+    return pool_->statistics();
+  }
+
+ private:
+  ThreadsEngine(const EngineOptions& options, int event_fd);
+  static void run_on_worker(threadpool::Work& work) noexcept;
+
+  int event_fd_;
+  threadpool::WorkList batch_;
+  threadpool::WorkList finished_;
+  threadpool::CompletionQueue completions_;
+  std::optional<threadpool::ThreadPool> pool_;
+};
+
+}  // namespace vblk::aio
