@@ -1,0 +1,38 @@
+#include "blockdev/block_node.h"
+
+#include <cerrno>
+
+#include "blockdev/io_context.h"
+
+namespace vblk::blockdev {
+
+namespace {
+
+// 0, or the errno value that the request fails with.
+int check(const BlockRequest& request, std::uint64_t size_bytes, const BlockLimits& limits) {
+  if (request.operation == BlockOperation::kFlush) return 0;
+  if (request.operation != BlockOperation::kRead && limits.read_only) return EROFS;
+  if (request.operation == BlockOperation::kDiscard && !limits.can_discard) return EOPNOTSUPP;
+  if (request.operation == BlockOperation::kWriteZeroes && !limits.can_write_zeroes)
+    return EOPNOTSUPP;
+  // Neither sum nor difference can wrap in this form.
+  if (request.offset_bytes > size_bytes || request.length_bytes > size_bytes - request.offset_bytes)
+    return EINVAL;
+  return 0;
+}
+
+}  // namespace
+
+void BlockNode::submit(BlockRequest& request, IoContext& context) {
+  request.node = this;
+  request.context = &context;
+  const int error = check(request, size_bytes(), limits_);
+  const bool is_empty = request.operation != BlockOperation::kFlush && request.length_bytes == 0;
+  if (error != 0 || is_empty) {
+    context.complete_later(request, error);
+    return;
+  }
+  do_submit(request, context);
+}
+
+}  // namespace vblk::blockdev

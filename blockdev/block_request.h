@@ -7,11 +7,24 @@
 #include <sys/uio.h>
 
 #include "aio/io_request.h"
+#include "blockdev/bounce_pool.h"
 
 namespace vblk::blockdev {
 
 // The kinds of operation are the engines' kinds: a node may turn one into several of another.
 using BlockOperation = aio::IoKind;
+
+// Where a request stands that takes several kernel I/Os, one after another (alignment.h).
+struct PieceProgress {
+  std::uint64_t done_bytes{0};   // of the request
+  std::uint64_t piece_bytes{0};  // of the piece in flight
+  std::uint32_t iov_first{0};    // first iovec that is not used up
+  iovec iov_rest{};              // what the piece leaves of its last iovec
+  bool has_iov_rest{false};
+  bool flushing{false};        // the data is done, its flush is in flight
+  std::byte* bounce{nullptr};  // the piece goes through this buffer
+  iovec bounce_iov{};
+};
 
 // A request to a node.
 //
@@ -36,6 +49,10 @@ struct BlockRequest {
   class BlockNode* node{nullptr};
   class IoContext* context{nullptr};
   int deferred_error{0};
+  PieceProgress pieces;
+  struct BounceWaiter : BouncePool::Waiter {
+    BlockRequest* parent{nullptr};
+  } bounce_waiter;
   struct Io : aio::IoRequest {
     BlockRequest* parent{nullptr};
   } io;

@@ -1,0 +1,194 @@
+#include "blockdev/image_file.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/stat.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "blockdev/image_lock.h"
+
+namespace vblk::blockdev {
+
+namespace {
+
+// statx(2), STATX_DIOALIGN, Linux 6.1: newer than Debian 12's headers. The two fields follow
+// `stx_mnt_id`.
+constexpr unsigned kStatxDioAlign = 0x2000;
+constexpr std::size_t kStatxDioMemoryAlignOffset = 0x98;
+constexpr std::size_t kStatxDioOffsetAlignOffset = 0x9c;
+constexpr std::size_t kStatxBytes = 0x100;
+static_assert(offsetof(struct statx, stx_mnt_id) == 0x90, "the kernel's struct statx");
+
+// What every file system with O_DIRECT takes, where the kernel does not tell.
+constexpr std::uint32_t kSafeAlignment = 4096;
+
+struct DirectAlignment {
+  std::uint32_t offset_bytes;
+  std::uint32_t memory_bytes;
+};
+
+// Asking is better than trying: a read that works on a hole proves nothing about a block that is
+// there.
+DirectAlignment ask_alignment(int fd) {
+  alignas(8) std::byte status[kStatxBytes]{};
+  const long result = ::syscall(SYS_statx, fd, "", AT_EMPTY_PATH, kStatxDioAlign, status);
+  std::uint32_t mask = 0;
+  std::memcpy(&mask, status, sizeof mask);
+  DirectAlignment alignment{};
+  if (result != 0 || (mask & kStatxDioAlign) == 0) return {kSafeAlignment, kSafeAlignment};
+  std::memcpy(&alignment.memory_bytes, status + kStatxDioMemoryAlignOffset, sizeof(std::uint32_t));
+  std::memcpy(&alignment.offset_bytes, status + kStatxDioOffsetAlignOffset, sizeof(std::uint32_t));
+  const auto usable = [](std::uint32_t bytes) {
+    return bytes > 0 && bytes <= kSafeAlignment && (bytes & (bytes - 1)) == 0;
+  };
+  if (!usable(alignment.memory_bytes) || !usable(alignment.offset_bytes))
+    return {kSafeAlignment, kSafeAlignment};
+  return alignment;
+}
+
+std::string_view type_name(mode_t mode) {
+  if (S_ISDIR(mode)) return "a directory";
+  if (S_ISCHR(mode)) return "a character device";
+  if (S_ISFIFO(mode)) return "a pipe";
+  if (S_ISSOCK(mode)) return "a socket";
+  return "not a regular file";
+}
+
+std::string_view advice(int error) {
+  switch (error) {
+    case ENOENT:
+      return "create it first, for example with 'qemu-img create -f raw PATH 10G'";
+    case EACCES:
+    case EPERM:
+      return "check its permissions, or run as a user that may open it";
+    case EROFS:
+      return "its file system is read-only; add --read-only";
+    case EISDIR:
+      return "an image is a regular file or a block device";
+    default:
+      return "check the path";
+  }
+}
+
+std::unexpected<Error> open_error(const ImageOptions& options, int error) {
+  return make_error(kind_of_errno(error),
+                    fmt::format("cannot open image '{}' for {}: {}; {}", options.path,
+                                options.read_only ? "reading" : "reading and writing",
+                                describe_errno(error), advice(error)),
+                    error);
+}
+
+int open_path(const ImageOptions& options, int extra_flags) {
+  const int access = options.read_only ? O_RDONLY : O_RDWR;
+  // O_NONBLOCK: opening a pipe must not wait for somebody at its other end. It means nothing to
+  // files and disks.
+  return ::open(options.path.c_str(), access | O_CLOEXEC | O_NONBLOCK | extra_flags);
+}
+
+}  // namespace
+
+Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options) {
+  std::unique_ptr<ImageFile> file(new ImageFile);
+  file->owned_ = true;
+  file->read_only_ = options.read_only;
+  // First without O_DIRECT: what is wrong with the path is told apart from what is wrong with the
+  // cache mode.
+  file->buffered_fd_ = open_path(options, 0);
+  if (file->buffered_fd_ < 0) return open_error(options, errno);
+  file->fd_ = file->buffered_fd_;
+  if (auto measured = file->measure(options.path); !measured)
+    return std::unexpected(std::move(measured.error()));
+  if (uses_direct_io(options.cache)) {
+    const int direct_fd = open_path(options, O_DIRECT);
+    if (direct_fd < 0) {
+      const int error = errno;
+      if (error != EINVAL) return open_error(options, error);
+      return make_error(
+          ErrorKind::kNotSupported,
+          fmt::format(
+              "the file system of '{}' has no O_DIRECT, which --cache {} needs; use --cache "
+              "writeback or --cache writethrough",
+              options.path, to_string(options.cache)),
+          error);
+    }
+    file->fd_ = direct_fd;
+    file->probe_alignment();
+  }
+  if (auto locked = lock_image(file->fd_, options.path, options.read_only); !locked) {
+    return std::unexpected(std::move(locked.error()));
+  }
+  return file;
+}
+
+std::unique_ptr<ImageFile> ImageFile::wrap(int fd, int buffered_fd, std::uint64_t size_bytes,
+                                           std::uint32_t alignment_bytes, bool read_only) {
+  std::unique_ptr<ImageFile> file(new ImageFile);
+  file->fd_ = fd;
+  file->buffered_fd_ = buffered_fd;
+  file->size_bytes_ = size_bytes;
+  file->offset_alignment_bytes_ = fd == buffered_fd ? 1 : alignment_bytes;
+  file->memory_alignment_bytes_ = file->offset_alignment_bytes_;
+  file->read_only_ = read_only;
+  return file;
+}
+
+ImageFile::~ImageFile() {
+  if (!owned_) return;
+  if (direct() && fd_ >= 0) ::close(fd_);
+  if (buffered_fd_ >= 0) ::close(buffered_fd_);
+}
+
+Expected<void> ImageFile::measure(const std::string& path) {
+  struct stat status{};
+  if (::fstat(fd_, &status) != 0) {
+    const int error = errno;
+    return make_error(kind_of_errno(error),
+                      fmt::format("cannot stat image '{}': {}", path, describe_errno(error)),
+                      error);
+  }
+  is_block_device_ = S_ISBLK(status.st_mode);
+  if (!is_block_device_ && !S_ISREG(status.st_mode)) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("image '{}' is {}; an image is a regular file or a block device",
+                                  path, type_name(status.st_mode)));
+  }
+  size_bytes_ = static_cast<std::uint64_t>(status.st_size);
+  if (is_block_device_ && ::ioctl(fd_, BLKGETSIZE64, &size_bytes_) != 0) {
+    const int error = errno;
+    return make_error(
+        kind_of_errno(error),
+        fmt::format("cannot read the size of block device '{}': {}", path, describe_errno(error)),
+        error);
+  }
+  if (size_bytes_ == 0) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format(
+            "image '{}' is empty; give it a size first, for example with 'truncate -s 10G {}'",
+            path, path));
+  }
+  return {};
+}
+
+void ImageFile::probe_alignment() {
+  const DirectAlignment alignment = ask_alignment(fd_);
+  offset_alignment_bytes_ = alignment.offset_bytes;
+  memory_alignment_bytes_ = alignment.memory_bytes;
+  int logical_block_bytes = 0;
+  if (is_block_device_ && ::ioctl(fd_, BLKSSZGET, &logical_block_bytes) == 0 &&
+      logical_block_bytes > 0) {
+    offset_alignment_bytes_ = static_cast<std::uint32_t>(logical_block_bytes);
+  }
+}
+
+}  // namespace vblk::blockdev

@@ -1,0 +1,345 @@
+#include "blockdev/raw_node.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <cstring>
+#include <new>
+#include <span>
+#include <sys/mman.h>
+#include <utility>
+
+#include "blockdev/io_context.h"
+#include "blockdev/log.h"
+
+namespace vblk::blockdev {
+
+namespace {
+
+constexpr std::uint64_t kSectorBytes = 512;
+
+// Source of zeroes for writes that replace what the kernel cannot do: read-only pages that are all
+// the zero page, so they cost no memory.
+constexpr std::size_t kZeroBufferBytes = std::size_t{1} << 20;
+
+std::byte* zero_buffer() {
+  static std::byte* const kBuffer = [] {
+    void* const mapping =
+        ::mmap(nullptr, kZeroBufferBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<std::byte*>(mapping);
+  }();
+  return kBuffer;
+}
+
+// What fallocate(2) and BLKDISCARD answer where the file system or the device lacks the operation.
+bool is_unsupported(int error) {
+  return error == EOPNOTSUPP || error == ENOSYS || error == ENOTTY || error == ENODEV;
+}
+
+RawNode& node_of(BlockRequest& request) { return static_cast<RawNode&>(*request.node); }
+
+BlockRequest& parent_of(aio::IoRequest& io) { return *static_cast<BlockRequest::Io&>(io).parent; }
+
+}  // namespace
+
+RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
+    : file_(std::move(file)), options_(std::move(options)), data_bytes_(file_->size_bytes()) {
+  const std::uint64_t bytes = file_->size_bytes();
+  size_bytes_.store((bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes,
+                    std::memory_order_relaxed);
+  name_ = options_.name;
+  rules_ = {
+      .offset_bytes = file_->offset_alignment_bytes(),
+      .memory_bytes = file_->memory_alignment_bytes(),
+      .direct_end = bytes / file_->offset_alignment_bytes() * file_->offset_alignment_bytes()};
+  limits_.optimal_alignment_bytes = std::max<std::uint32_t>(rules_.offset_bytes, kSectorBytes);
+  limits_.transfer_bytes_max = size_bytes();
+  limits_.read_only = file_->read_only();
+  limits_.can_discard = options_.discard && !file_->read_only();
+  limits_.can_write_zeroes = !file_->read_only();
+  limits_.write_zeroes_may_unmap = options_.discard && !file_->read_only();
+}
+
+void RawNode::do_submit(BlockRequest& request, IoContext& /*context*/) {
+  request.io.parent = &request;
+  switch (request.operation) {
+    case BlockOperation::kRead:
+    case BlockOperation::kWrite:
+      return submit_transfer(request);
+    case BlockOperation::kFlush:
+      return submit_flush(request);
+    case BlockOperation::kDiscard:
+      return submit_discard(request);
+    case BlockOperation::kWriteZeroes:
+      return submit_write_zeroes(request);
+  }
+}
+
+// Fills in what is common to all kernel I/Os of a request; offset, length and iovecs are set
+// already.
+void RawNode::queue_io(BlockRequest& request, aio::IoKind kind, int fd,
+                       aio::IoRequest::Completion complete) {
+  request.io.kind = kind;
+  request.io.fd = fd;
+  request.io.complete = complete;
+  request.context->engines().queue(request.io);
+}
+
+void RawNode::submit_transfer(BlockRequest& request) {
+  const std::span<const iovec> iov(request.iov, request.iov_count);
+  const bool within_data =
+      request.offset_bytes + request.length_bytes <= data_bytes_.load(std::memory_order_relaxed);
+  const bool aligned =
+      !file_->direct() ||
+      (fits_file(rules_, request.offset_bytes, request.length_bytes) && fits_memory(rules_, iov));
+  if (!within_data || !aligned) return start_pieces(request);
+  request.io.write_through = request.write_through;
+  request.io.offset_bytes = request.offset_bytes;
+  request.io.length_bytes = request.length_bytes;
+  request.io.iov = request.iov;
+  request.io.iov_count = request.iov_count;
+  queue_io(request, request.operation, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& transfer = parent_of(io);
+    node_of(transfer).note_write_error(transfer, error);
+    transfer.complete(transfer, error);
+  });
+}
+
+void RawNode::submit_flush(BlockRequest& request) {
+  const int earlier = flush_error_.load(std::memory_order_relaxed);
+  if (earlier != 0 || options_.ignore_flush)
+    return request.context->complete_later(request, earlier);
+  queue_io(request, aio::IoKind::kFlush, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& flush = parent_of(io);
+    RawNode& node = node_of(flush);
+    if (error != 0) node.note_flush_error(error);
+    // A flush on another queue may have failed meanwhile, and the kernel reports a lost write only
+    // once.
+    const int latched = node.flush_error_.load(std::memory_order_relaxed);
+    flush.complete(flush, latched);
+  });
+}
+
+// After a failed fdatasync the kernel may have dropped the dirty pages and call them clean: a later
+// success would say nothing about them. So the first failure stays.
+void RawNode::note_flush_error(int error) {
+  int none = 0;
+  if (flush_error_.compare_exchange_strong(none, error)) {
+    log::error(
+        "'{}': a flush failed: {}; all later flushes fail too, since what was lost cannot be known",
+        name_, describe_errno(error));
+  }
+}
+
+// The page cache reports a failed writeback once. If a write-through write has swallowed that
+// report, the flushes that would have seen it must fail all the same.
+void RawNode::note_write_error(const BlockRequest& request, int error) {
+  if (error == EIO && request.write_through && !file_->direct()) note_flush_error(error);
+}
+
+void RawNode::submit_discard(BlockRequest& request) {
+  const std::uint64_t granularity = file_->is_block_device() ? limits_.optimal_alignment_bytes : 1;
+  const std::uint64_t begin = (request.offset_bytes + granularity - 1) / granularity * granularity;
+  const std::uint64_t end =
+      (request.offset_bytes + request.length_bytes) / granularity * granularity;
+  // A discard is a hint: what does not cover a whole block of a device has nothing to free.
+  if (begin >= end || !discard_works_.load(std::memory_order_relaxed))
+    return request.context->complete_later(request, 0);
+  request.io.offset_bytes = begin;
+  request.io.length_bytes = end - begin;
+  request.io.on_block_device = file_->is_block_device();
+  queue_io(request, aio::IoKind::kDiscard, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& discard = parent_of(io);
+    RawNode& node = node_of(discard);
+    if (is_unsupported(error)) {
+      if (node.discard_works_.exchange(false)) {
+        log::info(
+            "'{}': the storage below cannot discard ({}); discards are accepted and do nothing",
+            node.name_, describe_errno(error));
+      }
+      error = 0;
+    }
+    discard.complete(discard, error);
+  });
+}
+
+void RawNode::submit_write_zeroes(BlockRequest& request) {
+  request.may_unmap = request.may_unmap && limits_.write_zeroes_may_unmap;
+  start_pieces(request);
+}
+
+// ---- Piece by piece. Completion is always deferred: a request may end without any kernel I/O.
+
+void RawNode::start_pieces(BlockRequest& request) {
+  request.pieces = PieceProgress{};
+  next_step(request);
+}
+
+// Starts the next piece, or finishes. Pieces that need no kernel I/O are done on the spot.
+void RawNode::next_step(BlockRequest& request) {
+  PieceProgress& pieces = request.pieces;
+  bool started = false;
+  while (!started && pieces.done_bytes < request.length_bytes) {
+    const std::uint64_t offset = request.offset_bytes + pieces.done_bytes;
+    const std::uint64_t end = request.offset_bytes + request.length_bytes;
+    started = request.operation == BlockOperation::kWriteZeroes ? step_zeroes(request, offset, end)
+                                                                : step_data(request, offset, end);
+  }
+  if (started) return;
+  const bool needs_flush =
+      request.operation == BlockOperation::kWriteZeroes && request.write_through;
+  if (!needs_flush || options_.ignore_flush) return finish_pieces(request, 0);
+  pieces.flushing = true;
+  queue_io(request, aio::IoKind::kFlush, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& zeroes = parent_of(io);
+    if (error != 0) node_of(zeroes).note_flush_error(error);
+    node_of(zeroes).finish_pieces(zeroes, error);
+  });
+}
+
+// One piece of a read or write. False if it was done without the kernel.
+bool RawNode::step_data(BlockRequest& request, std::uint64_t offset_bytes,
+                        std::uint64_t end_bytes) {
+  PieceProgress& pieces = request.pieces;
+  if (request.operation == BlockOperation::kRead) {
+    const std::uint64_t data_end = data_bytes_.load(std::memory_order_relaxed);
+    if (offset_bytes >= data_end) {
+      const auto beyond = take_iov(request, end_bytes - offset_bytes);
+      for (const iovec& element : beyond) std::memset(element.iov_base, 0, element.iov_len);
+      finish_iov(request, beyond);
+      pieces.done_bytes = request.length_bytes;
+      return false;
+    }
+    end_bytes = std::min(end_bytes, data_end);
+  }
+  Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
+                                : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
+  request.io.offset_bytes = offset_bytes;
+  request.io.write_through = request.write_through;
+  const std::span<const iovec> rest(request.iov + pieces.iov_first,
+                                    request.iov_count - pieces.iov_first);
+  if (piece.route == PieceRoute::kDirect && !fits_memory(rules_, rest)) {
+    pieces.piece_bytes = std::min<std::uint64_t>(piece.length_bytes, BouncePool::kBufferBytes);
+    BouncePool& pool = request.context->bounce_pool();
+    if (std::byte* const buffer = pool.try_acquire(); buffer != nullptr) {
+      start_bounce(request, buffer);
+      return true;
+    }
+    request.bounce_waiter.parent = &request;
+    request.bounce_waiter.ready = [](BouncePool::Waiter& waiter, std::byte* buffer) {
+      BlockRequest& waiting = *static_cast<BlockRequest::BounceWaiter&>(waiter).parent;
+      node_of(waiting).start_bounce(waiting, buffer);
+    };
+    pool.wait(request.bounce_waiter);
+    return true;
+  }
+  pieces.piece_bytes = piece.length_bytes;
+  const auto taken = take_iov(request, piece.length_bytes);
+  request.io.length_bytes = piece.length_bytes;
+  request.io.iov = taken.data();
+  request.io.iov_count = static_cast<std::uint32_t>(taken.size());
+  const int fd = piece.route == PieceRoute::kDirect ? file_->fd() : file_->buffered_fd();
+  queue_io(request, request.operation, fd, [](aio::IoRequest& io, int error) {
+    BlockRequest& transfer = parent_of(io);
+    finish_iov(transfer, {io.iov, io.iov_count});
+    node_of(transfer).piece_done(transfer, error);
+  });
+  return true;
+}
+
+void RawNode::start_bounce(BlockRequest& request, std::byte* buffer) {
+  PieceProgress& pieces = request.pieces;
+  pieces.bounce = buffer;
+  if (request.operation == BlockOperation::kWrite) {
+    const auto source = take_iov(request, pieces.piece_bytes);
+    gather(source, buffer);
+    finish_iov(request, source);
+  }
+  pieces.bounce_iov = {buffer, pieces.piece_bytes};
+  request.io.length_bytes = pieces.piece_bytes;
+  request.io.iov = &pieces.bounce_iov;
+  request.io.iov_count = 1;
+  queue_io(request, request.operation, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& transfer = parent_of(io);
+    std::byte* const bounce = std::exchange(transfer.pieces.bounce, nullptr);
+    if (transfer.operation == BlockOperation::kRead && error == 0) {
+      const auto target = take_iov(transfer, transfer.pieces.piece_bytes);
+      scatter(bounce, target);
+      finish_iov(transfer, target);
+    }
+    BouncePool& pool = transfer.context->bounce_pool();
+    node_of(transfer).piece_done(transfer, error);
+    pool.release(bounce);
+  });
+}
+
+// One piece of a write zeroes: by the kernel where it can, otherwise as a write of zeroes.
+bool RawNode::step_zeroes(BlockRequest& request, std::uint64_t offset_bytes,
+                          std::uint64_t end_bytes) {
+  PieceProgress& pieces = request.pieces;
+  request.io.offset_bytes = offset_bytes;
+  const Piece piece = next_piece(rules_, offset_bytes, end_bytes);
+  const bool whole_blocks =
+      !file_->is_block_device() || offset_bytes % limits_.optimal_alignment_bytes == 0;
+  const auto& works = request.may_unmap ? kernel_zeroes_unmap_ : kernel_zeroes_;
+  const bool by_kernel = whole_blocks && works.load(std::memory_order_relaxed);
+  // A file takes any range; a device whole blocks, the rest of which is an edge.
+  const std::uint64_t kernel_end =
+      file_->is_block_device()
+          ? end_bytes / limits_.optimal_alignment_bytes * limits_.optimal_alignment_bytes
+          : end_bytes;
+  if (by_kernel && offset_bytes < kernel_end) {
+    pieces.piece_bytes = kernel_end - offset_bytes;
+    request.io.length_bytes = pieces.piece_bytes;
+    request.io.may_unmap = request.may_unmap;
+    queue_io(request, aio::IoKind::kWriteZeroes, file_->fd(), [](aio::IoRequest& io, int error) {
+      BlockRequest& zeroes = parent_of(io);
+      RawNode& node = node_of(zeroes);
+      if (!is_unsupported(error)) return node.piece_done(zeroes, error);
+      auto& kernel_way = zeroes.may_unmap ? node.kernel_zeroes_unmap_ : node.kernel_zeroes_;
+      if (kernel_way.exchange(false)) {
+        log::info(
+            "'{}': the storage below cannot write zeroes by itself ({}); they are written out",
+            node.name_, describe_errno(error));
+      }
+      node.next_step(zeroes);  // the same piece again, the other way
+    });
+    return true;
+  }
+  const bool direct = file_->direct() && piece.route == PieceRoute::kDirect;
+  pieces.piece_bytes = std::min<std::uint64_t>(
+      file_->direct() ? piece.length_bytes : end_bytes - offset_bytes, kZeroBufferBytes);
+  pieces.bounce_iov = {zero_buffer(), pieces.piece_bytes};
+  request.io.write_through = request.write_through;
+  request.io.length_bytes = pieces.piece_bytes;
+  request.io.iov = &pieces.bounce_iov;
+  request.io.iov_count = 1;
+  queue_io(request, aio::IoKind::kWrite, direct ? file_->fd() : file_->buffered_fd(),
+           [](aio::IoRequest& io, int error) {
+             node_of(parent_of(io)).piece_done(parent_of(io), error);
+           });
+  return true;
+}
+
+void RawNode::piece_done(BlockRequest& request, int error) {
+  if (error != 0) {
+    note_write_error(request, error);
+    return finish_pieces(request, error);
+  }
+  request.pieces.done_bytes += request.pieces.piece_bytes;
+  next_step(request);
+}
+
+void RawNode::finish_pieces(BlockRequest& request, int error) {
+  // A write into the last, partial sector has made it whole.
+  const std::uint64_t end = request.offset_bytes + request.length_bytes;
+  std::uint64_t data_end = data_bytes_.load(std::memory_order_relaxed);
+  if (error == 0 && request.operation == BlockOperation::kWrite) {
+    while (data_end < end && !data_bytes_.compare_exchange_weak(data_end, end)) {
+    }
+  }
+  request.context->complete_later(request, error);
+}
+
+}  // namespace vblk::blockdev

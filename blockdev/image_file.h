@@ -1,0 +1,52 @@
+// The file or block device under an image: opened, checked, locked and measured once.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "aio/error.h"
+#include "blockdev/image.h"
+
+namespace vblk::blockdev {
+
+// Owns its descriptors. What is read from it never changes.
+class ImageFile {
+ public:
+  // Errors: as open_image().
+  static Expected<std::unique_ptr<ImageFile>> open(const ImageOptions& options);
+  // Wraps descriptor numbers that an engine understands (the simulated disk's); nothing is closed.
+  static std::unique_ptr<ImageFile> wrap(int fd, int buffered_fd, std::uint64_t size_bytes,
+                                         std::uint32_t alignment_bytes, bool read_only);
+  ~ImageFile();
+  ImageFile(const ImageFile&) = delete;
+  ImageFile& operator=(const ImageFile&) = delete;
+
+  [[nodiscard]] int fd() const { return fd_; }
+  // The same file without O_DIRECT, for what O_DIRECT cannot address; fd() itself in the buffered
+  // modes.
+  [[nodiscard]] int buffered_fd() const { return buffered_fd_; }
+  [[nodiscard]] std::uint64_t size_bytes() const { return size_bytes_; }
+  [[nodiscard]] bool direct() const { return fd_ != buffered_fd_; }
+  [[nodiscard]] bool is_block_device() const { return is_block_device_; }
+  [[nodiscard]] bool read_only() const { return read_only_; }
+  // What O_DIRECT demands of offsets and lengths, and of buffers; 1 in the buffered modes.
+  [[nodiscard]] std::uint32_t offset_alignment_bytes() const { return offset_alignment_bytes_; }
+  [[nodiscard]] std::uint32_t memory_alignment_bytes() const { return memory_alignment_bytes_; }
+
+ private:
+  ImageFile() = default;
+  Expected<void> measure(const std::string& path);
+  void probe_alignment();
+
+  int fd_{-1};
+  int buffered_fd_{-1};
+  std::uint64_t size_bytes_{0};
+  std::uint32_t offset_alignment_bytes_{1};
+  std::uint32_t memory_alignment_bytes_{1};
+  bool is_block_device_{false};
+  bool read_only_{false};
+  bool owned_{false};
+};
+
+}  // namespace vblk::blockdev

@@ -1,0 +1,71 @@
+// The raw leaf: a file or block device whose bytes are the disk's bytes.
+//
+// The fast path (an aligned request on O_DIRECT, any request in the buffered modes) is one engine
+// request with the caller's own iovecs. Everything else goes piece by piece, slower and right:
+//
+//   request                                   pieces
+//   unaligned read or write under O_DIRECT    edges buffered, body direct, bounced if memory is not
+//   aligned read beyond the end of the file           zeroes (the guest sees the size rounded up to
+//   whole sectors) write zeroes that the kernel cannot do    writes of zeroes write zeroes on a
+//   block device            edges written as zeroes, body by the kernel write zeroes, write-through
+//   then a flush
+//
+// Threads: any I/O thread. What they share: the size of the data (grows to a whole sector at most),
+// the first flush error, and what the kernel turned out not to support; single atomics all.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "blockdev/alignment.h"
+#include "blockdev/block_node.h"
+#include "blockdev/image_file.h"
+
+namespace vblk::blockdev {
+
+struct RawNodeOptions {
+  std::string name;
+  bool discard{true};        // discards and unmapping write zeroes reach the file
+  bool ignore_flush{false};  // cache=unsafe
+};
+
+class RawNode final : public BlockNode {
+ public:
+  RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options);
+
+ protected:
+  void do_submit(BlockRequest& request, IoContext& context) override;
+
+ private:
+  void submit_transfer(BlockRequest& request);
+  void submit_flush(BlockRequest& request);
+  void submit_discard(BlockRequest& request);
+  void submit_write_zeroes(BlockRequest& request);
+
+  void start_pieces(BlockRequest& request);
+  void next_step(BlockRequest& request);
+  bool step_data(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
+  bool step_zeroes(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
+  void start_bounce(BlockRequest& request, std::byte* buffer);
+  void piece_done(BlockRequest& request, int error);
+  void finish_pieces(BlockRequest& request, int error);
+  void queue_io(BlockRequest& request, aio::IoKind kind, int fd,
+                aio::IoRequest::Completion complete);
+
+  void note_flush_error(int error);
+  void note_write_error(const BlockRequest& request, int error);
+
+  std::unique_ptr<ImageFile> file_;
+  const RawNodeOptions options_;
+  AlignmentRules rules_;
+  std::atomic<std::uint64_t>
+      data_bytes_;                   // end of the file: the rest of its last sector reads as zeroes
+  std::atomic<int> flush_error_{0};  // the first failed flush; all later ones fail with it
+  std::atomic<bool> discard_works_{true};
+  std::atomic<bool> kernel_zeroes_{true};  // fallocate(2) writes zeroes here without unmapping
+  std::atomic<bool> kernel_zeroes_unmap_{true};
+};
+
+}  // namespace vblk::blockdev
