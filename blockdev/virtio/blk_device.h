@@ -6,14 +6,17 @@
 // Threads: negotiation and config writes come from the control thread; queues read single atomics.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 
 #include "aio/error.h"
 #include "blockdev/block_node.h"
+#include "blockdev/virtio/blk_wire.h"
 
 namespace vblk::virtio {
 
@@ -40,16 +43,21 @@ class BlkDevice {
   [[nodiscard]] std::uint64_t offered_features() const { return offered_features_; }
   // The driver's choice; resets nothing. Error: kInvalidArgument if a bit was not offered.
   // CONFIG_WCE without FLUSH sets writeback to 0 ("Device Initialization").
+  // May be repeated with other bits (the frontend does so for its own, in migration): writeback
+  // changes only where the choice of FLUSH and CONFIG_WCE does.
   Expected<void> set_features(std::uint64_t features);
   [[nodiscard]] std::uint64_t negotiated_features() const;
 
   // Back to the state of a device nobody has talked to: no features, the initial writeback.
   void reset();
 
-  // Config space bytes [offset, offset + out.size()), zero beyond the structure.
+  // Config space bytes [offset, offset + out.size()), zero beyond the structure. `writeback` in it
+  // is the initial value until features are negotiated (QEMU reads it then, once, and shows the
+  // driver that copy), and says what is done with writes from then on.
   // Error: kInvalidArgument if the range leaves kConfigBytesMax.
   Expected<void> read_config(std::uint32_t offset, std::span<std::byte> out) const;
-  // Only `writeback` can be written, and only to 0 or 1. Error: kInvalidArgument.
+  // Only `writeback` can be written, and only to 0 or 1, with CONFIG_WCE negotiated. Decides for
+  // writes that are parsed afterwards. Error: kInvalidArgument.
   Expected<void> write_config(std::uint32_t offset, std::span<const std::byte> bytes);
 
   // Whether a write that is parsed now must be stable when it completes: "Device Operation", the
@@ -64,12 +72,15 @@ class BlkDevice {
  private:
   BlkDevice(blockdev::BlockNode& node, BlkDeviceOptions options);
   void update_write_through();
+  [[nodiscard]] std::array<std::byte, kBlkConfigBytes> config() const;
+  [[nodiscard]] bool negotiated(unsigned bit) const;
 
   blockdev::BlockNode& node_;
   BlkDeviceOptions options_;
   std::uint64_t offered_features_{0};
   std::atomic<std::uint64_t> negotiated_features_{0};
-  std::atomic<bool> writeback_{true};
+  std::atomic<bool> writeback_{true};  // as the driver or the options last set it
+  std::atomic<bool> features_set_{false};
   std::atomic<bool> write_through_{true};
 };
 

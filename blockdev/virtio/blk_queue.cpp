@@ -1,0 +1,397 @@
+#include "blockdev/virtio/blk_queue.h"
+
+#include <array>
+#include <bit>
+#include <cassert>
+#include <cerrno>
+#include <cstring>
+#include <fcntl.h>
+#include <new>
+#include <optional>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "blockdev/log.h"
+#include "blockdev/virtio/blk_request.h"
+#include "blockdev/virtio/blk_wire.h"
+#include "blockdev/virtio/virtqueue.h"
+
+namespace vblk::virtio {
+
+namespace {
+
+// Chains popped in one poll: enough to fill an engine's batch twice, few enough that the other
+// queues of the thread are not kept waiting.
+constexpr unsigned kPopsPerPoll = 64;
+
+// A chain has at most `queue size` descriptors; each may be cut where memory regions meet, which
+// happens once in a while at most.
+constexpr std::size_t kExtraIovecs = 16;
+
+// Memory that exists only where it is touched: room for the longest chain in every slot, of which a
+// guest uses a few percent.
+class IovecArena {
+ public:
+  IovecArena(std::size_t slots, std::size_t per_slot)
+      : per_slot_(per_slot), bytes_(slots * per_slot * sizeof(iovec)) {
+    void* const mapping = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    iovecs_ = static_cast<iovec*>(mapping);
+  }
+  ~IovecArena() { ::munmap(iovecs_, bytes_); }
+  IovecArena(const IovecArena&) = delete;
+  IovecArena& operator=(const IovecArena&) = delete;
+
+  [[nodiscard]] std::span<iovec> room(std::size_t slot) const {
+    return {iovecs_ + slot * per_slot_, per_slot_};
+  }
+
+ private:
+  std::size_t per_slot_;
+  std::size_t bytes_;
+  iovec* iovecs_;
+};
+
+std::uint8_t status_of(int error) {
+  if (error == 0) return kBlkSOk;
+  return error == EOPNOTSUPP ? kBlkSUnsupp : kBlkSIoErr;
+}
+
+// A notification must never block the I/O thread, whatever kind of descriptor the frontend has
+// passed. The flag is the frontend's as well; vhost-user wants these descriptors to be eventfds,
+// which QEMU makes non-blocking itself.
+void make_non_blocking(int fd) {
+  if (fd < 0) return;
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags >= 0 && (flags & O_NONBLOCK) == 0) ::fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+}
+
+void signal(int fd) {
+  if (fd < 0) return;
+  const std::uint64_t one = 1;
+  // EAGAIN: it is readable already. EPIPE and the like: the frontend is on its way out.
+  [[maybe_unused]] const auto written = ::write(fd, &one, sizeof one);
+}
+
+}  // namespace
+
+// One request in flight: everything it needs, made when the queue starts.
+struct BlkQueue::Slot : blockdev::BlockRequest {
+  State* queue{nullptr};
+  std::uint16_t head{0};
+  bool busy{false};
+  BlkCommandKind kind{BlkCommandKind::kRefused};
+  std::byte* status{nullptr};
+  std::uint64_t writable_bytes{0};
+  std::uint64_t data_bytes{0};  // device-written if it succeeds
+  std::size_t segment_count{0};
+  std::size_t segment_next{0};
+  std::array<BlkSegment, kBlkSegmentsMax> segments;
+};
+
+struct BlkQueue::State {
+  State(BlkDevice& blk_device, blockdev::IoContext& io_context,
+        std::shared_ptr<const GuestMemory> guest_memory, const Virtqueue::Layout& layout,
+        std::uint16_t queue_index)
+      : device(blk_device),
+        context(io_context),
+        memory(std::move(guest_memory)),
+        ring(layout, *memory),
+        index(queue_index),
+        iovecs(layout.size, layout.size + kExtraIovecs),
+        slots(layout.size) {
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      slots[i].queue = this;
+      slots[i].head = static_cast<std::uint16_t>(i);
+    }
+  }
+
+  bool pop_one();
+  void dispatch(Slot& slot, const BlkCommand& command);
+  void submit_transfer(Slot& slot, blockdev::BlockOperation operation, const BlkCommand& command);
+  void submit_segment(Slot& slot);
+  void get_id(Slot& slot, const BlkCommand& command);
+  void finish(Slot& slot, std::uint8_t status, std::uint64_t data_bytes);
+  void break_ring(const char* reason);
+  void watch_kicks();
+  [[nodiscard]] BlkRequestLimits limits() const;
+
+  BlkDevice& device;
+  blockdev::IoContext& context;
+  std::shared_ptr<const GuestMemory> memory;
+  Virtqueue ring;
+  const std::uint16_t index;
+  IovecArena iovecs;
+  std::vector<Slot> slots;  // by head index; never resized
+  std::size_t in_flight{0};
+  bool is_broken{false};
+  bool stopping{false};
+  std::move_only_function<void()> stopped;
+  int kick_fd{-1};
+  int call_fd{-1};
+  int error_fd{-1};
+  std::unique_ptr<blockdev::IoLoop::Watch> kick_watch;
+  BlkQueueStatistics statistics;
+};
+
+Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev::IoContext& context,
+                                                    std::shared_ptr<const GuestMemory> memory,
+                                                    const BlkQueueSetup& setup) {
+  const auto bad = [&setup](std::string_view why) {
+    return make_error(ErrorKind::kInvalidArgument, fmt::format("queue {}: {}", setup.index, why));
+  };
+  if (setup.size == 0 || !std::has_single_bit(setup.size) ||
+      setup.size > device.options().queue_size_max) {
+    return bad(fmt::format("size {} is no power of two up to {}", setup.size,
+                           device.options().queue_size_max));
+  }
+  Virtqueue::Layout layout{
+      .descriptor_table =
+          memory->translate_user(setup.descriptor_address, descriptor_table_bytes(setup.size)),
+      .avail_ring = memory->translate_user(setup.avail_address, avail_ring_bytes(setup.size)),
+      .used_ring = memory->translate_user(setup.used_address, used_ring_bytes(setup.size)),
+      .size = setup.size,
+      .next_avail = setup.next_avail,
+      .event_idx = (device.negotiated_features() & feature_bit(kFEventIdx)) != 0,
+      .indirect = (device.negotiated_features() & feature_bit(kFIndirectDesc)) != 0};
+  // Alignments: "Split Virtqueues", the table of parts.
+  const auto is_bad = [](const std::byte* part, std::uintptr_t alignment) {
+    return part == nullptr || reinterpret_cast<std::uintptr_t>(part) % alignment != 0;
+  };
+  if (is_bad(layout.descriptor_table, 16))
+    return bad(fmt::format("descriptor table at {:#x} is outside guest memory or not aligned",
+                           setup.descriptor_address));
+  if (is_bad(layout.avail_ring, 2))
+    return bad(fmt::format("available ring at {:#x} is outside guest memory or not aligned",
+                           setup.avail_address));
+  if (is_bad(layout.used_ring, 4))
+    return bad(fmt::format("used ring at {:#x} is outside guest memory or not aligned",
+                           setup.used_address));
+  auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup.index);
+  std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
+  queue->set_call_fd(setup.call_fd);
+  queue->set_error_fd(setup.error_fd);
+  queue->set_kick_fd(setup.kick_fd);
+  return queue;
+}
+
+BlkQueue::BlkQueue(std::unique_ptr<State> state) : state_(std::move(state)) {
+  state_->ring.disable_notifications();
+  state_->context.loop().add_poller(*this, blockdev::PollStage::kDispatch);
+}
+
+BlkQueue::~BlkQueue() {
+  assert(state_->in_flight == 0 && "stop() before destruction");
+  state_->context.loop().remove_poller(*this);
+}
+
+void BlkQueue::stop(std::move_only_function<void()> stopped) {
+  assert(!state_->stopping);
+  state_->stopping = true;
+  state_->stopped = std::move(stopped);
+  // A cycle of the loop looks whether anything is in flight still.
+  state_->context.loop().post([] {});
+}
+
+void BlkQueue::set_call_fd(int fd) {
+  make_non_blocking(fd);
+  state_->call_fd = fd;
+}
+
+void BlkQueue::set_error_fd(int fd) {
+  make_non_blocking(fd);
+  state_->error_fd = fd;
+}
+
+void BlkQueue::set_kick_fd(int fd) {
+  state_->kick_watch.reset();
+  make_non_blocking(fd);
+  state_->kick_fd = fd;
+  state_->watch_kicks();
+}
+
+void BlkQueue::State::watch_kicks() {
+  if (kick_fd < 0) return;
+  kick_watch = context.loop().watch(kick_fd, [this] {
+    std::uint64_t value;
+    const auto bytes = ::read(kick_fd, &value, sizeof value);
+    if (bytes > 0) {
+      ++statistics.kicks;
+    } else if (bytes == 0 || errno != EAGAIN) {
+      kick_watch.reset();  // its other end is gone; the ring is still looked at whenever the loop
+                           // is awake
+    }
+  });
+  if (kick_watch == nullptr)
+    log::warning("queue {}: its kick descriptor cannot be waited on", index);
+}
+
+bool BlkQueue::broken() const { return state_->is_broken; }
+std::size_t BlkQueue::in_flight() const { return state_->in_flight; }
+std::uint16_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
+const BlkQueueStatistics& BlkQueue::statistics() const { return state_->statistics; }
+
+bool BlkQueue::poll() {
+  if (state_->stopping || state_->is_broken) return false;
+  unsigned count = 0;
+  while (count < kPopsPerPoll && state_->pop_one()) ++count;
+  return count > 0;
+}
+
+void BlkQueue::settle() {
+  State& state = *state_;
+  if (state.ring.has_unpublished() && state.ring.publish() && state.call_fd >= 0) {
+    ++state.statistics.interrupts;
+    signal(state.call_fd);
+  }
+  if (state.stopping && state.in_flight == 0 && state.stopped) {
+    // Not called from here: it may destroy this queue.
+    state.context.loop().post(std::exchange(state.stopped, nullptr));
+  }
+}
+
+bool BlkQueue::prepare_to_sleep() {
+  if (state_->stopping || state_->is_broken) return true;
+  return state_->ring.enable_notifications();
+}
+
+void BlkQueue::wake_up() { state_->ring.disable_notifications(); }
+
+// Takes one chain off the ring and starts it. False if there is none, or the ring is broken.
+bool BlkQueue::State::pop_one() {
+  Chain chain;
+  // A slot and its room are found by the head, so that is asked first.
+  const auto head = ring.peek_head();
+  if (!head) {
+    if (ring.broken_reason() != nullptr) break_ring(ring.broken_reason());
+    return false;
+  }
+  Slot& slot = slots[*head];
+  if (slot.busy) {
+    break_ring("a descriptor chain is made available again while it is in flight");
+    return false;
+  }
+  if (ring.pop(iovecs.room(*head), chain) == Virtqueue::Pop::kBroken) {
+    break_ring(ring.broken_reason());
+    return false;
+  }
+  if (chain.last_writable_byte == nullptr) {
+    break_ring("a request has no place for its status byte");
+    return false;
+  }
+  slot.busy = true;
+  slot.status = chain.last_writable_byte;
+  slot.writable_bytes = chain.problem == nullptr ? chain.writable_bytes : 0;
+  slot.data_bytes = 0;
+  ++in_flight;
+  ++statistics.requests;
+  if (chain.problem != nullptr) {
+    finish(slot, kBlkSIoErr, 0);
+  } else {
+    dispatch(slot, parse_blk_request(chain, limits(), slot.segments));
+  }
+  return true;
+}
+
+BlkRequestLimits BlkQueue::State::limits() const {
+  const blockdev::BlockLimits& node = device.node().limits();
+  const std::uint64_t features = device.offered_features();
+  return {.capacity_bytes = device.node().size_bytes(),
+          .read_only = node.read_only,
+          .can_discard = (features & feature_bit(kBlkFDiscard)) != 0,
+          .can_write_zeroes = (features & feature_bit(kBlkFWriteZeroes)) != 0};
+}
+
+void BlkQueue::State::dispatch(Slot& slot, const BlkCommand& command) {
+  slot.kind = command.kind;
+  switch (command.kind) {
+    case BlkCommandKind::kRefused:
+      return finish(slot, command.refusal, 0);
+    case BlkCommandKind::kRead:
+      slot.data_bytes = command.length_bytes;
+      return submit_transfer(slot, blockdev::BlockOperation::kRead, command);
+    case BlkCommandKind::kWrite:
+      return submit_transfer(slot, blockdev::BlockOperation::kWrite, command);
+    case BlkCommandKind::kFlush:
+      return submit_transfer(slot, blockdev::BlockOperation::kFlush, command);
+    case BlkCommandKind::kGetId:
+      return get_id(slot, command);
+    case BlkCommandKind::kDiscard:
+    case BlkCommandKind::kWriteZeroes:
+      slot.segment_count = command.segment_count;
+      slot.segment_next = 0;
+      return submit_segment(slot);
+  }
+}
+
+void BlkQueue::State::submit_transfer(Slot& slot, blockdev::BlockOperation operation,
+                                      const BlkCommand& command) {
+  slot.operation = operation;
+  slot.write_through = operation == blockdev::BlockOperation::kWrite && device.write_through();
+  slot.offset_bytes = command.offset_bytes;
+  slot.length_bytes = command.length_bytes;
+  slot.iov = command.data.data();
+  slot.iov_count = static_cast<std::uint32_t>(command.data.size());
+  slot.complete = [](blockdev::BlockRequest& request, int error) {
+    auto& done = static_cast<Slot&>(request);
+    done.queue->finish(done, status_of(error), error == 0 ? done.data_bytes : 0);
+  };
+  device.node().submit(slot, context);
+}
+
+// The segments of a discard or write zeroes, one after another; the first error ends the request.
+void BlkQueue::State::submit_segment(Slot& slot) {
+  const BlkSegment& segment = slot.segments[slot.segment_next++];
+  const bool zeroes = slot.kind == BlkCommandKind::kWriteZeroes;
+  slot.operation =
+      zeroes ? blockdev::BlockOperation::kWriteZeroes : blockdev::BlockOperation::kDiscard;
+  slot.write_through = zeroes && device.write_through();
+  slot.may_unmap = segment.may_unmap;
+  slot.offset_bytes = segment.offset_bytes;
+  slot.length_bytes = segment.length_bytes;
+  slot.iov = nullptr;
+  slot.iov_count = 0;
+  slot.complete = [](blockdev::BlockRequest& request, int error) {
+    auto& done = static_cast<Slot&>(request);
+    if (error == 0 && done.segment_next < done.segment_count)
+      return done.queue->submit_segment(done);
+    done.queue->finish(done, status_of(error), 0);
+  };
+  device.node().submit(slot, context);
+}
+
+// GET_ID: 20 bytes, padded with zeroes, without a terminating one ("Device Operation").
+void BlkQueue::State::get_id(Slot& slot, const BlkCommand& command) {
+  std::array<char, kBlkIdBytes> id{};
+  device.options().serial.copy(id.data(), id.size());
+  std::size_t copied = 0;
+  for (const iovec& piece : command.data) {
+    const std::size_t part = std::min(piece.iov_len, id.size() - copied);
+    std::memcpy(piece.iov_base, id.data() + copied, part);
+    copied += part;
+  }
+  finish(slot, kBlkSOk, copied);
+}
+
+void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data_bytes) {
+  *slot.status = static_cast<std::byte>(status);
+  if (status == kBlkSIoErr) ++statistics.errors;
+  if (status == kBlkSUnsupp) ++statistics.unsupported;
+  slot.busy = false;
+  --in_flight;
+  ring.push_used(slot.head, used_length(slot.writable_bytes, data_bytes));
+}
+
+// "The ring is stopped and its error descriptor signalled": the driver has to reset the device.
+void BlkQueue::State::break_ring(const char* reason) {
+  if (std::exchange(is_broken, true)) return;
+  log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);
+  signal(error_fd);
+}
+
+}  // namespace vblk::virtio

@@ -77,6 +77,7 @@ class BlkQueue final : public blockdev::Poller {
   void wake_up() override;
 
  private:
+  struct Slot;
   struct State;
   explicit BlkQueue(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;

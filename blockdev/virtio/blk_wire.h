@@ -1,5 +1,6 @@
 // virtio-blk on the wire: feature bits, request types, status bytes and the config space.
-// virtio 1.2, "Block Device". All fields are little-endian; converted by the helpers of endian.h.
+// virtio 1.2, "Block Device". All fields are little-endian; converted by the helpers of
+// little_endian.h.
 #pragma once
 
 #include <cstddef>

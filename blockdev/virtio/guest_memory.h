@@ -5,7 +5,7 @@
 // under our feet: read each once, into a copy.
 //
 // A frontend can also shrink the file behind a region after we mapped it; touching it would kill
-// the process with SIGBUS. GuestMemoryGuard (guest_memory_guard.h) turns that into a flag on the
+// the process with SIGBUS. The guard (guest_memory_guard.h) turns that into a flag on the
 // region.
 #pragma once
 
@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "aio/error.h"
+#include "blockdev/virtio/guest_memory_guard.h"
 
 namespace vblk::virtio {
 
@@ -41,6 +42,9 @@ class MemoryRegion {
   [[nodiscard]] std::uint64_t size_bytes() const { return size_bytes_; }
   [[nodiscard]] std::uint64_t user_address() const { return user_address_; }
   [[nodiscard]] std::byte* host() const { return host_; }
+  // Whether the file was shrunk and a page that is gone was touched: since then the region holds
+  // zeroes there, and whoever shared it must be cut off. Any thread.
+  [[nodiscard]] bool faulted() const;
 
  private:
   MemoryRegion() = default;
@@ -50,6 +54,7 @@ class MemoryRegion {
   std::byte* host_{nullptr};
   void* mapping_{nullptr};  // what to unmap: page-aligned, so it may start before `host_`
   std::size_t mapping_bytes_{0};
+  int guard_entry_{-1};  // guest_memory_guard.h
 };
 
 class GuestMemory {
@@ -71,12 +76,17 @@ class GuestMemory {
   std::size_t translate(std::uint64_t guest_address, std::uint64_t length_bytes,
                         std::span<iovec> room) const;
 
+  // Whether any region has faulted. Any thread.
+  [[nodiscard]] bool faulted() const;
+
   [[nodiscard]] std::span<const std::shared_ptr<const MemoryRegion>> regions() const {
     return regions_;
   }
 
  private:
   GuestMemory() = default;
+  [[nodiscard]] const MemoryRegion* find(std::uint64_t guest_address) const;
+
   std::vector<std::shared_ptr<const MemoryRegion>> regions_;  // sorted by guest address
 };
 

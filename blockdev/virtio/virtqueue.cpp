@@ -1,0 +1,200 @@
+#include "blockdev/virtio/virtqueue.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "blockdev/virtio/little_endian.h"
+
+namespace vblk::virtio {
+
+namespace {
+
+// One read of the whole descriptor: what is checked is what is used.
+Descriptor read_descriptor(const std::byte* table, std::size_t index) {
+  std::byte copy[kDescriptorBytes];
+  std::memcpy(copy, table + index * kDescriptorBytes, kDescriptorBytes);
+  return {.guest_address = load_le<std::uint64_t>(copy),
+          .length_bytes = load_le<std::uint32_t>(copy + 8),
+          .flags = load_le<std::uint16_t>(copy + 12),
+          .next = load_le<std::uint16_t>(copy + 14)};
+}
+
+}  // namespace
+
+// A chain while it is walked.
+struct Virtqueue::Walk {
+  std::span<iovec> room;
+  std::size_t readable_count{0};
+  std::size_t used_count{0};  // readable and writable
+  std::size_t descriptor_count{0};
+  std::uint64_t readable_bytes{0};
+  std::uint64_t writable_bytes{0};
+  const char* problem{nullptr};
+  std::byte* last_writable_byte{nullptr};
+};
+
+Virtqueue::Virtqueue(const Layout& layout, const GuestMemory& memory)
+    : layout_(layout),
+      memory_(memory),
+      next_avail_(layout.next_avail),
+      avail_index_(layout.next_avail),
+      used_index_(load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset)),
+      published_used_index_(used_index_) {}
+
+// Always false, so that a check can end with it.
+bool Virtqueue::broken(const char* reason) {
+  broken_reason_ = reason;
+  return false;
+}
+
+std::uint16_t Virtqueue::load_avail_index() const {
+  return load_acquire_le<std::uint16_t>(layout_.avail_ring + kAvailIndexOffset);
+}
+
+std::optional<std::uint16_t> Virtqueue::peek_head() {
+  if (broken_reason_ != nullptr) return std::nullopt;
+  if (avail_index_ == next_avail_) {
+    avail_index_ = load_avail_index();
+    if (avail_index_ == next_avail_) return std::nullopt;
+    // A driver can have at most one entry per descriptor outstanding.
+    if (static_cast<std::uint16_t>(avail_index_ - next_avail_) > layout_.size) {
+      broken("the driver claims more available buffers than the ring has entries");
+      return std::nullopt;
+    }
+  }
+  const std::size_t entry = next_avail_ & (layout_.size - 1U);
+  head_ = load_acquire_le<std::uint16_t>(layout_.avail_ring + kAvailRingOffset + 2 * entry);
+  if (head_ < layout_.size) return head_;
+  broken("an available entry names a descriptor beyond the table");
+  return std::nullopt;
+}
+
+Virtqueue::Pop Virtqueue::pop(std::span<iovec> room, Chain& chain) {
+  Walk state{.room = room};
+  if (!walk(state)) return Pop::kBroken;
+  ++next_avail_;
+  chain = {.head = head_,
+           .readable = room.first(state.readable_count),
+           .writable = room.subspan(state.readable_count, state.used_count - state.readable_count),
+           .readable_bytes = state.readable_bytes,
+           .writable_bytes = state.writable_bytes,
+           .problem = state.problem,
+           .last_writable_byte = state.last_writable_byte};
+  return Pop::kChain;
+}
+
+// Follows the chain in the descriptor table. False if its structure does not hold (the ring is
+// broken).
+bool Virtqueue::walk(Walk& state) {
+  std::uint16_t index = head_;
+  for (;;) {
+    const Descriptor descriptor = read_descriptor(layout_.descriptor_table, index);
+    // A chain that is longer than the table runs in a circle.
+    if (++state.descriptor_count > layout_.size)
+      return broken("a descriptor chain is longer than the queue size: it loops");
+    if ((descriptor.flags & kDescFIndirect) != 0) return walk_indirect(descriptor, state);
+    add(descriptor, state);
+    if ((descriptor.flags & kDescFNext) == 0) return true;
+    if (descriptor.next >= layout_.size)
+      return broken("a descriptor's next field lies beyond the table");
+    index = descriptor.next;
+  }
+}
+
+// "Indirect Descriptors": always the last of its chain, one level only.
+bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
+  if (!layout_.indirect) return broken("an indirect descriptor without VIRTIO_F_INDIRECT_DESC");
+  if ((descriptor.flags & kDescFNext) != 0)
+    return broken("an indirect descriptor that has a next one");
+  const std::size_t entries = descriptor.length_bytes / kDescriptorBytes;
+  if (descriptor.length_bytes % kDescriptorBytes != 0 || entries == 0 || entries > layout_.size)
+    return broken(
+        "an indirect table whose length is no multiple of 16, zero, or beyond the queue size");
+  const std::byte* const table =
+      memory_.translate(descriptor.guest_address, descriptor.length_bytes);
+  if (table == nullptr) return broken("an indirect table outside guest memory");
+  std::size_t index = 0;
+  for (std::size_t steps = 0;; ++steps) {
+    const Descriptor entry = read_descriptor(table, index);
+    if (steps == entries) return broken("an indirect descriptor chain loops");
+    if ((entry.flags & kDescFIndirect) != 0)
+      return broken("an indirect descriptor inside an indirect table");
+    add(entry, state);
+    if ((entry.flags & kDescFNext) == 0) return true;
+    if (entry.next >= entries)
+      return broken("an indirect descriptor's next field lies beyond its table");
+    index = entry.next;
+  }
+}
+
+// Translates one descriptor into the room. What cannot be translated marks the chain, and the walk
+// goes on to find the status byte.
+void Virtqueue::add(const Descriptor& descriptor, Walk& state) const {
+  const bool writable = (descriptor.flags & kDescFWrite) != 0;
+  if (descriptor.length_bytes == 0) return;
+  std::byte* const last_byte =
+      memory_.translate(descriptor.guest_address + descriptor.length_bytes - 1, 1);
+  if (writable) state.last_writable_byte = last_byte;
+  // "The driver MUST place any device-writable descriptor elements after any device-readable ones."
+  if (!writable && state.used_count > state.readable_count) {
+    state.problem = "a device-readable descriptor follows a device-writable one";
+    return;
+  }
+  const std::size_t count = memory_.translate(descriptor.guest_address, descriptor.length_bytes,
+                                              state.room.subspan(state.used_count));
+  if (count == 0) {
+    state.problem = "a descriptor points outside guest memory, or the chain has too many pieces";
+    return;
+  }
+  state.used_count += count;
+  if (writable) {
+    state.writable_bytes += descriptor.length_bytes;
+  } else {
+    state.readable_count += count;
+    state.readable_bytes += descriptor.length_bytes;
+  }
+}
+
+void Virtqueue::push_used(std::uint16_t head, std::uint32_t length_bytes) {
+  const std::size_t slot = used_index_ & (layout_.size - 1U);
+  std::byte* const element = layout_.used_ring + kUsedRingOffset + slot * kUsedElementBytes;
+  store_le<std::uint32_t>(element, head);
+  store_le<std::uint32_t>(element + 4, length_bytes);
+  ++used_index_;
+}
+
+bool Virtqueue::publish() {
+  const std::uint16_t old_index = published_used_index_;
+  store_release_le(layout_.used_ring + kUsedIndexOffset, used_index_);
+  published_used_index_ = used_index_;
+  // The index must be visible before the driver's wish is read: the driver does the opposite, so
+  // that one of the two sees the other ("Receiving Used Buffers From The Device").
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (!layout_.event_idx) {
+    const auto flags = load_acquire_le<std::uint16_t>(layout_.avail_ring + kAvailFlagsOffset);
+    return (flags & kAvailFNoInterrupt) == 0;
+  }
+  const auto used_event =
+      load_acquire_le<std::uint16_t>(layout_.avail_ring + avail_used_event_offset(layout_.size));
+  return need_event(used_event, used_index_, old_index);
+}
+
+bool Virtqueue::enable_notifications() {
+  // avail_event exists only if the feature was negotiated; some firmware keeps other data there.
+  if (layout_.event_idx) {
+    store_release_le(layout_.used_ring + used_avail_event_offset(layout_.size), next_avail_);
+  } else {
+    store_release_le(layout_.used_ring + kUsedFlagsOffset, std::uint16_t{0});
+  }
+  // The wish must be visible before the ring is looked at once more.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  return load_avail_index() == next_avail_;
+}
+
+void Virtqueue::disable_notifications() {
+  // With the event index nothing is to be done: it is behind us already, so the driver does not
+  // kick.
+  if (!layout_.event_idx) store_release_le(layout_.used_ring + kUsedFlagsOffset, kUsedFNoNotify);
+}
+
+}  // namespace vblk::virtio
