@@ -1,0 +1,181 @@
+#!/usr/bin/python3
+"""A real guest on a vblk disk: Debian's cloud kernel in QEMU without KVM, one boot per batch of scenarios.
+
+The guest's first process (tests/guest/init, tests/guest/root_init) reports each check on the serial console; this
+program serves the disk, watches the console, and then looks at the image from the host's side. Prints TAP.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+from harness import ENGINES, Folder, Report, Server, allocated_bytes, make_sparse, run  # noqa: E402
+
+SOURCE = Path(__file__).resolve().parent
+SCRIPTS = SOURCE.parent.parent / "scripts"
+MIB = 1 << 20
+# An emulated processor on a busy machine: a boot takes about 20 s alone on two cores.
+BOOT_SECONDS_MAX = 420
+
+
+class Guest:
+    """The kernel and initial RAM file system, made once per build folder."""
+
+    def __init__(self, cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        kernel = cache / "kernel"
+        self.initramfs = cache / "initramfs.gz"
+        subprocess.run([SCRIPTS / "fetch_guest_kernel.sh", kernel], check=True, stdout=sys.stderr)
+        subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
+        self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
+
+    def boot(self, socket, queue_count, parameters):
+        """Boots, waits for power-off; returns (console text, whether it ended in time)."""
+        words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
+        command = [
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
+            "-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
+            "-chardev", f"socket,id=c,path={socket}",
+            "-device", f"vhost-user-blk-pci,chardev=c,num-queues={queue_count}",
+            "-kernel", str(self.vmlinuz), "-initrd", str(self.initramfs),
+            "-append", f"console=ttyS0 quiet panic=-1 {words}",
+            "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-net", "none",
+        ]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            console, _ = process.communicate(timeout=BOOT_SECONDS_MAX)
+            ended = True
+        except subprocess.TimeoutExpired:
+            process.kill()
+            console, _ = process.communicate()
+            ended = False
+        return console.decode(errors="replace").replace("\r", ""), ended
+
+
+def report_guest(report, title, console, ended, expected):
+    """One TAP line per check that the guest reported, and one that it reached its end having reported enough."""
+    results = re.findall(r"VBLK-GUEST: (PASS|FAIL) (.*)", console)
+    for result, name in results:
+        report.check(f"{title}: {name}", result == "PASS", console if result == "FAIL" else "")
+    complete = ended and "VBLK-GUEST: END" in console and len(results) >= expected
+    report.check(f"{title}: guest ran to its end", complete, console)
+    return complete
+
+
+def test_engine(report, guest, options, folder, engine):
+    """Everything that writes, on one engine and the page cache bypassed; then the host's view of the image."""
+    image, trace = folder / "disk.img", folder / "trace"
+    make_sparse(image, 256 * MIB)
+    parameters = {"run": "identity,files,fio,durability,discard", "serial": f"guest-{engine}", "cache": "write_back"}
+    arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--serial", f"guest-{engine}"]
+    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, parameters)
+        report_guest(report, engine, console, ended, 18)
+        report.check(f"{engine}: server ends with status 0", server.stop() == 0, server.log.read_text())
+        report.check(f"{engine}: server removed its socket", not server.socket.exists())
+    # The guest's discard of [16 MiB, 48 MiB) must have left a hole in the file, not zeroes.
+    with open(image, "rb") as file:
+        hole = os.lseek(file.fileno(), 16 * MIB, os.SEEK_HOLE)
+        try:
+            data = os.lseek(file.fileno(), hole, os.SEEK_DATA)
+        except OSError:
+            data = 256 * MIB
+    report.check(f"{engine}: discarded range is a hole in the image", hole == 16 * MIB and data >= 48 * MIB,
+                 f"hole at {hole}, data again at {data}, allocated {allocated_bytes(image)}")
+
+
+def test_file_system_survives(report, guest, options, folder, engine):
+    """The image that a guest has filled, checked by the host."""
+    image = folder / "disk.img"
+    make_sparse(image, 128 * MIB)
+    with Server(options.vblk, [image, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, {"run": "files"})
+        report_guest(report, f"{engine}, left for the host", console, ended, 9)
+        # Killed, not asked: what the guest flushed must be in the image anyway.
+        server.kill()
+    status, output = run("e2fsck", "-fn", image)
+    report.check(f"{engine}: host's e2fsck finds nothing", status == 0, output)
+
+
+def test_read_only(report, guest, options, folder, engine):
+    image, content = folder / "disk.img", folder / "content"
+    content.mkdir()
+    (content / "message").write_text("written by the host\n")
+    make_sparse(image, 32 * MIB)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", content, image)
+    before = image.read_bytes()
+    with Server(options.vblk, [image, "--aio", engine, "--read-only"], folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 1, {"run": "readonly"})
+        report_guest(report, "read-only", console, ended, 8)
+    report.check("read-only: image is unchanged", image.read_bytes() == before)
+
+
+def test_write_through(report, guest, options, folder, engine):
+    image = folder / "disk.img"
+    make_sparse(image, 128 * MIB)
+    parameters = {"run": "identity,files", "serial": "wt", "cache": "write_through"}
+    arguments = [image, "--aio", engine, "--cache", "directsync", "--queues", 2, "--serial", "wt"]
+    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, parameters)
+        report_guest(report, "directsync", console, ended, 12)
+
+
+def test_root_file_system(report, guest, options, folder, engine):
+    """The host makes a root file system on a raw image, the guest boots from it and writes, the host checks it."""
+    image, content = folder / "disk.img", folder / "content"
+    for name in ("bin", "dev", "proc", "sys", "tmp"):
+        (content / name).mkdir(parents=True)
+    (content / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
+    (content / "bin/busybox").chmod(0o755)
+    (content / "init").write_bytes((SOURCE / "root_init").read_bytes())
+    (content / "init").chmod(0o755)
+    (content / "content").write_bytes(os.urandom(5 * MIB))
+    status, sums = run("md5sum", "content", cwd=content)
+    (content / "content.md5").write_text(sums.replace(" content", " /content"))
+    make_sparse(image, 96 * MIB)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", content, image)
+    with Server(options.vblk, [image, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, {"run": "rootfs"})
+        report_guest(report, "root on the disk", console, ended, 6)
+        report.check("root on the disk: server ends with status 0", server.stop() == 0)
+    status, output = run("e2fsck", "-fn", image)
+    report.check("root on the disk: host's e2fsck finds nothing", status == 0, output)
+    made, sums = folder / "made-by-guest", folder / "sums"
+    run("debugfs", "-R", f"dump /made-by-guest {made}", image)
+    run("debugfs", "-R", f"dump /made-by-guest.md5 {sums}", image)
+    status, output = run("md5sum", "-c", sums, cwd=folder)
+    report.check("root on the disk: host reads what the guest wrote", status == 0, output)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vblk", required=True, help="the program under test")
+    parser.add_argument("--cache", required=True, type=Path, help="folder that keeps the guest's kernel")
+    parser.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
+    options = parser.parse_args()
+    os.environ["PATH"] += ":/sbin:/usr/sbin"
+
+    report = Report()
+    guest = Guest(options.cache)
+    batches = [(test_engine, engine) for engine in options.engine or ENGINES]
+    batches += [(test_file_system_survives, engine) for engine in options.engine or ENGINES]
+    batches += [(test, (options.engine or ["io_uring"])[0])
+                for test in (test_read_only, test_write_through, test_root_file_system)]
+    for test, engine in batches:
+        start = time.monotonic()
+        with Folder() as folder:
+            try:
+                test(report, guest, options, folder, engine)
+            except RuntimeError as error:
+                report.check(f"{engine}: {test.__name__} runs", False, error)
+        print(f"# {test.__name__} on {engine}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    report.exit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the tests that run whole programs share: TAP output, temporary folders, and a served disk.
+
+Every check is one TAP line, so that each counts as a case of its own.
+"""
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ENGINES = ("threads", "native", "io_uring")
+
+
+class Report:
+    """Prints TAP as checks finish; `exit()` ends the program with the right status."""
+
+    def __init__(self):
+        self.count = 0
+        self.failed = 0
+
+    def check(self, name, passed, detail=""):
+        self.count += 1
+        self.failed += not passed
+        print(f"{'ok' if passed else 'not ok'} {self.count} - {name}", flush=True)
+        if not passed:
+            for line in str(detail).splitlines():
+                print(f"# {line}", flush=True)
+        return passed
+
+    def skip(self, name, reason):
+        self.count += 1
+        print(f"ok {self.count} - {name} # SKIP {reason}", flush=True)
+
+    def exit(self):
+        print(f"1..{self.count}", flush=True)
+        sys.exit(1 if self.failed or not self.count else 0)
+
+
+class Folder:
+    """A temporary folder that is gone afterwards. Its path is short: Unix socket paths end at 107 bytes."""
+
+    def __enter__(self):
+        self.path = Path(tempfile.mkdtemp(prefix="vblk-", dir=os.environ.get("VBLK_TEST_DIR", "/var/tmp")))
+        return self.path
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Server:
+    """A running `vblk serve`. `wrapper` is a command that runs it, such as strace with its options."""
+
+    def __init__(self, vblk, arguments, socket, log, wrapper=()):
+        self.socket = Path(socket)
+        self.log = Path(log)
+        self.wrapped = bool(wrapper)
+        command = [*wrapper, str(vblk), "serve", *map(str, arguments), "--socket-path", str(socket)]
+        with open(self.log, "wb") as log_file:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file)
+        line = self._first_line(20)
+        if not line.startswith("vblk: ready on "):
+            self.kill()
+            raise RuntimeError(f"no ready line but {line!r} from {' '.join(command)}\n{self.log.read_text()}")
+
+    def _first_line(self, seconds):
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline().decode() if readable else ""
+
+    def pid(self):
+        """The server itself, also where a wrapper runs it."""
+        if not self.wrapped:
+            return self.process.pid
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def stop(self, seconds=20):
+        """SIGTERM; returns the exit status, or None where the server did not end in time."""
+        os.kill(self.pid(), signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.kill(self.pid(), signal.SIGKILL)
+            self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+
+def allocated_bytes(path):
+    return os.stat(path).st_blocks * 512
+
+
+def make_sparse(path, size_bytes):
+    with open(path, "wb") as file:
+        file.truncate(size_bytes)
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def run(*command, **options):
+    """Runs a command to its end; returns (status, output and errors together)."""
+    done = subprocess.run(
+        list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=options.pop("timeout", 120), **options)
+    return done.returncode, done.stdout.decode(errors="replace")
