@@ -1,0 +1,140 @@
+// vhost-user on the wire, for both sides: message numbers, features, and payloads decoded from
+// bytes. Source: QEMU's docs/interop/vhost-user.rst, "Message Specification" and "Front-end message
+// types". All numbers are in the byte order of the machine; both ends run on it.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace vblk::vhost_user {
+
+// "Front-end message types".
+enum class Request : std::uint32_t {
+  kGetFeatures = 1,
+  kSetFeatures = 2,
+  kSetOwner = 3,
+  kResetOwner = 4,
+  kSetMemTable = 5,
+  kSetLogBase = 6,
+  kSetLogFd = 7,
+  kSetVringNum = 8,
+  kSetVringAddr = 9,
+  kSetVringBase = 10,
+  kGetVringBase = 11,
+  kSetVringKick = 12,
+  kSetVringCall = 13,
+  kSetVringErr = 14,
+  kGetProtocolFeatures = 15,
+  kSetProtocolFeatures = 16,
+  kGetQueueNum = 17,
+  kSetVringEnable = 18,
+  kSetBackendReqFd = 21,
+  kGetConfig = 24,
+  kSetConfig = 25,
+  kGetMaxMemSlots = 36,
+  kAddMemReg = 37,
+  kRemMemReg = 38,
+};
+
+// "Back-end message types".
+enum class BackendRequest : std::uint32_t { kConfigChange = 2 };
+
+// "SET_MEM_TABLE" and so on, or "message 77" for what is not known here.
+[[nodiscard]] std::string_view name_of(Request request);
+
+// VHOST_USER_F_PROTOCOL_FEATURES, a virtio feature bit that only vhost-user uses.
+inline constexpr unsigned kFProtocolFeatures = 30;
+
+// "Protocol features".
+inline constexpr unsigned kProtocolFMq = 0;
+inline constexpr unsigned kProtocolFReplyAck = 3;
+inline constexpr unsigned kProtocolFBackendReq = 5;
+inline constexpr unsigned kProtocolFConfig = 9;
+inline constexpr unsigned kProtocolFConfigureMemSlots = 15;
+
+// "Header": request, flags, size; 32 bits each.
+struct Header {
+  std::uint32_t request;
+  std::uint32_t flags;
+  std::uint32_t payload_bytes;
+};
+inline constexpr std::size_t kHeaderBytes = 12;
+inline constexpr std::uint32_t kVersion = 1;
+inline constexpr std::uint32_t kVersionMask = 3;
+inline constexpr std::uint32_t kFlagReply = 4;
+inline constexpr std::uint32_t kFlagNeedReply = 8;
+
+// Regions in one SET_MEM_TABLE, and so descriptors in one message ("Multiple Memory regions
+// description").
+inline constexpr std::size_t kMemoryTableRegionsMax = 8;
+// Longest payload taken: a config message has 12 bytes and at most 256 of config space; a memory
+// table 264.
+inline constexpr std::size_t kPayloadBytesMax = 512;
+
+// SET_VRING_KICK, CALL and ERR: index in the low bits, bit 8 "no descriptor comes along".
+inline constexpr std::uint64_t kVringIndexMask = 0xff;
+inline constexpr std::uint64_t kVringNoFd = 0x100;
+
+// Payloads. Each is the wire layout in the machine's byte order, padding included; they are copied
+// in and out of messages whole, never cast.
+struct VringState {
+  std::uint32_t index;
+  std::uint32_t value;
+};
+struct VringAddress {
+  std::uint32_t index;
+  std::uint32_t flags;
+  std::uint64_t descriptor_user_address;
+  std::uint64_t used_user_address;
+  std::uint64_t avail_user_address;
+  std::uint64_t log_guest_address;
+};
+struct MemoryRegionDescription {
+  std::uint64_t guest_address;
+  std::uint64_t size_bytes;
+  std::uint64_t user_address;
+  std::uint64_t mmap_offset;
+};
+struct SingleMemoryRegion {
+  std::uint64_t padding;
+  MemoryRegionDescription region;
+};
+struct MemoryTableHead {
+  std::uint32_t region_count;
+  std::uint32_t padding;
+};
+struct ConfigHead {
+  std::uint32_t offset;
+  std::uint32_t size_bytes;
+  std::uint32_t flags;
+};
+static_assert(sizeof(VringState) == 8 && sizeof(VringAddress) == 40 &&
+              sizeof(MemoryRegionDescription) == 32);
+static_assert(sizeof(SingleMemoryRegion) == 40 && sizeof(MemoryTableHead) == 8 &&
+              sizeof(ConfigHead) == 12);
+
+// A payload as bytes, front to back.
+template <typename T>
+  requires std::is_trivially_copyable_v<T>
+std::optional<T> decode(std::span<const std::byte> bytes) {
+  if (bytes.size() < sizeof(T)) return std::nullopt;
+  T value;
+  std::memcpy(&value, bytes.data(), sizeof(T));
+  return value;
+}
+
+template <typename T>
+  requires std::is_trivially_copyable_v<T>
+void append(std::vector<std::byte>& bytes, const T& value) {
+  const auto* const begin = reinterpret_cast<const std::byte*>(&value);
+  bytes.insert(bytes.end(), begin, begin + sizeof(T));
+}
+
+}  // namespace vblk::vhost_user
