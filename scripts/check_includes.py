@@ -1,0 +1,93 @@
+#!/usr/bin/python3
+"""Checks that every #include points in the direction that docs/architecture.md allows. Prints TAP."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Folder -> the folders of ours it may include besides itself. What is not listed is not allowed.
+ALLOWED = {
+    "threadpool": set(),
+    "aio": {"threadpool"},
+    "blockdev": {"aio", "threadpool"},
+    "blockdev/virtio": {"blockdev", "aio"},
+    "blockdev/vhost_user": {"blockdev/virtio", "blockdev", "aio"},
+    "blockdev/driver": {"blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/demo": {"blockdev/driver", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/cli": {"blockdev/demo", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+}
+# The engines are known by the block layer's core and by the commands that let a user choose; nowhere else.
+ENGINE_HEADER = re.compile(r"^aio/(\w+_engine|engine_set|engine)\.h$")
+NO_ENGINES = {"blockdev/virtio", "blockdev/vhost_user", "blockdev/driver"}
+# The driver is the other end of the wire: of the device it may see the formats, not the code.
+DRIVER_MAY_SEE = re.compile(
+    r"^(blockdev/driver/|blockdev/vhost_user/(protocol|socket)\.h|blockdev/virtio/(blk_wire|split_ring|\w*endian)\.h"
+    r"|aio/(error|event_fd)\.h|blockdev/(log|byte_size)\.h)")
+# Libraries that one file alone may include.
+SINGLE = {"libaio.h": "aio/native_engine.cpp", "liburing.h": "aio/io_uring_engine.cpp"}
+THREADPOOL_SYSTEM = re.compile(r"^([a-z_]+|sys/\w+\.h|unistd\.h|pthread\.h)$")
+
+
+def folder_of(path):
+    return path.rsplit("/", 1)[0]
+
+
+def violations(path, text):
+    """What is wrong with the includes of one file; `path` is relative to the root."""
+    folder, found = folder_of(path), []
+    for kind, name in re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', text, re.MULTILINE):
+        if name in SINGLE and path != SINGLE[name]:
+            found.append(f"{name} is for {SINGLE[name]} alone")
+        if kind == "<":
+            if folder == "threadpool" and not THREADPOOL_SYSTEM.match(name):
+                found.append(f"<{name}>: threadpool/ is on the standard library only")
+            continue
+        target = folder_of(name) if "/" in name else ""
+        if target != folder and target not in ALLOWED[folder]:
+            found.append(f"{name}: {folder}/ may not include {target or 'files without their folder'}")
+        elif folder in NO_ENGINES and ENGINE_HEADER.match(name):
+            found.append(f"{name}: {folder}/ knows no engine")
+        elif folder == "blockdev/driver" and not DRIVER_MAY_SEE.match(name):
+            found.append(f"{name}: the driver sees the wire, not the device")
+    return found
+
+
+# A checker that finds nothing proves nothing: each of these must be found.
+CANARIES = [
+    ("threadpool/x.cpp", '#include "aio/error.h"\n'),
+    ("threadpool/x.cpp", "#include <boost/asio.hpp>\n"),
+    ("aio/x.h", '#include "blockdev/image.h"\n'),
+    ("blockdev/x.cpp", '#include "blockdev/virtio/blk_wire.h"\n'),
+    ("blockdev/virtio/x.cpp", '#include "aio/threads_engine.h"\n'),
+    ("blockdev/driver/x.cpp", '#include "blockdev/virtio/blk_device.h"\n'),
+    ("blockdev/vhost_user/x.cpp", '#include "blockdev/cli/options.h"\n'),
+    ("aio/x.cpp", "#include <liburing.h>\n"),
+    ("aio/x.cpp", "#include <libaio.h>\n"),
+]
+
+
+def main():
+    number = failed = 0
+
+    def check(name, details):
+        nonlocal number, failed
+        number += 1
+        failed += bool(details)
+        print(f"{'not ok' if details else 'ok'} {number} - {name}")
+        for detail in details:
+            print(f"# {detail}")
+
+    for path, text in CANARIES:
+        check(f"canary is found: {text.strip()} in {path}", [] if violations(path, text) else ["not found"])
+    for folder in ALLOWED:
+        for file in sorted((ROOT / folder).glob("*.[ch]*")):
+            path = str(file.relative_to(ROOT))
+            check(f"includes of {path}", violations(path, file.read_text()))
+    print(f"1..{number}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
