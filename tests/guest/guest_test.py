@@ -102,6 +102,54 @@ def test_file_system_survives(report, guest, options, folder, engine):
     report.check(f"{engine}: host's e2fsck finds nothing", status == 0, output)
 
 
+# What a flush looks like to the kernel, per engine, as strace prints it. io_uring's submissions lie in shared memory,
+# where strace sees nothing; there the kernel's own tracepoint is counted.
+FLUSH_CALL = {"threads": re.compile(r"\bfdatasync\("), "native": re.compile(r"IOCB_CMD_FD?SYNC")}
+DURABLE_WRITES = 50
+
+
+def trace_io_uring(folder):
+    """Counts fsyncs given to any ring, in a mount namespace of its own; returns the process, or None if refused."""
+    events = folder / "tracefs"
+    events.mkdir()
+    script = (f"mount -t tracefs tracefs {events} && cd {events} && mkdir instances/vblk-$$ && cd instances/vblk-$$ && "
+              "echo 1 > events/io_uring/io_uring_submit_req/enable && echo ready && "
+              f"timeout 600 cat trace_pipe > {folder}/trace & read -r _; kill $!; cd {events}; rmdir instances/*")
+    if os.geteuid() != 0:
+        return None
+    process = subprocess.Popen(["unshare", "-m", "bash", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    if process.stdout.readline().strip() == b"ready":
+        return process
+    process.stdin.close()
+    process.wait()
+    return None
+
+
+def test_durability(report, guest, options, folder, engine):
+    """Each of the guest's fifty fsyncs must be a flush at the host's kernel: the promise that others break."""
+    image, trace = folder / "disk.img", folder / "trace"
+    name = f"{engine}: {DURABLE_WRITES} fsyncs of the guest are as many flushes at the host"
+    make_sparse(image, 32 * MIB)
+    wrapper, tracer = ["strace", "-f", "-qq", "-e", "trace=fdatasync,fsync,io_submit", "-o", str(trace)], None
+    if engine == "io_uring":
+        wrapper, tracer = [], trace_io_uring(folder)
+        if tracer is None:
+            report.skip(name, "the kernel's io_uring tracepoints need root and tracefs")
+            return
+    arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2]
+    with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server:
+        console, ended = guest.boot(server.socket, 2, {"run": "durability"})
+        report_guest(report, f"{engine} under trace", console, ended, 2)
+        server.stop()
+    if tracer is not None:
+        tracer.communicate(b"end\n")
+    lines = trace.read_text(errors="replace").splitlines()
+    is_flush = FLUSH_CALL.get(engine, re.compile(r"\bFSYNC\b|opcode 3\b"))
+    count = sum(len(is_flush.findall(line)) for line in lines)
+    report.check(name, count >= DURABLE_WRITES, f"{count} flushes in {len(lines)} traced lines\n" + "\n".join(lines[-5:]))
+
+
 def test_read_only(report, guest, options, folder, engine):
     image, content = folder / "disk.img", folder / "content"
     content.mkdir()
@@ -164,6 +212,7 @@ def main():
     guest = Guest(options.cache)
     batches = [(test_engine, engine) for engine in options.engine or ENGINES]
     batches += [(test_file_system_survives, engine) for engine in options.engine or ENGINES]
+    batches += [(test_durability, engine) for engine in options.engine or ENGINES]
     batches += [(test, (options.engine or ["io_uring"])[0])
                 for test in (test_read_only, test_write_through, test_root_file_system)]
     for test, engine in batches:

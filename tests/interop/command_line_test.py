@@ -1,0 +1,168 @@
+#!/usr/bin/python3
+"""The program as a user meets it: bad input, locks, sockets and signals. Prints TAP.
+
+Bad input must cost the user one readable line: a status that is not 0, one line on standard error that names the thing,
+and nothing left behind.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+from harness import ENGINES, Folder, Report, Server, make_sparse, run  # noqa: E402
+
+MIB = 1 << 20
+
+
+def refused(report, vblk, title, folder, arguments, names, prefix=()):
+    """Runs `vblk serve` with bad input and checks all that is promised about it."""
+    before = sorted(os.listdir(folder))
+    command = [*prefix, vblk, "serve", *map(str, arguments)]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+    except subprocess.TimeoutExpired:
+        report.check(f"{title}: refused", False, "still running after 20 s")
+        return
+    lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line]
+    good = done.returncode > 0 and len(lines) == 1 and names in lines[0] and sorted(os.listdir(folder)) == before
+    report.check(f"{title}: refused in one line that names it", good,
+                 f"status {done.returncode}, expected '{names}' in\n" + "\n".join(lines))
+
+
+def test_bad_images(report, vblk):
+    with Folder() as folder:
+        at = ["--socket-path", folder / "s"]
+        (folder / "empty.img").touch()
+        (folder / "odd.img").write_bytes(b"x" * 700)
+        make_sparse(folder / "disk.img", MIB)
+        refused(report, vblk, "missing image", folder, [folder / "none.img", *at], "none.img")
+        refused(report, vblk, "empty image", folder, [folder / "empty.img", *at], "empty.img")
+        refused(report, vblk, "directory as image", folder, [folder, *at], str(folder))
+        refused(report, vblk, "character device as image", folder, ["/dev/null", *at], "/dev/null")
+        if os.geteuid() == 0:
+            os.chmod(folder, 0o777)
+            os.chmod(folder / "disk.img", 0o600)
+            other = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+            reachable = subprocess.run([*other, vblk, "--version"], capture_output=True).returncode == 0
+            if reachable:
+                refused(report, vblk, "unreadable image", folder, [folder / "disk.img", *at], "disk.img", other)
+            else:
+                report.skip("unreadable image", "another user cannot reach the program's folder")
+        else:
+            os.chmod(folder / "disk.img", 0)
+            refused(report, vblk, "unreadable image", folder, [folder / "disk.img", *at], "disk.img")
+
+
+def test_bad_options(report, vblk):
+    with Folder() as folder:
+        image, at = folder / "disk.img", ["--socket-path", folder / "s"]
+        make_sparse(image, MIB)
+        for title, arguments, names in (
+                ("no image", at, "image"),
+                ("no socket", [image], "socket"),
+                ("unknown engine", [image, *at, "--aio", "warp"], "warp"),
+                ("unknown kind of operation", [image, *at, "--aio", "reed=threads"], "reed"),
+                ("unknown cache mode", [image, *at, "--cache", "some"], "some"),
+                ("unknown format", [image, *at, "--format", "vhd"], "vhd"),
+                ("unknown option", [image, *at, "--turbo"], "turbo"),
+                ("no queues", [image, *at, "--queues", "0"], "--queues"),
+                ("queue size that is no power of two", [image, *at, "--queue-size", "100"], "queue-size"),
+                ("more threads than queues", [image, *at, "--queues", "1", "--iothreads", "2"], "iothreads"),
+                ("odd sector size", [image, *at, "--logical-block-size", "700"], "logical-block-size"),
+                ("serial that is too long", [image, *at, "--serial", "x" * 21], "serial"),
+                ("size of an image", [image, *at, "--size", "1G"], "--size"),
+                ("null disk without size", ["--format", "null", *at], "size"),
+                ("descriptor that is not open", [image, "--fd", "97"], "97"),
+        ):
+            refused(report, vblk, title, folder, arguments, names)
+
+
+def test_bad_sockets(report, vblk):
+    with Folder() as folder:
+        image, other = folder / "disk.img", folder / "other.img"
+        make_sparse(image, MIB)
+        make_sparse(other, MIB)
+        (folder / "file").write_text("precious")
+        refused(report, vblk, "socket path that is a file", folder, [image, "--socket-path", folder / "file"], "file")
+        report.check("the file at the socket path is untouched", (folder / "file").read_text() == "precious")
+        long = folder / ("n" * 120)
+        refused(report, vblk, "socket path that is too long", folder, [image, "--socket-path", long], "nnnn")
+        refused(report, vblk, "socket path in no folder", folder, [image, "--socket-path", folder / "no/s"], "no/s")
+        with Server(vblk, [image], folder / "s", folder / "log"):
+            refused(report, vblk, "socket path in use", folder, [other, "--socket-path", folder / "s"], "/s")
+
+
+def test_locks(report, vblk):
+    with Folder() as folder:
+        image = folder / "disk.img"
+        make_sparse(image, MIB)
+        with Server(vblk, [image], folder / "s", folder / "log"):
+            refused(report, vblk, "image that another vblk writes", folder, [image, "--socket-path", folder / "t"], "disk.img")
+            status, output = run("qemu-img", "info", image)
+            report.check("qemu-img is refused while vblk writes", status != 0 and "lock" in output, output)
+            status, output = run("qemu-img", "info", "-U", image)
+            report.check("qemu-img -U may look while vblk writes", status == 0, output)
+        with Server(vblk, [image, "--read-only"], folder / "s", folder / "log"), \
+                Server(vblk, [image, "--read-only"], folder / "t", folder / "log2"):
+            report.check("two read-only servers share an image", True)
+            status, output = run("qemu-img", "info", image)
+            report.check("qemu-img reads beside read-only servers", status == 0, output)
+
+
+def test_end_of_life(report, vblk):
+    for engine in ENGINES:
+        with Folder() as folder:
+            image = folder / "disk.img"
+            make_sparse(image, MIB)
+            with Server(vblk, [image, "--aio", engine], folder / "s", folder / "log") as server:
+                report.check(f"{engine}: SIGTERM ends the server with 0", server.stop() == 0, server.log.read_text())
+                report.check(f"{engine}: SIGTERM removes the socket", not server.socket.exists())
+            with Server(vblk, [image, "--aio", engine], folder / "s", folder / "log") as server:
+                server.kill()
+                report.check(f"{engine}: SIGKILL leaves the socket", server.socket.exists())
+            with Server(vblk, [image, "--aio", engine], folder / "s", folder / "log") as server:
+                report.check(f"{engine}: a new server takes a dead one's socket path", server.stop() == 0)
+            with Server(vblk, [image, "--aio", engine], folder / "s", folder / "log") as server:
+                for junk in (b"", b"\0" * 12, b"\xff" * 400, b"\1\0\0\0\1\0\0\0\xff\xff\xff\x7f"):
+                    with socket.socket(socket.AF_UNIX) as client:
+                        client.connect(str(server.socket))
+                        client.sendall(junk)
+                report.check(f"{engine}: junk on the socket costs the connection only", server.stop() == 0,
+                             server.log.read_text())
+
+
+def test_answers(report, vblk):
+    status, output = run(vblk, "--version")
+    report.check("--version answers", status == 0 and output.startswith("vblk "), output)
+    status, output = run(vblk, "serve", "--print-capabilities")
+    try:
+        capabilities = json.loads(output)
+    except ValueError:
+        capabilities = {}
+    good = status == 0 and capabilities.get("type") == "block" and \
+        {"blk-file", "read-only"} <= set(capabilities.get("features", []))
+    report.check("--print-capabilities is as vhost-user.rst has it", good, output)
+    status, output = run(vblk, "serve", "--help")
+    report.check("serve --help answers", status == 0 and "--socket-path" in output, output)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
+    vblk = parser.parse_args().vblk.resolve()
+    report = Report()
+    for test in (test_answers, test_bad_images, test_bad_options, test_bad_sockets, test_locks, test_end_of_life):
+        try:
+            test(report, vblk)
+        except RuntimeError as error:
+            report.check(f"{test.__name__} runs", False, error)
+    report.exit()
+
+
+if __name__ == "__main__":
+    main()
