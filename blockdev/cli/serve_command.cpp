@@ -1,22 +1,28 @@
-// `vblk serve`: puts the parts together, in the order in which they can fail without leaving anything behind.
+// `vblk serve`: puts the parts together, in the order in which they can fail without leaving
+// anything behind.
 //
-//   image -> device -> I/O threads (engines) -> socket -> monitor -> ready line -> serve until a signal
+//   image -> device -> I/O threads (engines) -> socket -> monitor -> ready line -> serve until a
+//   signal
 //
 // Threads: this one serves the vhost-user socket; each I/O thread owns its queues and engines; the
 // monitor has its own. Signals arrive on this thread's server through SignalWatcher's thread.
-#include <fmt/core.h>
-#include <fmt/format.h>
-#include <pthread.h>
-#include <unistd.h>
-
-#include <boost/json.hpp>
+#include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <functional>
+#include <memory>
+#include <pthread.h>
+#include <string>
+#include <string_view>
 #include <thread>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
-#include "blockdev/byte_size.h"
+#include <boost/json.hpp>
+#include <fmt/core.h>
+#include <fmt/format.h>
+
 #include "blockdev/cli/commands.h"
 #include "blockdev/cli/monitor.h"
 #include "blockdev/cli/options.h"
@@ -31,8 +37,9 @@ using IoThreads = std::vector<std::unique_ptr<blockdev::IoThread>>;
 
 namespace {
 
-// SIGTERM and SIGINT as an ordinary thread that waits for them: no handler, nothing to be careful about in one.
-// The first asks the server to stop; a second ends the process at once, for a disk that never answers.
+// SIGTERM and SIGINT as an ordinary thread that waits for them: no handler, nothing to be careful
+// about in one. The first asks the server to stop; a second ends the process at once, for a disk
+// that never answers.
 class SignalWatcher {
  public:
   // Blocks the signals in the calling thread; threads made later inherit that.
@@ -41,12 +48,7 @@ class SignalWatcher {
     for (const int signal : {SIGTERM, SIGINT, kWakeUp}) sigaddset(&signals_, signal);
     pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
   }
-  ~SignalWatcher() {
-    if (!thread_.joinable()) return;
-    finished_ = true;
-    pthread_kill(thread_.native_handle(), kWakeUp);
-    thread_.join();
-  }
+  ~SignalWatcher() { stop(); }
   SignalWatcher(const SignalWatcher&) = delete;
   SignalWatcher& operator=(const SignalWatcher&) = delete;
 
@@ -56,18 +58,26 @@ class SignalWatcher {
       bool first = true;
       while (sigwait(&signals_, &signal) == 0 && !finished_) {
         if (!std::exchange(first, false)) {
-          log::error("second {}: leaving without waiting for requests in flight", strsignal_name(signal));
+          log::error("second {}: leaving without waiting for requests in flight", name_of(signal));
           ::_exit(kExitFailure);
         }
-        log::info("{}: draining and flushing", strsignal_name(signal));
+        log::info("{}: draining and flushing", name_of(signal));
         on_first();
       }
     });
   }
 
+  // What start() was given is not called any more after this.
+  void stop() {
+    if (!thread_.joinable()) return;
+    finished_ = true;
+    pthread_kill(thread_.native_handle(), kWakeUp);
+    thread_.join();
+  }
+
  private:
   static constexpr int kWakeUp = SIGUSR2;
-  static std::string_view strsignal_name(int signal) { return signal == SIGINT ? "SIGINT" : "SIGTERM"; }
+  static std::string_view name_of(int signal) { return signal == SIGINT ? "SIGINT" : "SIGTERM"; }
 
   sigset_t signals_{};
   std::atomic<bool> finished_{false};
@@ -99,12 +109,14 @@ void log_routes(blockdev::IoThread& thread) {
   const auto lines = on_io_thread(thread, [](blockdev::IoContext& context) {
     std::vector<std::string> text;
     for (const auto& route : context.engines().routes()) {
-      text.push_back(fmt::format("{} by {}{}", aio::to_string(route.kind), route.chosen,
-                                 route.reason.empty() ? "" : fmt::format(" instead of {}: {}", route.requested,
-                                                                         route.reason)));
+      text.push_back(fmt::format(
+          "{} by {}{}", aio::to_string(route.kind), route.chosen,
+          route.reason.empty() ? ""
+                               : fmt::format(" instead of {}: {}", route.requested, route.reason)));
     }
     for (const auto& engine : context.engines().engines()) {
-      for (const auto& note : engine->notes()) text.push_back(fmt::format("{}: {}", engine->name(), note));
+      for (const auto& note : engine->notes())
+        text.push_back(fmt::format("{}: {}", engine->name(), note));
     }
     return text;
   });
@@ -136,22 +148,70 @@ json::value query_aio(const IoThreads& threads) {
                           {"reason", route.reason}});
       }
       json::array engines;
-      for (const auto& engine : context.engines().engines()) engines.push_back(engine_counters(*engine));
+      for (const auto& engine : context.engines().engines())
+        engines.push_back(engine_counters(*engine));
       return json::object{{"routes", std::move(routes)}, {"engines", std::move(engines)}};
     }));
   }
   return json::object{{"iothreads", std::move(answer)}};
 }
 
-Expected<int> serve(const ServeOptions& options, SignalWatcher& signals) {
-  auto node = blockdev::open_image(options.image);
-  if (!node) return std::unexpected(std::move(node.error()));
-  auto device = virtio::BlkDevice::create(**node, options.device);
-  if (!device) return std::unexpected(std::move(device.error()));
-  auto threads = start_io_threads(options);
-  if (!threads) return std::unexpected(std::move(threads.error()));
+json::value query_status(vhost_user::Server& server, const blockdev::BlockNode& node) {
+  const auto status = server.status();
+  if (!status) return json::object{{"busy", true}};
+  json::array rings;
+  for (const auto& ring : status->rings) {
+    rings.push_back({{"running", ring.running},
+                     {"broken", ring.broken},
+                     {"in-flight", ring.in_flight},
+                     {"requests", ring.statistics.requests},
+                     {"errors", ring.statistics.errors},
+                     {"unsupported", ring.statistics.unsupported},
+                     {"interrupts", ring.statistics.interrupts},
+                     {"kicks", ring.statistics.kicks}});
+  }
+  return json::object{{"image", node.name()},
+                      {"size", node.size_bytes()},
+                      {"read-only", node.limits().read_only},
+                      {"connected", status->connected},
+                      {"features", status->features},
+                      {"queues", std::move(rings)}};
+}
+
+void print_ready(const ServeOptions& options) {
+  if (options.socket_fd >= 0) {
+    fmt::print("vblk: ready on descriptor {}\n", options.socket_fd);
+  } else {
+    fmt::print("vblk: ready on {}\n", options.socket_path);
+  }
+  std::fflush(stdout);
+}
+
+Expected<void> serve(const ServeOptions& options, SignalWatcher& signals) {
+  const auto node = blockdev::open_image(options.image);
+  if (!node) return std::unexpected(node.error());
+  const auto device = virtio::BlkDevice::create(**node, options.device);
+  if (!device) return std::unexpected(device.error());
+  const auto threads = start_io_threads(options);
+  if (!threads) return std::unexpected(threads.error());
+  const auto server = vhost_user::Server::create(
+      {.socket_path = options.socket_path, .socket_fd = options.socket_fd}, **device, *threads);
+  if (!server) return std::unexpected(server.error());
+  std::unique_ptr<Monitor> monitor;
+  if (!options.monitor_path.empty()) {
+    MonitorHandlers handlers;
+    handlers["query-aio"] = [&threads] { return query_aio(*threads); };
+    handlers["query-status"] = [&server, &node] { return query_status(**server, **node); };
+    auto started = Monitor::start(options.monitor_path, std::move(handlers));
+    if (!started) return std::unexpected(std::move(started.error()));
+    monitor = std::move(*started);
+  }
   log_routes(*threads->front());
-  return 0;
+  signals.start([&server] { (*server)->request_stop(); });
+  print_ready(options);
+  auto outcome = (*server)->run();
+  signals.stop();
+  return outcome;
 }
 
 }  // namespace
@@ -174,7 +234,7 @@ int serve_command(std::span<const std::string> arguments) {
     fmt::print(stderr, "vblk: serve: {}\n", status.error().message);
     return kExitFailure;
   }
-  return *status;
+  return 0;
 }
 
 }  // namespace vblk::cli

@@ -1,0 +1,511 @@
+#include "blockdev/vhost_user/backend.h"
+
+#include <algorithm>
+#include <array>
+#include <future>
+#include <limits>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "blockdev/log.h"
+
+namespace vblk::vhost_user {
+
+namespace {
+
+constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
+
+constexpr std::uint64_t kOfferedProtocolFeatures =
+    bit(kProtocolFMq) | bit(kProtocolFReplyAck) | bit(kProtocolFBackendReq) |
+    bit(kProtocolFConfig) | bit(kProtocolFConfigureMemSlots);
+
+// The gate has checked that the payload is long enough.
+template <typename T>
+T payload_of(const Message& message) {
+  return *decode<T>(message.payload);
+}
+
+std::unexpected<Error> refused(std::string why) {
+  return make_error(ErrorKind::kInvalidArgument, std::move(why));
+}
+
+}  // namespace
+
+// What a message may look like, and who handles it.
+struct Backend::Rule {
+  Request request;
+  std::size_t payload_bytes_min;
+  std::size_t payload_bytes_max;
+  std::size_t fds_max;
+  bool has_reply;  // of its own: REPLY_ACK adds none
+  Expected<void> (Backend::*handler)(Message& message);
+};
+
+// "Front-end message types". Sizes are those of the payloads in "Message Specification".
+const Backend::Rule* Backend::rule_for(Request request) {
+  constexpr std::size_t kU64 = 8;
+  constexpr std::size_t kTableMin = sizeof(MemoryTableHead);
+  constexpr std::size_t kTableMax =
+      kTableMin + kMemoryTableRegionsMax * sizeof(MemoryRegionDescription);
+  constexpr std::size_t kConfigMin = sizeof(ConfigHead);
+  constexpr std::size_t kConfigMax = kConfigMin + virtio::BlkDevice::kConfigBytesMax;
+  static constexpr std::array kRules{
+      Rule{Request::kGetFeatures, 0, 0, 0, true, &Backend::get_features},
+      Rule{Request::kSetFeatures, kU64, kU64, 0, false, &Backend::set_features},
+      Rule{Request::kSetOwner, 0, 0, 0, false, &Backend::accept_silently},
+      // "Deprecated ... should be ignored".
+      Rule{Request::kResetOwner, 0, 0, 0, false, &Backend::accept_silently},
+      Rule{Request::kSetMemTable, kTableMin, kTableMax, kMemoryTableRegionsMax, false,
+           &Backend::set_mem_table},
+      Rule{Request::kSetVringNum, sizeof(VringState), sizeof(VringState), 0, false,
+           &Backend::set_vring_num},
+      Rule{Request::kSetVringAddr, sizeof(VringAddress), sizeof(VringAddress), 0, false,
+           &Backend::set_vring_addr},
+      Rule{Request::kSetVringBase, sizeof(VringState), sizeof(VringState), 0, false,
+           &Backend::set_vring_base},
+      Rule{Request::kGetVringBase, sizeof(VringState), sizeof(VringState), 0, true,
+           &Backend::get_vring_base},
+      Rule{Request::kSetVringKick, kU64, kU64, 1, false, &Backend::set_vring_kick},
+      Rule{Request::kSetVringCall, kU64, kU64, 1, false, &Backend::set_vring_call},
+      Rule{Request::kSetVringErr, kU64, kU64, 1, false, &Backend::set_vring_err},
+      Rule{Request::kGetProtocolFeatures, 0, 0, 0, true, &Backend::get_protocol_features},
+      Rule{Request::kSetProtocolFeatures, kU64, kU64, 0, false, &Backend::set_protocol_features},
+      Rule{Request::kGetQueueNum, 0, 0, 0, true, &Backend::get_queue_num},
+      Rule{Request::kSetVringEnable, sizeof(VringState), sizeof(VringState), 0, false,
+           &Backend::set_vring_enable},
+      Rule{Request::kSetBackendReqFd, 0, kU64, 1, false, &Backend::set_backend_req_fd},
+      Rule{Request::kGetConfig, kConfigMin, kConfigMax, 0, true, &Backend::get_config},
+      Rule{Request::kSetConfig, kConfigMin, kConfigMax, 0, false, &Backend::set_config},
+      Rule{Request::kGetMaxMemSlots, 0, 0, 0, true, &Backend::get_max_mem_slots},
+      Rule{Request::kAddMemReg, sizeof(SingleMemoryRegion), sizeof(SingleMemoryRegion), 1, false,
+           &Backend::add_mem_reg},
+      // Some frontends send the region's descriptor along once more; it is not needed.
+      Rule{Request::kRemMemReg, sizeof(SingleMemoryRegion), sizeof(SingleMemoryRegion), 1, false,
+           &Backend::rem_mem_reg},
+  };
+  const auto found = std::ranges::find(kRules, request, &Rule::request);
+  return found == kRules.end() ? nullptr : &*found;
+}
+
+Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
+                 std::span<const std::unique_ptr<blockdev::IoThread>> io_threads)
+    : socket_(std::move(socket)),
+      device_(device),
+      io_threads_(io_threads),
+      rings_(device.options().queue_count) {
+  for (std::size_t i = 0; i < rings_.size(); ++i) rings_[i].index = static_cast<std::uint16_t>(i);
+}
+
+Backend::~Backend() {
+  for (Ring& ring : rings_) stop(ring);
+  device_.reset();
+}
+
+Expected<bool> Backend::serve() {
+  for (;;) {
+    Message message;
+    const auto outcome = reader_.read(socket_.get(), message);
+    if (!outcome) return std::unexpected(outcome.error());
+    if (*outcome == MessageReader::Outcome::kClosed) return false;
+    if (*outcome == MessageReader::Outcome::kNeedMore) return true;
+    if (auto handled = handle(message); !handled)
+      return std::unexpected(std::move(handled.error()));
+  }
+}
+
+Expected<void> Backend::handle(Message& message) {
+  const Rule* const rule = rule_for(message.request());
+  Expected<void> outcome;
+  if (rule == nullptr) {
+    outcome = refused(fmt::format("message {} is not supported", message.header.request));
+  } else if (outcome = check(*rule, message); outcome) {
+    outcome = (this->*rule->handler)(message);
+  }
+  if (!outcome) {
+    outcome.error().message =
+        fmt::format("{}: {}", name_of(message.request()), outcome.error().message);
+  }
+  const bool has_reply = rule != nullptr && rule->has_reply;
+  return has_reply ? outcome : acknowledge(message, outcome);
+}
+
+Expected<void> Backend::check(const Rule& rule, const Message& message) const {
+  const std::size_t bytes = message.payload.size();
+  if (bytes < rule.payload_bytes_min || bytes > rule.payload_bytes_max) {
+    return refused(
+        fmt::format("a payload of {} bytes instead of {}", bytes, rule.payload_bytes_min));
+  }
+  if (message.fds.size() > rule.fds_max) {
+    return refused(fmt::format("{} descriptors instead of {}", message.fds.size(), rule.fds_max));
+  }
+  return {};
+}
+
+// "VHOST_USER_PROTOCOL_F_REPLY_ACK": who asked for a reply is told of a failure and may go on; who
+// did not can only be told by the end of the connection.
+Expected<void> Backend::acknowledge(const Message& message, const Expected<void>& outcome) {
+  const bool wanted =
+      negotiated_protocol(kProtocolFReplyAck) && (message.header.flags & kFlagNeedReply) != 0;
+  if (!wanted) return outcome;
+  if (!outcome) log::warning("frontend: {}", outcome.error().message);
+  return reply_u64(message, outcome ? 0 : 1);
+}
+
+Expected<void> Backend::reply(const Message& message, std::span<const std::byte> payload) {
+  return send_message(socket_.get(), {message.header.request, kVersion | kFlagReply, 0}, payload);
+}
+
+Expected<void> Backend::reply_u64(const Message& message, std::uint64_t value) {
+  std::vector<std::byte> payload;
+  append(payload, value);
+  return reply(message, payload);
+}
+
+bool Backend::negotiated_protocol(unsigned number) const {
+  return (protocol_features_ & bit(number)) != 0;
+}
+
+// ---- Features and config space
+
+Expected<void> Backend::get_features(Message& message) {
+  return reply_u64(message, device_.offered_features() | bit(kFProtocolFeatures));
+}
+
+Expected<void> Backend::set_features(Message& message) {
+  const auto features = payload_of<std::uint64_t>(message);
+  return while_quiesced([this, features]() -> Expected<void> {
+    auto set = device_.set_features(features & ~bit(kFProtocolFeatures));
+    if (!set) return set;
+    features_ = features;
+    // "the back-end must enable all rings immediately" ("Ring states").
+    if ((features & bit(kFProtocolFeatures)) == 0) {
+      for (Ring& ring : rings_) ring.enabled = true;
+    }
+    return {};
+  });
+}
+
+Expected<void> Backend::accept_silently(Message& /*message*/) { return {}; }
+
+Expected<void> Backend::get_protocol_features(Message& message) {
+  return reply_u64(message, kOfferedProtocolFeatures);
+}
+
+Expected<void> Backend::set_protocol_features(Message& message) {
+  const auto features = payload_of<std::uint64_t>(message);
+  if ((features & ~kOfferedProtocolFeatures) != 0) {
+    return refused(
+        fmt::format("bits {:#x} were not offered", features & ~kOfferedProtocolFeatures));
+  }
+  protocol_features_ = features;
+  return {};
+}
+
+Expected<void> Backend::get_queue_num(Message& message) {
+  return reply_u64(message, rings_.size());
+}
+
+Expected<void> Backend::set_backend_req_fd(Message& message) {
+  if (!negotiated_protocol(kProtocolFBackendReq)) return refused("BACKEND_REQ was not negotiated");
+  if (message.fds.empty()) return refused("no descriptor comes with it");
+  backend_channel_ = std::move(message.fds[0]);
+  return {};
+}
+
+// Sends without asking for a reply, so that a frontend that does not listen cannot hold anything
+// up.
+void Backend::notify_config_change() {
+  if (!backend_channel_) return;
+  const Header header{static_cast<std::uint32_t>(BackendRequest::kConfigChange), kVersion, 0};
+  if (const auto sent = send_message(backend_channel_.get(), header, {}); !sent) {
+    log::warning("frontend: cannot tell it that the configuration has changed: {}",
+                 sent.error().message);
+    backend_channel_.reset();
+  }
+}
+
+// "VHOST_USER_GET_CONFIG": "on error the back-end replies with a zero length payload".
+Expected<void> Backend::get_config(Message& message) {
+  const auto head = payload_of<ConfigHead>(message);
+  if (head.size_bytes > virtio::BlkDevice::kConfigBytesMax) return reply(message, {});
+  std::vector<std::byte> payload(sizeof(ConfigHead) + head.size_bytes);
+  const std::span<std::byte> room(payload);
+  if (!device_.read_config(head.offset, room.subspan(sizeof(ConfigHead))))
+    return reply(message, {});
+  std::memcpy(payload.data(), &head, sizeof head);
+  return reply(message, payload);
+}
+
+Expected<void> Backend::set_config(Message& message) {
+  const auto head = payload_of<ConfigHead>(message);
+  constexpr std::uint32_t kForMigration = 1;
+  if (head.flags == kForMigration) return refused("live migration is not supported");
+  const auto bytes = std::span<const std::byte>(message.payload).subspan(sizeof(ConfigHead));
+  if (head.size_bytes != bytes.size()) {
+    return refused(fmt::format("announces {} bytes and brings {}", head.size_bytes, bytes.size()));
+  }
+  return device_.write_config(head.offset, bytes);
+}
+
+// ---- Memory
+
+Expected<void> Backend::replace_memory(
+    std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions) {
+  auto memory = virtio::GuestMemory::create(std::move(regions));
+  if (!memory) return std::unexpected(std::move(memory.error()));
+  return while_quiesced([this, &memory]() -> Expected<void> {
+    memory_ = std::move(*memory);
+    return {};
+  });
+}
+
+Expected<void> Backend::set_mem_table(Message& message) {
+  const auto head = payload_of<MemoryTableHead>(message);
+  const std::size_t expected =
+      sizeof(MemoryTableHead) + head.region_count * sizeof(MemoryRegionDescription);
+  if (head.region_count > kMemoryTableRegionsMax || message.payload.size() != expected) {
+    return refused(fmt::format("{} regions in a payload of {} bytes", head.region_count,
+                               message.payload.size()));
+  }
+  if (message.fds.size() != head.region_count) {
+    return refused(
+        fmt::format("{} regions with {} descriptors", head.region_count, message.fds.size()));
+  }
+  std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions;
+  for (std::size_t i = 0; i < head.region_count; ++i) {
+    const std::size_t offset = sizeof(MemoryTableHead) + i * sizeof(MemoryRegionDescription);
+    const auto wire = *decode<MemoryRegionDescription>(
+        std::span<const std::byte>(message.payload).subspan(offset));
+    auto region = virtio::MemoryRegion::map(message.fds[i].get(), wire.guest_address,
+                                            wire.size_bytes, wire.user_address, wire.mmap_offset);
+    if (!region) return std::unexpected(std::move(region.error()));
+    regions.push_back(std::move(*region));
+  }
+  return replace_memory(std::move(regions));
+}
+
+Expected<void> Backend::add_mem_reg(Message& message) {
+  if (message.fds.size() != 1) return refused("no descriptor comes with it");
+  const auto wire = payload_of<SingleMemoryRegion>(message).region;
+  auto region = virtio::MemoryRegion::map(message.fds[0].get(), wire.guest_address, wire.size_bytes,
+                                          wire.user_address, wire.mmap_offset);
+  if (!region) return std::unexpected(std::move(region.error()));
+  std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions;
+  if (memory_) regions.assign(memory_->regions().begin(), memory_->regions().end());
+  regions.push_back(std::move(*region));
+  return replace_memory(std::move(regions));
+}
+
+// "The memory region to be removed is identified by its guest address, user address and size".
+Expected<void> Backend::rem_mem_reg(Message& message) {
+  const auto wire = payload_of<SingleMemoryRegion>(message).region;
+  std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions;
+  if (memory_) regions.assign(memory_->regions().begin(), memory_->regions().end());
+  const auto removed = std::erase_if(regions, [&wire](const auto& region) {
+    return region->guest_address() == wire.guest_address &&
+           region->size_bytes() == wire.size_bytes && region->user_address() == wire.user_address;
+  });
+  if (removed == 0) return refused(fmt::format("there is no region at {:#x}", wire.guest_address));
+  return replace_memory(std::move(regions));
+}
+
+Expected<void> Backend::get_max_mem_slots(Message& message) {
+  return reply_u64(message, virtio::GuestMemory::kMaxRegions);
+}
+
+// ---- Rings
+
+Expected<Backend::Ring*> Backend::ring_at(std::uint64_t index) {
+  if (index < rings_.size()) return &rings_[index];
+  return refused(fmt::format("there is no queue {}; there are {}", index, rings_.size()));
+}
+
+blockdev::IoThread& Backend::thread_of(const Ring& ring) const {
+  return *io_threads_[ring.index % io_threads_.size()];
+}
+
+Expected<void> Backend::start_if_ready(Ring& ring) {
+  if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};
+  if (memory_ == nullptr || ring.size == 0 || !ring.has_addresses) {
+    return refused(fmt::format("queue {} is started before its memory, size and addresses are set",
+                               ring.index));
+  }
+  const virtio::BlkQueueSetup setup{.index = ring.index,
+                                    .size = ring.size,
+                                    .next_avail = ring.next_avail,
+                                    .descriptor_address = ring.addresses.descriptor_user_address,
+                                    .avail_address = ring.addresses.avail_user_address,
+                                    .used_address = ring.addresses.used_user_address,
+                                    .kick_fd = ring.kick.get(),
+                                    .call_fd = ring.call.get(),
+                                    .error_fd = ring.error.get()};
+  blockdev::IoThread& thread = thread_of(ring);
+  Expected<void> outcome;
+  thread.loop().run_and_wait([&] {
+    auto queue = virtio::BlkQueue::start(device_, thread.context(), memory_, setup);
+    if (queue) {
+      ring.queue = std::move(*queue);
+    } else {
+      outcome = std::unexpected(std::move(queue.error()));
+    }
+  });
+  if (!outcome) ring.started = false;
+  return outcome;
+}
+
+// Waits until nothing of the ring is in flight: from then on its memory may go.
+void Backend::stop(Ring& ring) {
+  if (ring.queue == nullptr) return;
+  blockdev::IoLoop& loop = thread_of(ring).loop();
+  std::promise<void> stopped;
+  loop.post([&ring, &stopped] {
+    ring.queue->stop([&ring, &stopped] {
+      ring.next_avail = ring.queue->next_avail();
+      ring.queue.reset();
+      stopped.set_value();
+    });
+  });
+  stopped.get_future().wait();
+}
+
+Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()> change) {
+  for (Ring& ring : rings_) stop(ring);
+  auto outcome = change();
+  for (Ring& ring : rings_) {
+    auto started = start_if_ready(ring);
+    if (outcome && !started) outcome = std::move(started);
+  }
+  return outcome;
+}
+
+Expected<void> Backend::set_vring_num(Message& message) {
+  const auto state = payload_of<VringState>(message);
+  const auto ring = ring_at(state.index);
+  if (!ring) return std::unexpected(ring.error());
+  if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
+  if (state.value == 0 || state.value > device_.options().queue_size_max ||
+      (state.value & (state.value - 1)) != 0) {
+    return refused(fmt::format("queue {}: size {} is no power of two up to {}", state.index,
+                               state.value, device_.options().queue_size_max));
+  }
+  (*ring)->size = static_cast<std::uint16_t>(state.value);
+  return {};
+}
+
+Expected<void> Backend::set_vring_addr(Message& message) {
+  const auto addresses = payload_of<VringAddress>(message);
+  const auto ring = ring_at(addresses.index);
+  if (!ring) return std::unexpected(ring.error());
+  stop(**ring);
+  (*ring)->addresses = addresses;
+  (*ring)->has_addresses = true;
+  return start_if_ready(**ring);
+}
+
+Expected<void> Backend::set_vring_base(Message& message) {
+  const auto state = payload_of<VringState>(message);
+  const auto ring = ring_at(state.index);
+  if (!ring) return std::unexpected(ring.error());
+  if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
+  if (state.value > std::numeric_limits<std::uint16_t>::max()) {
+    return refused(fmt::format("queue {}: base {} is no 16-bit index", state.index, state.value));
+  }
+  (*ring)->next_avail = static_cast<std::uint16_t>(state.value);
+  return {};
+}
+
+Expected<void> Backend::get_vring_base(Message& message) {
+  const auto state = payload_of<VringState>(message);
+  const auto ring = ring_at(state.index);
+  if (!ring) return std::unexpected(ring.error());
+  stop(**ring);
+  (*ring)->started = false;
+  (*ring)->kick.reset();
+  std::vector<std::byte> payload;
+  append(payload, VringState{.index = state.index, .value = (*ring)->next_avail});
+  return reply(message, payload);
+}
+
+// "the back-end must start a ring upon receiving a kick": from here on the ring is looked at, kick
+// or not. A kick that came before this message left the descriptor readable or the ring filled;
+// both are seen.
+Expected<void> Backend::set_vring_kick(Message& message) {
+  const auto value = payload_of<std::uint64_t>(message);
+  const auto ring = ring_at(value & kVringIndexMask);
+  if (!ring) return std::unexpected(ring.error());
+  const bool no_fd = (value & kVringNoFd) != 0;
+  if (no_fd != message.fds.empty())
+    return refused("its descriptor and its flag for none contradict each other");
+  // Without a descriptor the ring would have to be polled for ever, which costs a processor; no
+  // frontend asks for it.
+  if (no_fd) return refused("a ring without a kick descriptor is not supported");
+  stop(**ring);
+  (*ring)->kick = std::move(message.fds[0]);
+  (*ring)->started = true;
+  return start_if_ready(**ring);
+}
+
+namespace {
+
+// The descriptor of SET_VRING_CALL and SET_VRING_ERR: none if bit 8 says so.
+Expected<UniqueFd> optional_fd(Message& message) {
+  const bool no_fd = (payload_of<std::uint64_t>(message) & kVringNoFd) != 0;
+  if (no_fd != message.fds.empty())
+    return refused("its descriptor and its flag for none contradict each other");
+  return no_fd ? UniqueFd() : std::move(message.fds[0]);
+}
+
+}  // namespace
+
+Expected<void> Backend::set_vring_call(Message& message) {
+  const auto ring = ring_at(payload_of<std::uint64_t>(message) & kVringIndexMask);
+  if (!ring) return std::unexpected(ring.error());
+  auto fd = optional_fd(message);
+  if (!fd) return std::unexpected(std::move(fd.error()));
+  if ((*ring)->queue != nullptr) {
+    thread_of(**ring).loop().run_and_wait([&] { (*ring)->queue->set_call_fd(fd->get()); });
+  }
+  (*ring)->call = std::move(*fd);  // closes the old one, which nobody uses any more
+  return {};
+}
+
+Expected<void> Backend::set_vring_err(Message& message) {
+  const auto ring = ring_at(payload_of<std::uint64_t>(message) & kVringIndexMask);
+  if (!ring) return std::unexpected(ring.error());
+  auto fd = optional_fd(message);
+  if (!fd) return std::unexpected(std::move(fd.error()));
+  if ((*ring)->queue != nullptr) {
+    thread_of(**ring).loop().run_and_wait([&] { (*ring)->queue->set_error_fd(fd->get()); });
+  }
+  (*ring)->error = std::move(*fd);
+  return {};
+}
+
+Expected<void> Backend::set_vring_enable(Message& message) {
+  const auto state = payload_of<VringState>(message);
+  const auto ring = ring_at(state.index);
+  if (!ring) return std::unexpected(ring.error());
+  if (state.value > 1)
+    return refused(fmt::format("queue {}: {} is neither 0 nor 1", state.index, state.value));
+  (*ring)->enabled = state.value == 1;
+  if (!(*ring)->enabled) stop(**ring);
+  return start_if_ready(**ring);
+}
+
+std::vector<RingStatus> Backend::ring_status() const {
+  std::vector<RingStatus> status(rings_.size());
+  for (std::size_t i = 0; i < rings_.size(); ++i) {
+    const Ring& ring = rings_[i];
+    if (ring.queue == nullptr) continue;
+    thread_of(ring).loop().run_and_wait([&] {
+      status[i] = {.running = true,
+                   .broken = ring.queue->broken(),
+                   .in_flight = ring.queue->in_flight(),
+                   .statistics = ring.queue->statistics()};
+    });
+  }
+  return status;
+}
+
+}  // namespace vblk::vhost_user

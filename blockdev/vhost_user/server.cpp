@@ -1,0 +1,229 @@
+#include "blockdev/vhost_user/server.h"
+
+#include <cassert>
+#include <cerrno>
+#include <chrono>
+#include <functional>
+#include <future>
+#include <optional>
+#include <sys/socket.h>
+#include <utility>
+
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/posix/stream_descriptor.hpp>
+#include <boost/asio/post.hpp>
+#include <fmt/core.h>
+
+#include "blockdev/log.h"
+#include "blockdev/unix_listener.h"
+
+namespace vblk::vhost_user {
+
+namespace asio = boost::asio;
+
+struct Server::State {
+  State(virtio::BlkDevice& blk_device,
+        const std::vector<std::unique_ptr<blockdev::IoThread>>& threads)
+      : device(blk_device), io_threads(threads) {}
+
+  void wait_for_frontend();
+  void accept();
+  void connect(UniqueFd socket);
+  void wait_for_message();
+  void serve_message();
+  void disconnect();
+  void stop();
+  Expected<void> flush();
+
+  virtio::BlkDevice& device;
+  const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads;
+  std::optional<blockdev::UnixListener> listener;
+  UniqueFd inherited;  // listening
+  int listening_fd{-1};
+  asio::io_context io{1};
+  asio::posix::stream_descriptor listening{io};   // watches; owns nothing
+  asio::posix::stream_descriptor connection{io};  // watches; the backend owns the socket
+  std::unique_ptr<Backend> backend;
+  bool only_one_frontend{false};
+  bool stopping{false};
+  std::optional<Error> failure;
+};
+
+namespace {
+
+// What kind of socket has been inherited: true if it listens.
+Expected<bool> is_listening(int fd) {
+  int domain = 0;
+  int type = 0;
+  int listens = 0;
+  socklen_t length = sizeof(int);
+  if (::getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) != 0 ||
+      ::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length) != 0 ||
+      ::getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length) != 0 || domain != AF_UNIX ||
+      type != SOCK_STREAM) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("descriptor {} is no Unix stream socket; pass a listening or a connected one",
+                    fd));
+  }
+  return listens != 0;
+}
+
+}  // namespace
+
+Expected<std::unique_ptr<Server>> Server::create(
+    const ServerOptions& options, virtio::BlkDevice& device,
+    const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads) {
+  assert(!io_threads.empty());
+  auto state = std::make_unique<State>(device, io_threads);
+  if (options.socket_fd >= 0) {
+    const auto listens = is_listening(options.socket_fd);
+    if (!listens) return std::unexpected(listens.error());
+    if (*listens) {
+      state->inherited.reset(options.socket_fd);
+      state->listening_fd = options.socket_fd;
+    } else {
+      state->only_one_frontend = true;
+      state->connect(UniqueFd(options.socket_fd));
+    }
+  } else {
+    auto listener = blockdev::UnixListener::listen(options.socket_path, "socket");
+    if (!listener) return std::unexpected(std::move(listener.error()));
+    state->listener.emplace(std::move(*listener));
+    state->listening_fd = state->listener->fd();
+  }
+  if (state->listening_fd >= 0) {
+    state->listening.assign(state->listening_fd);
+    state->wait_for_frontend();
+  }
+  return std::unique_ptr<Server>(new Server(std::move(state)));
+}
+
+Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+Server::~Server() {
+  state_->disconnect();
+  if (state_->listening.is_open()) state_->listening.release();
+}
+
+void Server::State::wait_for_frontend() {
+  listening.async_wait(asio::posix::stream_descriptor::wait_read,
+                       [this](const boost::system::error_code& error) {
+                         if (!error) accept();
+                       });
+}
+
+void Server::State::accept() {
+  UniqueFd socket(::accept4(listening_fd, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  if (socket) return connect(std::move(socket));
+  const int error = errno;
+  // The one who connected has gone again, or this process is short of something for the moment.
+  if (error != EAGAIN && error != ECONNABORTED && error != EINTR) {
+    log::warning("cannot accept a frontend: {}", describe_errno(error));
+  }
+  if (error == EBADF || error == EINVAL || error == ENOTSOCK) {
+    failure = Error{ErrorKind::kIo, error,
+                    fmt::format("the socket is unusable: {}", describe_errno(error))};
+    return stop();
+  }
+  wait_for_frontend();
+}
+
+void Server::State::connect(UniqueFd socket) {
+  log::info("a frontend has connected");
+  connection.assign(socket.get());
+  backend = std::make_unique<Backend>(std::move(socket), device, io_threads);
+  wait_for_message();
+}
+
+void Server::State::wait_for_message() {
+  connection.async_wait(asio::posix::stream_descriptor::wait_read,
+                        [this](const boost::system::error_code& error) {
+                          if (!error) serve_message();
+                        });
+}
+
+void Server::State::serve_message() {
+  const auto alive = backend->serve();
+  if (alive && *alive) return wait_for_message();
+  if (alive) {
+    log::info("the frontend has left");
+  } else {
+    log::warning("the frontend is disconnected: {}", alive.error().message);
+  }
+  disconnect();
+  if (only_one_frontend) {
+    stop();
+  } else if (!stopping) {
+    wait_for_frontend();
+  }
+}
+
+void Server::State::disconnect() {
+  if (backend == nullptr) return;
+  connection.release();
+  backend.reset();
+}
+
+// Ends run(): nothing is waited for any more once the frontend's requests are done.
+void Server::State::stop() {
+  if (std::exchange(stopping, true)) return;
+  if (listening.is_open()) listening.release();
+  disconnect();
+  io.stop();
+}
+
+// What completed writes are still volatile must not be lost by an orderly end.
+Expected<void> Server::State::flush() {
+  if (device.node().limits().read_only) return {};
+  struct Flush : blockdev::BlockRequest {
+    std::promise<int> done;
+  } request;
+  request.operation = blockdev::BlockOperation::kFlush;
+  request.complete = [](blockdev::BlockRequest& flushed, int error) {
+    static_cast<Flush&>(flushed).done.set_value(error);
+  };
+  blockdev::IoThread& thread = *io_threads.front();
+  auto outcome = request.done.get_future();
+  thread.loop().post(
+      [this, &thread, &request] { device.node().submit(request, thread.context()); });
+  const int error = outcome.get();
+  if (error == 0) return {};
+  return make_error(ErrorKind::kIo,
+                    fmt::format("the last flush of '{}' failed: {}; what was written may be lost",
+                                device.node().name(), describe_errno(error)),
+                    error);
+}
+
+Expected<void> Server::run() {
+  const auto work = asio::make_work_guard(state_->io);
+  state_->io.run();
+  auto flushed = state_->flush();
+  state_->listener.reset();
+  if (state_->failure) return std::unexpected(*state_->failure);
+  return flushed;
+}
+
+void Server::request_stop() {
+  asio::post(state_->io, [state = state_.get()] { state->stop(); });
+}
+
+std::optional<ServerStatus> Server::status() {
+  constexpr std::chrono::seconds kPatience{2};
+  const auto answer = std::make_shared<std::promise<ServerStatus>>();
+  asio::post(state_->io, [state = state_.get(), answer] {
+    ServerStatus status;
+    if (state->backend != nullptr) {
+      status = {.connected = true,
+                .features = state->backend->features(),
+                .rings = state->backend->ring_status()};
+    }
+    answer->set_value(std::move(status));
+  });
+  auto future = answer->get_future();
+  if (future.wait_for(kPatience) != std::future_status::ready) return std::nullopt;
+  return future.get();
+}
+
+}  // namespace vblk::vhost_user

@@ -1,0 +1,130 @@
+// One frontend's connection: the vhost-user messages, and the rings they describe.
+//
+// A message passes one gate (a table of what each may look like) and then a short handler. Whatever
+// is wrong with it costs this connection at most: with REPLY_ACK the frontend is told, without it
+// the connection ends.
+//
+// A ring is processed while it is started (its kick descriptor is known) and enabled ("Ring
+// states"). The queue behind it lives on its I/O thread; here is only the description.
+//
+//   started  enabled   BlkQueue
+//   no       any       none
+//   yes      no        none
+//   yes      yes       running on I/O thread (index modulo their number)
+//
+// Thread: the server's. Stopping a queue blocks this thread until what is in flight is done: the
+// memory under a request must stay, and nobody else waits for this thread.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "aio/error.h"
+#include "blockdev/io_thread.h"
+#include "blockdev/vhost_user/protocol.h"
+#include "blockdev/vhost_user/socket.h"
+#include "blockdev/virtio/blk_device.h"
+#include "blockdev/virtio/blk_queue.h"
+#include "blockdev/virtio/guest_memory.h"
+
+namespace vblk::vhost_user {
+
+// What the monitor shows of a ring.
+struct RingStatus {
+  bool running{false};
+  bool broken{false};
+  std::size_t in_flight{0};
+  virtio::BlkQueueStatistics statistics;
+};
+
+class Backend {
+ public:
+  // All must outlive the backend. `socket` is the connection.
+  Backend(UniqueFd socket, virtio::BlkDevice& device,
+          std::span<const std::unique_ptr<blockdev::IoThread>> io_threads);
+  // Stops the rings, waits for what is in flight, and resets the device for the next frontend.
+  ~Backend();
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+
+  [[nodiscard]] int socket() const { return socket_.get(); }
+
+  // Handles everything that has arrived. False: the frontend has closed the connection.
+  // Error: the connection is of no more use; says why.
+  Expected<bool> serve();
+
+  // Tells the frontend that the config space has changed, if it has given a channel for that.
+  void notify_config_change();
+
+  [[nodiscard]] std::uint64_t features() const { return features_; }
+  [[nodiscard]] std::vector<RingStatus> ring_status() const;
+
+ private:
+  struct Ring {
+    std::uint16_t index{0};
+    std::uint16_t size{0};
+    std::uint16_t next_avail{0};
+    bool has_addresses{false};
+    VringAddress addresses{};
+    bool started{false};
+    bool enabled{false};
+    UniqueFd kick;
+    UniqueFd call;
+    UniqueFd error;
+    std::unique_ptr<virtio::BlkQueue> queue;  // to be touched on its I/O thread only
+  };
+  struct Rule;
+  static const Rule* rule_for(Request request);
+
+  Expected<void> handle(Message& message);
+  Expected<void> check(const Rule& rule, const Message& message) const;
+  Expected<void> acknowledge(const Message& message, const Expected<void>& outcome);
+  Expected<void> reply(const Message& message, std::span<const std::byte> payload);
+  Expected<void> reply_u64(const Message& message, std::uint64_t value);
+
+  Expected<void> get_features(Message& message);
+  Expected<void> set_features(Message& message);
+  Expected<void> accept_silently(Message& message);
+  Expected<void> set_mem_table(Message& message);
+  Expected<void> add_mem_reg(Message& message);
+  Expected<void> rem_mem_reg(Message& message);
+  Expected<void> get_max_mem_slots(Message& message);
+  Expected<void> set_vring_num(Message& message);
+  Expected<void> set_vring_addr(Message& message);
+  Expected<void> set_vring_base(Message& message);
+  Expected<void> get_vring_base(Message& message);
+  Expected<void> set_vring_kick(Message& message);
+  Expected<void> set_vring_call(Message& message);
+  Expected<void> set_vring_err(Message& message);
+  Expected<void> set_vring_enable(Message& message);
+  Expected<void> get_protocol_features(Message& message);
+  Expected<void> set_protocol_features(Message& message);
+  Expected<void> get_queue_num(Message& message);
+  Expected<void> set_backend_req_fd(Message& message);
+  Expected<void> get_config(Message& message);
+  Expected<void> set_config(Message& message);
+
+  Expected<Ring*> ring_at(std::uint64_t index);
+  [[nodiscard]] blockdev::IoThread& thread_of(const Ring& ring) const;
+  Expected<void> start_if_ready(Ring& ring);
+  void stop(Ring& ring);
+  // Runs `change` while no ring is processed; rings that ran go on afterwards.
+  Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
+  Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
+  [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
+
+  UniqueFd socket_;
+  UniqueFd backend_channel_;
+  virtio::BlkDevice& device_;
+  std::span<const std::unique_ptr<blockdev::IoThread>> io_threads_;
+  MessageReader reader_;
+  std::uint64_t features_{0};  // VHOST_USER_F_PROTOCOL_FEATURES included
+  std::uint64_t protocol_features_{0};
+  std::shared_ptr<const virtio::GuestMemory> memory_;
+  std::vector<Ring> rings_;
+};
+
+}  // namespace vblk::vhost_user
