@@ -9,12 +9,14 @@
 #include <limits>
 #include <string>
 #include <sys/uio.h>
+#include <unistd.h>
 #include <utility>
 
 #include <fmt/core.h>
 #include <liburing.h>
 
 #include "aio/blocking_io.h"
+#include "aio/event_fd.h"
 
 namespace vblk::aio {
 
@@ -89,6 +91,7 @@ std::unexpected<Error> setup_error(int error) {
 
 struct IoUringEngine::State {
   io_uring ring{};
+  int event_fd{-1};
   unsigned depth{0};
   unsigned max_batch{0};
   bool has_fallocate{false};
@@ -162,6 +165,13 @@ Expected<std::unique_ptr<IoUringEngine>> IoUringEngine::create(const EngineOptio
     io_uring_free_probe(probe);
   }
   std::unique_ptr<IoUringEngine> engine(new IoUringEngine(std::move(state)));
+  auto event_fd = make_event_fd("the io_uring engine");
+  if (!event_fd) return std::unexpected(std::move(event_fd.error()));
+  engine->state_->event_fd = *event_fd;
+  if (const int error = -io_uring_register_eventfd(&engine->state_->ring, *event_fd); error != 0) {
+    return setup_error(error);
+  }
+  engine->wake_up();
   if (note != nullptr) engine->notes_.emplace_back(note);
   return engine;
 }
@@ -171,6 +181,7 @@ IoUringEngine::IoUringEngine(std::unique_ptr<State> state) : state_(std::move(st
 IoUringEngine::~IoUringEngine() {
   assert(in_flight_ == 0 && "the owner drains before it destroys an engine");
   io_uring_queue_exit(&state_->ring);
+  if (state_->event_fd >= 0) ::close(state_->event_fd);
 }
 
 bool IoUringEngine::supports(IoKind kind) const {
@@ -239,15 +250,23 @@ std::size_t IoUringEngine::reap() {
   return count;
 }
 
-int IoUringEngine::completion_fd() const { return state_->ring.ring_fd; }
+int IoUringEngine::completion_fd() const { return state_->event_fd; }
 
 bool IoUringEngine::prepare_to_sleep() {
   State& state = *state_;
+  io_uring_cq_eventfd_toggle(&state.ring, true);
+  // The wish must be visible before the ring is looked at once more.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   if (io_uring_cq_ready(&state.ring) > 0 || state.kernel_wants_entry()) return false;
   const unsigned unsubmitted = io_uring_sq_ready(&state.ring);
   // Waiting for room is waiting for completions; waiting without any in flight is work to do.
   const bool waiting = unsubmitted > 0 || !state.waiting.empty();
   return !waiting || state.in_ring > unsubmitted;
+}
+
+void IoUringEngine::wake_up() {
+  io_uring_cq_eventfd_toggle(&state_->ring, false);
+  drain_event_fd(state_->event_fd);
 }
 
 }  // namespace vblk::aio

@@ -45,7 +45,7 @@ class IoUringEngine final : public Engine {
   std::size_t reap() override;
   [[nodiscard]] int completion_fd() const override;
   [[nodiscard]] bool prepare_to_sleep() override;
-  void wake_up() override {}  // the ring's descriptor is readable as long as there are completions
+  void wake_up() override;
 
  private:
   struct State;
