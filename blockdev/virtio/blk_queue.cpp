@@ -181,7 +181,6 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
 }
 
 BlkQueue::BlkQueue(std::unique_ptr<State> state) : state_(std::move(state)) {
-  state_->ring.disable_notifications();
   state_->context.loop().add_poller(*this, blockdev::PollStage::kDispatch);
 }
 
@@ -193,6 +192,7 @@ BlkQueue::~BlkQueue() {
 void BlkQueue::stop(std::move_only_function<void()> stopped) {
   assert(!state_->stopping);
   state_->stopping = true;
+  state_->kick_watch.reset();
   state_->stopped = std::move(stopped);
   // A cycle of the loop looks whether anything is in flight still.
   state_->context.loop().post([] {});
@@ -216,7 +216,7 @@ void BlkQueue::set_kick_fd(int fd) {
 }
 
 void BlkQueue::State::watch_kicks() {
-  if (kick_fd < 0) return;
+  if (kick_fd < 0 || is_broken || stopping) return;
   kick_watch = context.loop().watch(kick_fd, [this] {
     std::uint64_t value;
     const auto bytes = ::read(kick_fd, &value, sizeof value);
@@ -227,8 +227,8 @@ void BlkQueue::State::watch_kicks() {
                            // is awake
     }
   });
-  if (kick_watch == nullptr)
-    log::warning("queue {}: its kick descriptor cannot be waited on", index);
+  // A ring that is never looked at again would hang the guest without a word.
+  if (kick_watch == nullptr) break_ring("its kick descriptor cannot be waited on");
 }
 
 bool BlkQueue::broken() const { return state_->is_broken; }
@@ -250,6 +250,8 @@ void BlkQueue::settle() {
     signal(state.call_fd);
   }
   if (state.stopping && state.in_flight == 0 && state.stopped) {
+    // Whoever runs the ring next may wait for a kick at once. The last access to guest memory.
+    static_cast<void>(state.ring.enable_notifications());
     // Not called from here: it may destroy this queue.
     state.context.loop().post(std::exchange(state.stopped, nullptr));
   }
@@ -257,10 +259,15 @@ void BlkQueue::settle() {
 
 bool BlkQueue::prepare_to_sleep() {
   if (state_->stopping || state_->is_broken) return true;
+  // Nothing would end the sleep ("if the invalid FD flag is set ... polling should be used").
+  if (state_->kick_fd < 0) return false;
   return state_->ring.enable_notifications();
 }
 
-void BlkQueue::wake_up() { state_->ring.disable_notifications(); }
+void BlkQueue::wake_up() {
+  if (state_->stopping || state_->is_broken) return;
+  state_->ring.disable_notifications();
+}
 
 // Takes one chain off the ring and starts it. False if there is none, or the ring is broken.
 bool BlkQueue::State::pop_one() {

@@ -31,7 +31,7 @@ struct BlkQueueSetup {
   std::uint64_t descriptor_address{0};  // frontend virtual addresses (SET_VRING_ADDR)
   std::uint64_t avail_address{0};
   std::uint64_t used_address{0};
-  int kick_fd{-1};   // -1: the queue is polled only; stays the caller's
+  int kick_fd{-1};   // -1: polled only, the loop never sleeps; stays the caller's
   int call_fd{-1};   // -1: no interrupts; stays the caller's
   int error_fd{-1};  // signalled when the ring is broken; stays the caller's
 };
@@ -57,7 +57,8 @@ class BlkQueue final : public blockdev::Poller {
   ~BlkQueue() override;
 
   // Stops popping; `stopped` runs from the loop once nothing is in flight and all used entries are
-  // published. next_avail() is then final. Idempotent until then.
+  // published. next_avail() is then final, and guest memory is not touched any more. Once
+  // (asserted).
   void stop(std::move_only_function<void()> stopped);
 
   // SET_VRING_CALL, SET_VRING_ERR and SET_VRING_KICK on a running ring. -1 turns the signal off.

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <utility>
 
 #include "blockdev/virtio/little_endian.h"
 
@@ -39,7 +40,14 @@ Virtqueue::Virtqueue(const Layout& layout, const GuestMemory& memory)
       next_avail_(layout.next_avail),
       avail_index_(layout.next_avail),
       used_index_(load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset)),
-      published_used_index_(used_index_) {}
+      published_used_index_(used_index_) {
+  // "Available Buffer Notification Suppression": with the event index, flags is to be 0, whatever
+  // ran the ring before has left there.
+  if (layout_.event_idx)
+    store_release_le(layout_.used_ring + kUsedFlagsOffset, std::uint16_t{0});
+  else
+    disable_notifications();
+}
 
 // Always false, so that a check can end with it.
 bool Virtqueue::broken(const char* reason) {
@@ -132,8 +140,10 @@ bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
 void Virtqueue::add(const Descriptor& descriptor, Walk& state) const {
   const bool writable = (descriptor.flags & kDescFWrite) != 0;
   if (descriptor.length_bytes == 0) return;
-  std::byte* const last_byte =
-      memory_.translate(descriptor.guest_address + descriptor.length_bytes - 1, 1);
+  std::uint64_t last_address = 0;
+  const bool wraps =
+      __builtin_add_overflow(descriptor.guest_address, descriptor.length_bytes - 1U, &last_address);
+  std::byte* const last_byte = wraps ? nullptr : memory_.translate(last_address, 1);
   if (writable) state.last_writable_byte = last_byte;
   // "The driver MUST place any device-writable descriptor elements after any device-readable ones."
   if (!writable && state.used_count > state.readable_count) {
@@ -174,6 +184,9 @@ bool Virtqueue::publish() {
     const auto flags = load_acquire_le<std::uint16_t>(layout_.avail_ring + kAvailFlagsOffset);
     return (flags & kAvailFNoInterrupt) == 0;
   }
+  // Whether the interrupt for the last elements of whoever ran this ring before us went out is not
+  // known. One too many is harmless; one too few hangs the guest.
+  if (!std::exchange(published_before_, true)) return true;
   const auto used_event =
       load_acquire_le<std::uint16_t>(layout_.avail_ring + avail_used_event_offset(layout_.size));
   return need_event(used_event, used_index_, old_index);

@@ -46,7 +46,8 @@ class Virtqueue {
   };
   enum class Pop : std::uint8_t { kChain, kBroken };
 
-  // `memory` must outlive the queue. The used index goes on where the ring's own stands.
+  // `memory` must outlive the queue. The used index goes on where the ring's own stands. Leaves
+  // the driver's notifications suppressed.
   Virtqueue(const Layout& layout, const GuestMemory& memory);
 
   // Head of the next available chain, or nothing: none is there, or the ring is broken
@@ -88,6 +89,7 @@ class Virtqueue {
   std::uint16_t used_index_;
   std::uint16_t published_used_index_;
   std::uint16_t head_{0};  // as peek_head() has read it, once
+  bool published_before_{false};
   const char* broken_reason_{nullptr};
 };
 
