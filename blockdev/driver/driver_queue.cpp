@@ -1,0 +1,198 @@
+#include "blockdev/driver/driver_queue.h"
+
+#include <atomic>
+#include <cassert>
+#include <cerrno>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "blockdev/virtio/little_endian.h"
+
+namespace vblk::driver {
+
+using namespace virtio;
+
+namespace {
+
+// virtio 1.2, "Split Virtqueues", the table of parts.
+constexpr std::size_t kDescriptorAlignment = 16;
+constexpr std::size_t kRingAlignment = 4;
+
+}  // namespace
+
+Expected<std::unique_ptr<DriverQueue>> DriverQueue::create(DriverMemory& memory,
+                                                           const DriverQueueOptions& options) {
+  std::unique_ptr<DriverQueue> queue(new DriverQueue(memory, options));
+  const auto descriptors =
+      memory.allocate(descriptor_table_bytes(options.size), kDescriptorAlignment);
+  const auto avail = memory.allocate(avail_ring_bytes(options.size), kRingAlignment);
+  const auto used = memory.allocate(used_ring_bytes(options.size), kRingAlignment);
+  const auto tables = memory.allocate(
+      options.indirect ? descriptor_table_bytes(options.indirect_max) * options.size : 0,
+      kDescriptorAlignment);
+  if (descriptors.empty() || avail.empty() || used.empty() ||
+      (options.indirect && tables.empty())) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("no guest memory left for a queue of {}", options.size));
+  }
+  queue->descriptors_ = descriptors.data();
+  queue->avail_ = avail.data();
+  queue->used_ = used.data();
+  queue->indirect_tables_ = tables.data();
+  for (vhost_user::UniqueFd* fd : {&queue->kick_, &queue->call_, &queue->error_}) {
+    fd->reset(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+    if (!*fd) {
+      return make_error(ErrorKind::kExhausted,
+                        fmt::format("cannot make an eventfd: {}", describe_errno(errno)));
+    }
+  }
+  return queue;
+}
+
+DriverQueue::DriverQueue(DriverMemory& memory, const DriverQueueOptions& options)
+    : memory_(memory), options_(options), chain_length_(options.size), next_(options.size) {
+  for (std::size_t i = options.size; i > 0; --i) free_.push_back(static_cast<std::uint16_t>(i - 1));
+}
+
+vhost_user::VringAddress DriverQueue::addresses(std::uint32_t index) const {
+  return {.index = index,
+          .flags = 0,
+          .descriptor_user_address = reinterpret_cast<std::uint64_t>(descriptors_),
+          .used_user_address = reinterpret_cast<std::uint64_t>(used_),
+          .avail_user_address = reinterpret_cast<std::uint64_t>(avail_),
+          .log_guest_address = 0};
+}
+
+void DriverQueue::write_descriptor(std::byte* table, std::size_t index, const Buffer& buffer,
+                                   bool has_next, std::uint16_t next, std::uint16_t extra_flags) {
+  std::byte* const entry = table + index * kDescriptorBytes;
+  const auto flags = static_cast<std::uint16_t>((buffer.device_writable ? kDescFWrite : 0) |
+                                                (has_next ? kDescFNext : 0) | extra_flags);
+  store_le<std::uint64_t>(entry, buffer.guest_address);
+  store_le<std::uint32_t>(entry + 8, buffer.length_bytes);
+  store_le<std::uint16_t>(entry + 12, flags);
+  store_le<std::uint16_t>(entry + 14, next);
+}
+
+std::optional<std::uint16_t> DriverQueue::add(std::span<const Buffer> chain) {
+  assert(!chain.empty());
+  const bool use_indirect =
+      options_.indirect && chain.size() > 1 && chain.size() <= options_.indirect_max;
+  const auto head = use_indirect ? add_indirect(chain) : add_direct(chain);
+  if (!head) return std::nullopt;
+  const std::size_t entry = avail_index_ & (options_.size - 1U);
+  store_release_le(avail_ + kAvailRingOffset + 2 * entry, *head);
+  ++avail_index_;
+  ++in_flight_;
+  return head;
+}
+
+std::optional<std::uint16_t> DriverQueue::add_direct(std::span<const Buffer> chain) {
+  if (chain.size() > free_.size()) return std::nullopt;
+  // Written back to front, so that each knows the next.
+  std::uint16_t next = 0;
+  for (std::size_t i = chain.size(); i > 0; --i) {
+    const std::uint16_t index = free_.back();
+    free_.pop_back();
+    write_descriptor(descriptors_, index, chain[i - 1], i < chain.size(), next, 0);
+    next_[index] = next;
+    next = index;
+  }
+  chain_length_[next] = static_cast<std::uint16_t>(chain.size());
+  return next;
+}
+
+std::optional<std::uint16_t> DriverQueue::add_indirect(std::span<const Buffer> chain) {
+  if (free_.empty()) return std::nullopt;
+  const std::uint16_t head = free_.back();
+  free_.pop_back();
+  std::byte* const table = indirect_tables_ + head * descriptor_table_bytes(options_.indirect_max);
+  for (std::size_t i = 0; i < chain.size(); ++i) {
+    write_descriptor(table, i, chain[i], i + 1 < chain.size(), static_cast<std::uint16_t>(i + 1),
+                     0);
+  }
+  const Buffer whole{
+      .guest_address = memory_.guest_address(table),
+      .length_bytes = static_cast<std::uint32_t>(descriptor_table_bytes(chain.size())),
+      .device_writable = false};
+  write_descriptor(descriptors_, head, whole, false, 0, kDescFIndirect);
+  chain_length_[head] = 1;
+  return head;
+}
+
+void DriverQueue::publish() {
+  if (avail_index_ == published_avail_index_) return;
+  const std::uint16_t old_index = published_avail_index_;
+  store_release_le(avail_ + kAvailIndexOffset, avail_index_);
+  published_avail_index_ = avail_index_;
+  // "Available Buffer Notification Suppression": the index first, then the device's wish.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  const bool wanted =
+      options_.event_idx
+          ? need_event(
+                load_acquire_le<std::uint16_t>(used_ + used_avail_event_offset(options_.size)),
+                avail_index_, old_index)
+          : (load_acquire_le<std::uint16_t>(used_ + kUsedFlagsOffset) & kUsedFNoNotify) == 0;
+  if (!wanted) return;
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = ::write(kick_.get(), &one, sizeof one);
+  ++kicks_;
+}
+
+bool DriverQueue::has_used() const {
+  return load_acquire_le<std::uint16_t>(used_ + kUsedIndexOffset) != used_index_;
+}
+
+Expected<std::optional<DriverQueue::Used>> DriverQueue::take_used() {
+  const auto device_index = load_acquire_le<std::uint16_t>(used_ + kUsedIndexOffset);
+  const auto available = static_cast<std::uint16_t>(device_index - used_index_);
+  if (available == 0) return std::nullopt;
+  if (available > in_flight_) {
+    return make_error(
+        ErrorKind::kCorrupt,
+        fmt::format("the device returns {} buffers of {} in flight", available, in_flight_));
+  }
+  const std::byte* const element =
+      used_ + kUsedRingOffset + (used_index_ & (options_.size - 1U)) * kUsedElementBytes;
+  const auto id = load_le<std::uint32_t>(element);
+  const auto length = load_le<std::uint32_t>(element + 4);
+  if (id >= options_.size || chain_length_[id] == 0) {
+    return make_error(ErrorKind::kCorrupt,
+                      fmt::format("the device returns buffer {}, which it does not have", id));
+  }
+  ++used_index_;
+  release(static_cast<std::uint16_t>(id));
+  return Used{.token = static_cast<std::uint16_t>(id), .length_bytes = length};
+}
+
+void DriverQueue::release(std::uint16_t head) {
+  std::uint16_t index = head;
+  for (std::uint16_t left = std::exchange(chain_length_[head], std::uint16_t{0}); left > 0;
+       --left) {
+    free_.push_back(index);
+    index = next_[index];
+  }
+  --in_flight_;
+}
+
+bool DriverQueue::wait(std::chrono::milliseconds timeout) {
+  // "Used Buffer Notification Suppression": say what is waited for, then look once more.
+  if (options_.event_idx)
+    store_release_le(avail_ + avail_used_event_offset(options_.size), used_index_);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (has_used()) return true;
+  pollfd descriptor{.fd = call_.get(), .events = POLLIN, .revents = 0};
+  int ready = 0;
+  do {
+    ready = ::poll(&descriptor, 1, static_cast<int>(timeout.count()));
+  } while (ready < 0 && errno == EINTR);
+  std::uint64_t count = 0;
+  [[maybe_unused]] const auto consumed = ::read(call_.get(), &count, sizeof count);
+  return ready > 0 || has_used();
+}
+
+}  // namespace vblk::driver
