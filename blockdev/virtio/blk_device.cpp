@@ -37,7 +37,8 @@ std::uint64_t features_of(const blockdev::BlockNode& node, const BlkDeviceOption
                            feature_bit(kBlkFTopology) | feature_bit(kBlkFMq) |
                            // "Devices SHOULD always offer FLUSH and MUST if they offer CONFIG_WCE."
                            feature_bit(kBlkFFlush) | feature_bit(kBlkFConfigWce);
-  if (limits.read_only) features |= feature_bit(kBlkFRo);
+  // What would change a read-only disk is not offered on one.
+  if (limits.read_only) return features | feature_bit(kBlkFRo);
   if (options.discard && limits.can_discard) features |= feature_bit(kBlkFDiscard);
   if (limits.can_write_zeroes) features |= feature_bit(kBlkFWriteZeroes);
   return features;

@@ -194,8 +194,6 @@ void BlkQueue::stop(std::move_only_function<void()> stopped) {
   state_->stopping = true;
   state_->kick_watch.reset();
   state_->stopped = std::move(stopped);
-  // A cycle of the loop looks whether anything is in flight still.
-  state_->context.loop().post([] {});
 }
 
 void BlkQueue::set_call_fd(int fd) {
@@ -258,7 +256,9 @@ void BlkQueue::settle() {
 }
 
 bool BlkQueue::prepare_to_sleep() {
-  if (state_->stopping || state_->is_broken) return true;
+  // A stop that settle() has not seen yet: stop() may be called between the cycle and the sleep.
+  if (state_->stopping) return state_->in_flight > 0 || !state_->stopped;
+  if (state_->is_broken) return true;
   // Nothing would end the sleep ("if the invalid FD flag is set ... polling should be used").
   if (state_->kick_fd < 0) return false;
   return state_->ring.enable_notifications();
