@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cassert>
 #include <utility>
 
 #include <fmt/core.h>
@@ -27,47 +28,62 @@ constexpr std::uint64_t kUsableFeatures =
     feature_bit(kBlkFWriteZeroes) | feature_bit(kFIndirectDesc) | feature_bit(kFEventIdx) |
     feature_bit(kFVersion1) | feature_bit(vhost_user::kFProtocolFeatures);
 
+FrontendOptions frontend_options(const BlkDriverOptions& options) {
+  FrontendOptions frontend = options.frontend;
+  frontend.features_mask &= kUsableFeatures;
+  if (!options.indirect) frontend.features_mask &= ~feature_bit(kFIndirectDesc);
+  if (!options.event_idx) frontend.features_mask &= ~feature_bit(kFEventIdx);
+  return frontend;
+}
+
 }  // namespace
 
 Expected<std::unique_ptr<BlkDriver>> BlkDriver::connect(const std::string& socket_path,
                                                         const BlkDriverOptions& options) {
+  auto frontend = Frontend::connect(socket_path, frontend_options(options));
+  if (!frontend) return std::unexpected(std::move(frontend.error()));
+  return start(std::move(*frontend), options);
+}
+
+Expected<std::unique_ptr<BlkDriver>> BlkDriver::adopt(vhost_user::UniqueFd socket,
+                                                      const BlkDriverOptions& options) {
+  return start(Frontend::adopt(std::move(socket), frontend_options(options)), options);
+}
+
+Expected<std::unique_ptr<BlkDriver>> BlkDriver::start(std::unique_ptr<Frontend> frontend,
+                                                      const BlkDriverOptions& options) {
+  auto memory = DriverMemory::create(
+      std::vector<std::size_t>(options.memory_region_count, options.memory_bytes));
+  if (!memory) return std::unexpected(std::move(memory.error()));
   std::unique_ptr<BlkDriver> driver(new BlkDriver);
   driver->timeout_ = options.frontend.timeout;
-  FrontendOptions frontend_options = options.frontend;
-  frontend_options.features_mask &= kUsableFeatures;
-  if (!options.indirect) frontend_options.features_mask &= ~feature_bit(kFIndirectDesc);
-  if (!options.event_idx) frontend_options.features_mask &= ~feature_bit(kFEventIdx);
-
-  auto memory = DriverMemory::create({options.memory_bytes});
-  if (!memory) return std::unexpected(std::move(memory.error()));
   driver->memory_ = std::move(*memory);
   driver->scratch_ = driver->memory_->allocate(kScratchBytes, kScratchBytes);
-  auto frontend = Frontend::connect(socket_path, frontend_options);
-  if (!frontend) return std::unexpected(std::move(frontend.error()));
-  driver->frontend_ = std::move(*frontend);
-  if (auto done = driver->frontend_->negotiate(); !done)
-    return std::unexpected(std::move(done.error()));
+  driver->frontend_ = std::move(frontend);
+  auto done = driver->frontend_->negotiate();
+  if (done) done = driver->frontend_->set_memory(*driver->memory_);
+  if (done) done = driver->start_queues(options);
+  if (!done) return std::unexpected(std::move(done.error()));
   auto config = driver->read_config();
   if (!config) return std::unexpected(std::move(config.error()));
   driver->config_ = *config;
-  if (auto done = driver->frontend_->set_memory(*driver->memory_); !done) {
-    return std::unexpected(std::move(done.error()));
-  }
-  if (auto done = driver->start_queues(options); !done)
-    return std::unexpected(std::move(done.error()));
   return driver;
 }
 
-Expected<void> BlkDriver::start_queues(const BlkDriverOptions& options) {
+Expected<void> BlkDriver::check_queue_count(std::uint16_t wanted) {
+  std::uint64_t offered = 1;
   if ((frontend_->protocol_features() & (std::uint64_t{1} << vhost_user::kProtocolFMq)) != 0) {
     const auto count = frontend_->queue_count();
     if (!count) return std::unexpected(count.error());
-    if (*count < options.queue_count) {
-      return make_error(ErrorKind::kInvalidArgument,
-                        fmt::format("{} queues are asked for and the backend has {}",
-                                    options.queue_count, *count));
-    }
+    offered = *count;
   }
+  if (wanted <= offered) return {};
+  return make_error(ErrorKind::kInvalidArgument,
+                    fmt::format("{} queues are asked for and the backend has {}", wanted, offered));
+}
+
+Expected<void> BlkDriver::start_queues(const BlkDriverOptions& options) {
+  if (auto done = check_queue_count(options.queue_count); !done) return done;
   const bool indirect = (frontend_->features() & feature_bit(kFIndirectDesc)) != 0;
   const DriverQueueOptions ring_options{
       .size = options.queue_size,
@@ -155,6 +171,7 @@ Expected<std::size_t> BlkDriver::poll(std::uint16_t index) {
     if (!used) return std::unexpected(used.error());
     if (!*used) return count;
     const std::uint16_t token = (*used)->token;
+    assert(queue.io_of_token[token] != nullptr);  // the ring has checked that it is in flight
     BlkIo& io = *std::exchange(queue.io_of_token[token], nullptr);
     const std::uint16_t slot = queue.slot_of_token[token];
     io.status = std::to_integer<std::uint8_t>(queue.statuses[slot]);

@@ -28,7 +28,8 @@ namespace vblk::driver {
 struct BlkDriverOptions {
   std::uint16_t queue_count{1};
   std::uint16_t queue_size{128};
-  std::size_t memory_bytes{std::size_t{64} << 20};  // for rings, headers and data
+  std::size_t memory_bytes{std::size_t{64} << 20};  // of each region, for rings, headers and data
+  std::size_t memory_region_count{1};
   bool indirect{true};  // use indirect descriptors where the backend has them
   bool event_idx{true};
   FrontendOptions frontend;
@@ -53,8 +54,9 @@ struct BlkIo {
   using Completion = void (*)(BlkIo& io);
   std::uint32_t type{0};  // virtio::kBlkTIn and so on
   std::uint64_t sector{0};
-  std::span<std::byte>
-      data;  // in the driver's memory; discard segments for kBlkTDiscard, kBlkTWriteZeroes
+  // In the driver's memory, at most BlkConfig::size_max_bytes; discard segments for kBlkTDiscard
+  // and kBlkTWriteZeroes.
+  std::span<std::byte> data;
   Completion complete{nullptr};
   void* context{nullptr};  // the caller's
 
@@ -69,6 +71,9 @@ class BlkDriver {
   // kInvalidArgument if the backend has fewer queues.
   static Expected<std::unique_ptr<BlkDriver>> connect(const std::string& socket_path,
                                                       const BlkDriverOptions& options = {});
+  // The same on a socket that is connected already.
+  static Expected<std::unique_ptr<BlkDriver>> adopt(vhost_user::UniqueFd socket,
+                                                    const BlkDriverOptions& options = {});
   // Stops the queues; a backend that does not answer is left as it is.
   ~BlkDriver();
   BlkDriver(const BlkDriver&) = delete;
@@ -76,11 +81,14 @@ class BlkDriver {
 
   [[nodiscard]] DriverMemory& memory() { return *memory_; }
   [[nodiscard]] Frontend& frontend() { return *frontend_; }
+  // The ring itself, for chains that no driver would make. Take their completions from it as well:
+  // poll() and wait() know only what submit() put there.
   [[nodiscard]] DriverQueue& queue(std::uint16_t index) { return *queues_[index].ring; }
   [[nodiscard]] const BlkConfig& config() const { return config_; }
   Expected<BlkConfig> read_config();
 
-  // False if the queue is full.
+  // Puts `io` into the ring; the device sees it after kick(). Allowed in a completion. False if the
+  // queue is full.
   bool submit(std::uint16_t queue, BlkIo& io);
   void kick(std::uint16_t queue) { queues_[queue].ring->publish(); }
   // Completes what the backend has returned; how many. Error: kCorrupt for a backend that lies.
@@ -108,6 +116,9 @@ class BlkDriver {
     std::vector<std::uint16_t> slot_of_token;
   };
   BlkDriver() = default;
+  static Expected<std::unique_ptr<BlkDriver>> start(std::unique_ptr<Frontend> frontend,
+                                                    const BlkDriverOptions& options);
+  Expected<void> check_queue_count(std::uint16_t wanted);
   Expected<void> start_queues(const BlkDriverOptions& options);
   Expected<std::uint8_t> change_range(std::uint32_t type, std::uint64_t sector,
                                       std::uint32_t sector_count, bool unmap);

@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <thread>
 #include <utility>
 
 #include <fmt/core.h>
@@ -22,6 +23,8 @@ constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number
 constexpr std::uint64_t kUsableProtocolFeatures = bit(kProtocolFMq) | bit(kProtocolFReplyAck) |
                                                   bit(kProtocolFConfig) |
                                                   bit(kProtocolFConfigureMemSlots);
+
+constexpr std::chrono::milliseconds kConnectRetry{5};
 
 template <typename T>
 std::vector<std::byte> payload_with(const T& value) {
@@ -41,12 +44,19 @@ Expected<std::unique_ptr<Frontend>> Frontend::connect(const std::string& path,
                       fmt::format("the path '{}' is too long for a Unix socket", path));
   }
   std::memcpy(address.sun_path, path.data(), path.size());
-  UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!socket ||
-      ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
+  UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  const auto deadline = std::chrono::steady_clock::now() + options.timeout;
+  while (!socket || ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address),
+                              sizeof address) != 0) {
     const int error = errno;
+    // A Unix socket whose backlog is full says EAGAIN; there is nothing to poll for.
+    if (error == EAGAIN && std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::sleep_for(kConnectRetry);
+      continue;
+    }
+    if (error == EINTR) continue;
     return make_error(
-        kind_of_errno(error),
+        error == EAGAIN ? ErrorKind::kBusy : kind_of_errno(error),
         fmt::format("cannot connect to the backend at '{}': {}", path, describe_errno(error)),
         error);
   }
@@ -168,11 +178,16 @@ Expected<void> Frontend::write_config(std::uint32_t offset, std::span<const std:
 Expected<std::uint64_t> Frontend::queue_count() { return call_u64(Request::kGetQueueNum); }
 
 Expected<void> Frontend::set_memory(const DriverMemory& memory) {
-  if (memory.regions().size() > kMemoryTableRegionsMax) {
+  if ((protocol_features_ & bit(kProtocolFConfigureMemSlots)) != 0) {
     for (const auto& region : memory.regions()) {
       if (auto added = add_region(region); !added) return added;
     }
     return {};
+  }
+  if (memory.regions().size() > kMemoryTableRegionsMax) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("the backend takes {} memory regions and there are {}",
+                                  kMemoryTableRegionsMax, memory.regions().size()));
   }
   auto payload = payload_with(MemoryTableHead{
       .region_count = static_cast<std::uint32_t>(memory.regions().size()), .padding = 0});

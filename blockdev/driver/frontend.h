@@ -29,10 +29,11 @@ struct FrontendOptions {
 
 class Frontend {
  public:
-  // Connects to `path`. Errors: kNotFound, kPermission, kBusy (timed out).
+  // Connects to `path`. Errors: kNotFound, kPermission, kBusy (its backlog stays full), or what
+  // else connect(2) says.
   static Expected<std::unique_ptr<Frontend>> connect(const std::string& path,
                                                      const FrontendOptions& options = {});
-  // Speaks on a socket that is connected already.
+  // Speaks on a socket that is connected already, and makes it non-blocking.
   static std::unique_ptr<Frontend> adopt(vhost_user::UniqueFd socket,
                                          const FrontendOptions& options = {});
   Frontend(const Frontend&) = delete;
@@ -52,7 +53,7 @@ class Frontend {
   Expected<std::uint64_t> queue_count();
 
   // Shares `memory` by SET_MEM_TABLE, or region by region by ADD_MEM_REG if CONFIGURE_MEM_SLOTS was
-  // negotiated.
+  // negotiated. The table has room for eight regions.
   Expected<void> set_memory(const DriverMemory& memory);
   Expected<void> add_region(const DriverMemory::Region& region);
   Expected<void> remove_region(const DriverMemory::Region& region);
