@@ -60,7 +60,7 @@ program_options::options_description serve_description() {
        "none, writeback, writethrough, directsync or unsafe, as QEMU means them")              //
       ("queues", value<std::string>()->default_value("1")->value_name("N"),                    //
        "virtqueues offered, 1 to 64")                                                          //
-      ("queue-size", value<std::string>()->default_value("256")->value_name("N"),              //
+      ("queue-size", value<std::string>()->default_value("128")->value_name("N"),              //
        "largest virtqueue accepted, a power of two from 2 to 1024")                            //
       ("iothreads", value<std::string>()->default_value("1")->value_name("N"),                 //
        "I/O threads that share the virtqueues, 1 to --queues")                                 //

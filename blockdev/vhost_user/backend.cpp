@@ -386,8 +386,8 @@ Expected<void> Backend::set_vring_num(Message& message) {
   if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
   if (state.value == 0 || state.value > device_.options().queue_size_max ||
       (state.value & (state.value - 1)) != 0) {
-    return refused(fmt::format("queue {}: size {} is no power of two up to {}", state.index,
-                               state.value, device_.options().queue_size_max));
+    return refused(fmt::format("queue {}: size {} is no power of two up to {}; see --queue-size",
+                               state.index, state.value, device_.options().queue_size_max));
   }
   (*ring)->size = static_cast<std::uint16_t>(state.value);
   return {};

@@ -28,9 +28,12 @@ namespace {
 // queues of the thread are not kept waiting.
 constexpr unsigned kPopsPerPoll = 64;
 
-// A chain has at most `queue size` descriptors; each may be cut where memory regions meet, which
-// happens once in a while at most.
+// A chain is a ring's worth of descriptors and then an indirect table; each descriptor may be cut
+// where memory regions meet, which happens once in a while at most.
 constexpr std::size_t kExtraIovecs = 16;
+constexpr std::size_t room_per_slot(std::size_t queue_size) {
+  return queue_size + kIndirectEntriesMax + kExtraIovecs;
+}
 
 // Memory that exists only where it is touched: room for the longest chain in every slot, of which a
 // guest uses a few percent.
@@ -103,7 +106,7 @@ struct BlkQueue::State {
         memory(std::move(guest_memory)),
         ring(layout, *memory),
         index(queue_index),
-        iovecs(layout.size, layout.size + kExtraIovecs),
+        iovecs(layout.size, room_per_slot(layout.size)),
         slots(layout.size) {
     for (std::size_t i = 0; i < slots.size(); ++i) {
       slots[i].queue = this;

@@ -115,9 +115,10 @@ bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
   if ((descriptor.flags & kDescFNext) != 0)
     return broken("an indirect descriptor that has a next one");
   const std::size_t entries = descriptor.length_bytes / kDescriptorBytes;
-  if (descriptor.length_bytes % kDescriptorBytes != 0 || entries == 0 || entries > layout_.size)
+  if (descriptor.length_bytes % kDescriptorBytes != 0 || entries == 0 ||
+      entries > kIndirectEntriesMax)
     return broken(
-        "an indirect table whose length is no multiple of 16, zero, or beyond the queue size");
+        "an indirect table whose length is no multiple of 16, zero, or beyond 1024 entries");
   const std::byte* const table =
       memory_.translate(descriptor.guest_address, descriptor.length_bytes);
   if (table == nullptr) return broken("an indirect table outside guest memory");

@@ -33,6 +33,11 @@ struct Chain {
   std::byte* last_writable_byte{nullptr};
 };
 
+// Longest indirect table taken. "A driver MUST NOT create a descriptor chain longer than the Queue
+// Size", but Linux sizes its tables by seg_max alone, and a backend announces that before it knows
+// the queue size.
+inline constexpr std::size_t kIndirectEntriesMax = 1024;
+
 class Virtqueue {
  public:
   struct Layout {
