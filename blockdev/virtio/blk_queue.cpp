@@ -153,7 +153,7 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
     return bad(fmt::format("size {} is no power of two up to {}", setup.size,
                            device.options().queue_size_max));
   }
-  Virtqueue::Layout layout{
+  const Virtqueue::Layout layout{
       .descriptor_table =
           memory->translate_user(setup.descriptor_address, descriptor_table_bytes(setup.size)),
       .avail_ring = memory->translate_user(setup.avail_address, avail_ring_bytes(setup.size)),

@@ -88,7 +88,7 @@ Expected<std::shared_ptr<const MemoryRegion>> MemoryRegion::map(int fd, std::uin
         fmt::format("cannot map {} bytes of guest memory: {}", size_bytes, describe_errno(error)),
         error);
   }
-  const std::shared_ptr<MemoryRegion> region(new MemoryRegion());
+  std::shared_ptr<MemoryRegion> region(new MemoryRegion());
   region->guest_address_ = guest_address;
   region->size_bytes_ = size_bytes;
   region->user_address_ = user_address;
@@ -138,7 +138,7 @@ Expected<std::shared_ptr<const GuestMemory>> GuestMemory::create(
                         fmt::format("guest memory regions at {:#x} and {:#x} overlap",
                                     lower.guest_address(), upper.guest_address()));
   }
-  const std::shared_ptr<GuestMemory> memory(new GuestMemory());
+  std::shared_ptr<GuestMemory> memory(new GuestMemory());
   memory->regions_ = std::move(regions);
   return memory;
 }

@@ -15,7 +15,6 @@ using testing::header;
 using testing::kUntouched;
 using testing::pattern;
 using testing::Rig;
-using testing::RigOptions;
 using testing::segment;
 using testing::Used;
 using Piece = Rig::Piece;
@@ -61,7 +60,7 @@ TEST(BlkQueueLayout, a_write_works_however_header_and_data_are_cut) {
         rig.run();
         ASSERT_EQ(rig.ring->take_used(), (std::vector<Used>{{0, 1}}));
         ASSERT_EQ(*rig.memory.at(status), std::byte{kBlkSOk});
-        ASSERT_TRUE(std::equal(data.begin(), data.end(), rig.node.disk.begin() + 8 * 512));
+        ASSERT_TRUE(std::equal(data.begin(), data.end(), rig.node.disk.begin() + 4096));
       }
     }
   }
@@ -131,7 +130,7 @@ TEST(BlkQueueLayout, a_buffer_may_cross_from_one_memory_region_to_the_next) {
 TEST(BlkQueueLayout, the_longest_chain_of_the_largest_ring_works) {
   for (const bool indirect : {false, true}) {
     Rig rig({.size = 1024});
-    const std::size_t bytes = 1022 * 512;
+    const std::size_t bytes = std::size_t{1022} * 512;
     const auto data = pattern(bytes);
     std::copy(data.begin(), data.end(), rig.node.disk.begin());
     std::vector<Piece> pieces{{rig.place(header(kBlkTIn, 0)), 16}};
@@ -293,7 +292,7 @@ TEST(BlkQueueRequest, several_segments_are_carried_out_one_after_another) {
     Rig rig;
     std::vector<std::byte> segments;
     for (std::uint32_t i = 0; i < 32; ++i) {
-      const auto one = segment(i * 16, i + 1, type == kBlkTWriteZeroes ? i % 2 : 0);
+      const auto one = segment(std::uint64_t{i} * 16, i + 1, type == kBlkTWriteZeroes ? i % 2 : 0);
       segments.insert(segments.end(), one.begin(), one.end());
     }
     rig.node.hold = true;

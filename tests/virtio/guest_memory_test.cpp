@@ -15,8 +15,8 @@ constexpr std::uint64_t kMax = ~std::uint64_t{0};
 
 class MemFd {
  public:
-  explicit MemFd(off_t size_bytes) : fd_(::memfd_create("guest-memory", MFD_CLOEXEC)) {
-    EXPECT_EQ(::ftruncate(fd_, size_bytes), 0);
+  explicit MemFd(std::size_t size_bytes) : fd_(::memfd_create("guest-memory", MFD_CLOEXEC)) {
+    EXPECT_EQ(::ftruncate(fd_, static_cast<off_t>(size_bytes)), 0);
   }
   ~MemFd() { ::close(fd_); }
   MemFd(const MemFd&) = delete;
@@ -141,6 +141,7 @@ TEST(GuestMemory, refuses_overlaps_and_too_many_regions) {
       GuestMemory::create({wrapped(storage.data(), 1000, 1000), wrapped(storage.data(), 1000, 1)})
           .has_value());
   std::vector<std::shared_ptr<const MemoryRegion>> regions;
+  regions.reserve(GuestMemory::kMaxRegions + 1);
   for (std::size_t i = 0; i < GuestMemory::kMaxRegions; ++i)
     regions.push_back(wrapped(storage.data(), i * 1000, 1000));
   EXPECT_TRUE(GuestMemory::create(regions).has_value());
@@ -150,23 +151,24 @@ TEST(GuestMemory, refuses_overlaps_and_too_many_regions) {
 }
 
 TEST(GuestMemoryGuard, memory_that_a_frontend_takes_away_reads_as_zeroes_and_is_marked) {
-  const MemFd file(4 * 4096);
-  const auto region = MemoryRegion::map(file.fd(), 0, std::uint64_t{4} * 4096, 0, 0).value();
+  constexpr std::size_t kPage = 4096;
+  const MemFd file(4 * kPage);
+  const auto region = MemoryRegion::map(file.fd(), 0, 4 * kPage, 0, 0).value();
   const auto memory = GuestMemory::create({region}).value();
   volatile std::byte* const host = region->host();
   host[0] = std::byte{1};
-  host[3 * 4096] = std::byte{2};
+  host[3 * kPage] = std::byte{2};
   EXPECT_FALSE(memory->faulted());
   ASSERT_EQ(::ftruncate(file.fd(), 4096), 0);
-  EXPECT_EQ(std::byte{host[3 * 4096]}, std::byte{0});
+  EXPECT_EQ(std::byte{host[3 * kPage]}, std::byte{0});
   EXPECT_TRUE(region->faulted());
   EXPECT_TRUE(memory->faulted());
-  host[2 * 4096 + 7] = std::byte{9};
+  host[2 * kPage + 7] = std::byte{9};
   EXPECT_EQ(std::byte{host[0]}, std::byte{1}) << "what is still there stays";
 }
 
 TEST(GuestMemoryGuard, another_mapping_is_not_marked) {
-  const MemFd file(2 * 4096);
+  const MemFd file(8192);
   const auto first = MemoryRegion::map(file.fd(), 0, 4096, 0, 0).value();
   const auto second = MemoryRegion::map(file.fd(), 4096, 4096, 4096, 4096).value();
   ASSERT_EQ(::ftruncate(file.fd(), 4096), 0);

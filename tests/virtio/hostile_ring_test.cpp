@@ -24,7 +24,7 @@ class Rubbish {
       rig_.memory.write(kHeaders + i * 16, header);
     }
     const std::uint64_t entries = pick(size + (chance(20) ? 70000U : 1U));
-    for (std::uint64_t i = 0; i < entries && i < 2U * size; ++i)
+    for (std::uint64_t i = 0; i < entries && i < std::uint64_t{2} * size; ++i)
       rig_.ring->make_available(static_cast<std::uint16_t>(chance(50) ? pick(65536) : pick(size)));
     if (chance(30)) rig_.ring->set_avail_index(static_cast<std::uint16_t>(pick(65536)));
     rig_.ring->set_used_event(static_cast<std::uint16_t>(pick(65536)));

@@ -195,7 +195,8 @@ class TestRing {
     return memory_.at(descriptors_ + kDescriptorBytes * index);
   }
   void make_available(std::uint16_t head) {
-    store_le<std::uint16_t>(avail(kAvailRingOffset + 2U * (avail_index_ % size_)), head);
+    store_le<std::uint16_t>(avail(kAvailRingOffset + std::size_t{2} * (avail_index_ % size_)),
+                            head);
     set_avail_index(static_cast<std::uint16_t>(avail_index_ + 1));
   }
   void set_avail_index(std::uint16_t index) {
@@ -308,7 +309,7 @@ class Rig {
   static constexpr std::size_t kDiskBytes = std::size_t{4} << 20;
   static constexpr std::uint64_t kBuffers = kGuestBase + 0x40000;  // behind any ring
 
-  explicit Rig(RigOptions options = {}) : node(kDiskBytes, options.read_only) {
+  explicit Rig(const RigOptions& options = {}) : node(kDiskBytes, options.read_only) {
     log::set_level(log::Level::kOff);
     context = std::make_unique<blockdev::IoContext>(
         loop, std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
@@ -453,7 +454,7 @@ class Rig {
 inline std::vector<std::byte> pattern(std::size_t bytes, unsigned seed = 1) {
   std::vector<std::byte> out(bytes);
   for (std::size_t i = 0; i < bytes; ++i)
-    out[i] = static_cast<std::byte>((i * 31 + seed * 7 + i / 251) & 0xff);
+    out[i] = static_cast<std::byte>((i * 31 + std::size_t{seed} * 7 + i / 251) & 0xff);
   return out;
 }
 
