@@ -1,0 +1,253 @@
+// The pool and the way back from it.
+#include "threadpool/thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <poll.h>
+#include <set>
+#include <sys/eventfd.h>
+#include <thread>
+#include <unistd.h>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "threadpool/completion_queue.h"
+
+namespace vblk::threadpool {
+namespace {
+
+// A gate that works wait at until the test opens it.
+class Gate {
+ public:
+  void wait() {
+    std::unique_lock lock(mutex_);
+    ++waiting_;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return open_; });
+  }
+  void wait_for_arrivals(std::size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this, count] { return waiting_ >= count; });
+  }
+  void open() {
+    const std::lock_guard lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::size_t waiting_{0};
+  bool open_{false};
+};
+
+struct BlockedWork : Work {
+  Gate* gate{nullptr};
+  BlockedWork() {
+    run = [](Work& work) noexcept { static_cast<BlockedWork&>(work).gate->wait(); };
+  }
+};
+
+struct RecordedWork : Work {
+  std::vector<int>* order{nullptr};
+  int number{0};
+  RecordedWork() {
+    run = [](Work& work) noexcept {
+      auto& self = static_cast<RecordedWork&>(work);
+      self.order->push_back(self.number);
+    };
+  }
+};
+
+struct CountedWork : Work {
+  std::atomic<int>* count{nullptr};
+  CountedWork() {
+    run = [](Work& work) noexcept { static_cast<CountedWork&>(work).count->fetch_add(1); };
+  }
+};
+
+TEST(WorkList, keeps_order_through_append_and_pop) {
+  Work works[5];
+  WorkList first;
+  WorkList second;
+  first.push_back(works[0]);
+  first.push_back(works[1]);
+  second.push_back(works[2]);
+  first.append(second);
+  first.append(second);  // empty now: changes nothing
+  EXPECT_TRUE(second.empty());
+  EXPECT_EQ(first.size(), 3U);
+  EXPECT_EQ(first.pop_front(), &works[0]);
+  EXPECT_EQ(first.pop_front(), &works[1]);
+  EXPECT_EQ(first.pop_front(), &works[2]);
+  EXPECT_EQ(first.pop_front(), nullptr);
+  second.append(first);
+  EXPECT_TRUE(second.empty());
+}
+
+TEST(ThreadPool, has_no_thread_before_there_is_work) {
+  const ThreadPool pool({.max_threads = 4});
+  EXPECT_EQ(pool.statistics().threads, 0U);
+}
+
+TEST(ThreadPool, starts_as_many_as_are_asked_for_up_front) {
+  const ThreadPool pool({.min_threads = 3, .max_threads = 4});
+  EXPECT_EQ(pool.statistics().threads, 3U);
+}
+
+TEST(ThreadPool, grows_with_blocked_work_up_to_its_bound) {
+  Gate gate;
+  std::vector<BlockedWork> works(10);
+  ThreadPool pool({.max_threads = 4});
+  WorkList batch;
+  for (auto& work : works) {
+    work.gate = &gate;
+    batch.push_back(work);
+  }
+  pool.submit(batch);
+  EXPECT_TRUE(batch.empty());
+  gate.wait_for_arrivals(4);
+  EXPECT_EQ(pool.statistics().threads, 4U);
+  gate.open();
+}
+
+TEST(ThreadPool, keeps_its_threads_and_uses_them_again) {
+  std::atomic<int> count{0};
+  std::vector<CountedWork> works(200);
+  ThreadPool pool({.max_threads = 8});
+  for (auto& work : works) {
+    work.count = &count;
+    WorkList batch;
+    batch.push_back(work);
+    const int before = count.load();
+    pool.submit(batch);
+    while (count.load() == before) std::this_thread::yield();
+  }
+  // One at a time: a second thread is started only while the first has not fallen asleep again.
+  EXPECT_LE(pool.statistics().threads, 8U);
+  EXPECT_EQ(pool.statistics().works, 200U);
+  EXPECT_EQ(pool.statistics().batches, 200U);
+}
+
+TEST(ThreadPool, starts_works_in_the_order_they_came) {
+  std::vector<int> order;
+  std::vector<RecordedWork> works(100);
+  {
+    ThreadPool pool({.max_threads = 1});
+    WorkList batch;
+    for (int i = 0; i < 100; ++i) {
+      works[static_cast<std::size_t>(i)].order = &order;
+      works[static_cast<std::size_t>(i)].number = i;
+      batch.push_back(works[static_cast<std::size_t>(i)]);
+      if (i % 7 == 0) pool.submit(batch);
+    }
+    pool.submit(batch);
+  }
+  ASSERT_EQ(order.size(), 100U);
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(order[static_cast<std::size_t>(i)], i);
+}
+
+TEST(ThreadPool, makes_no_wake_up_call_while_all_workers_are_busy) {
+  Gate gate;
+  std::vector<BlockedWork> busy(2);
+  std::vector<BlockedWork> more(50);
+  ThreadPool pool({.max_threads = 2});
+  WorkList batch;
+  for (auto& work : busy) {
+    work.gate = &gate;
+    batch.push_back(work);
+  }
+  pool.submit(batch);
+  gate.wait_for_arrivals(2);
+  const auto wakeups = pool.statistics().wakeups;
+  for (auto& work : more) {
+    work.gate = &gate;
+    batch.push_back(work);
+    pool.submit(batch);
+  }
+  EXPECT_EQ(pool.statistics().wakeups, wakeups);
+  gate.open();
+}
+
+TEST(ThreadPool, runs_everything_before_it_is_destroyed) {
+  std::atomic<int> count{0};
+  std::vector<CountedWork> works(1000);
+  {
+    ThreadPool pool({.max_threads = 3});
+    WorkList batch;
+    for (auto& work : works) {
+      work.count = &count;
+      batch.push_back(work);
+    }
+    pool.submit(batch);
+  }
+  EXPECT_EQ(count.load(), 1000);
+}
+
+TEST(CompletionQueue, hands_out_what_one_producer_pushed_in_its_order) {
+  CompletionQueue queue;
+  Work works[3];
+  for (Work& work : works) EXPECT_FALSE(queue.push(work)) << "nobody asked for a signal";
+  WorkList list;
+  EXPECT_EQ(queue.take_all(list), 3U);
+  for (Work& work : works) EXPECT_EQ(list.pop_front(), &work);
+  EXPECT_EQ(queue.take_all(list), 0U);
+}
+
+TEST(CompletionQueue, asks_exactly_one_push_per_arming_for_a_signal) {
+  CompletionQueue queue;
+  Work works[4];
+  ASSERT_TRUE(queue.arm());
+  EXPECT_TRUE(queue.push(works[0]));
+  EXPECT_FALSE(queue.push(works[1]));
+  EXPECT_TRUE(queue.disarm()) << "a signal was asked for";
+  EXPECT_FALSE(queue.arm()) << "there is something already";
+  WorkList list;
+  queue.take_all(list);
+  ASSERT_TRUE(queue.arm());
+  EXPECT_FALSE(queue.disarm());
+  EXPECT_FALSE(queue.push(works[2]));
+}
+
+// A consumer that sleeps whenever it may, against producers that never wait: a lost signal hangs
+// here.
+TEST(CompletionQueue, never_loses_a_signal) {
+  constexpr std::size_t kProducers = 4;
+  constexpr std::size_t kPerProducer = 20000;
+  CompletionQueue queue;
+  const int fd = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  std::vector<std::vector<Work>> works(kProducers, std::vector<Work>(kPerProducer));
+  std::vector<std::thread> producers;
+  for (auto& own : works) {
+    producers.emplace_back([&queue, &own, fd] {
+      for (Work& work : own) {
+        const std::uint64_t one = 1;
+        if (queue.push(work)) {
+          ASSERT_EQ(::write(fd, &one, sizeof one), static_cast<ssize_t>(sizeof one));
+        }
+      }
+    });
+  }
+  std::set<Work*> seen;
+  WorkList list;
+  while (seen.size() < kProducers * kPerProducer) {
+    if (queue.take_all(list) == 0 && queue.arm()) {
+      pollfd descriptor{.fd = fd, .events = POLLIN, .revents = 0};
+      ASSERT_GT(::poll(&descriptor, 1, 20000), 0) << "a signal was lost";
+      std::uint64_t value;
+      [[maybe_unused]] const auto consumed = ::read(fd, &value, sizeof value);
+      queue.disarm();
+    }
+    while (Work* const work = list.pop_front())
+      EXPECT_TRUE(seen.insert(work).second) << "handed out twice";
+  }
+  for (auto& producer : producers) producer.join();
+  ::close(fd);
+}
+
+}  // namespace
+}  // namespace vblk::threadpool
