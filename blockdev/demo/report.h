@@ -1,0 +1,36 @@
+// What the measurements say, as a table and in words.
+//
+// The words are careful: an engine is ahead of another only if its slowest round was faster than
+// the other's fastest. With five rounds that happens to two equal engines once in 126 times.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "blockdev/demo/load.h"
+
+namespace vblk::demo {
+
+// One workload on one engine, round by round.
+struct Series {
+  std::vector<double> operations_per_second;
+  std::vector<double> cpu_us_per_operation;
+  std::vector<double> context_switches_per_operation;
+  LatencyHistogram latencies;  // of all rounds
+
+  void add(const Measurement& measurement);
+};
+
+struct EngineResults {
+  std::string engine;
+  std::array<Series, kWorkloads.size()> series;  // in the order of kWorkloads
+};
+
+// All series have the same number of rounds, at least one.
+[[nodiscard]] std::string table(const std::vector<EngineResults>& results);
+// One paragraph per workload; empty for fewer than two engines.
+[[nodiscard]] std::string verdict(const std::vector<EngineResults>& results);
+
+}  // namespace vblk::demo
