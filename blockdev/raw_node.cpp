@@ -63,6 +63,7 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
 
 void RawNode::do_submit(BlockRequest& request, IoContext& /*context*/) {
   request.io.parent = &request;
+  if (options_.ignore_flush) request.write_through = false;
   switch (request.operation) {
     case BlockOperation::kRead:
     case BlockOperation::kWrite:
@@ -189,7 +190,7 @@ void RawNode::next_step(BlockRequest& request) {
   if (started) return;
   const bool needs_flush =
       request.operation == BlockOperation::kWriteZeroes && request.write_through;
-  if (!needs_flush || options_.ignore_flush) return finish_pieces(request, 0);
+  if (!needs_flush) return finish_pieces(request, 0);
   pieces.flushing = true;
   queue_io(request, aio::IoKind::kFlush, file_->fd(), [](aio::IoRequest& io, int error) {
     BlockRequest& zeroes = parent_of(io);

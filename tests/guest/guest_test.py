@@ -6,6 +6,7 @@ program serves the disk, watches the console, and then looks at the image from t
 """
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, Report, Server, allocated_bytes, make_sparse, run  # noqa: E402
+from harness import ENGINES, Folder, KernelTrace, Report, Server, allocated_bytes, make_sparse, run  # noqa: E402
 
 SOURCE = Path(__file__).resolve().parent
 SCRIPTS = SOURCE.parent.parent / "scripts"
@@ -108,42 +109,24 @@ FLUSH_CALL = {"threads": re.compile(r"\bfdatasync\("), "native": re.compile(r"IO
 DURABLE_WRITES = 50
 
 
-def trace_io_uring(folder):
-    """Counts fsyncs given to any ring, in a mount namespace of its own; returns the process, or None if refused."""
-    events = folder / "tracefs"
-    events.mkdir()
-    script = (f"mount -t tracefs tracefs {events} && cd {events} && mkdir instances/vblk-$$ && cd instances/vblk-$$ && "
-              "echo 1 > events/io_uring/io_uring_submit_req/enable && echo ready && "
-              f"timeout 600 cat trace_pipe > {folder}/trace & read -r _; kill $!; cd {events}; rmdir instances/*")
-    if os.geteuid() != 0:
-        return None
-    process = subprocess.Popen(["unshare", "-m", "bash", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
-    if process.stdout.readline().strip() == b"ready":
-        return process
-    process.stdin.close()
-    process.wait()
-    return None
-
-
 def test_durability(report, guest, options, folder, engine):
     """Each of the guest's fifty fsyncs must be a flush at the host's kernel: the promise that others break."""
     image, trace = folder / "disk.img", folder / "trace"
     name = f"{engine}: {DURABLE_WRITES} fsyncs of the guest are as many flushes at the host"
     make_sparse(image, 32 * MIB)
-    wrapper, tracer = ["strace", "-f", "-qq", "-e", "trace=fdatasync,fsync,io_submit", "-o", str(trace)], None
-    if engine == "io_uring":
-        wrapper, tracer = [], trace_io_uring(folder)
-        if tracer is None:
-            report.skip(name, "the kernel's io_uring tracepoints need root and tracefs")
-            return
-    arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2]
-    with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server:
-        console, ended = guest.boot(server.socket, 2, {"run": "durability"})
-        report_guest(report, f"{engine} under trace", console, ended, 2)
-        server.stop()
-    if tracer is not None:
-        tracer.communicate(b"end\n")
+    wrapper = ["strace", "-f", "-qq", "-e", "trace=fdatasync,fsync,io_submit", "-o", str(trace)]
+    with contextlib.ExitStack() as stack:
+        if engine == "io_uring":
+            wrapper = []
+            kernel = stack.enter_context(KernelTrace(folder, "io_uring/io_uring_submit_req"))
+            if kernel.refusal:
+                report.skip(name, kernel.refusal)
+                return
+        arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2]
+        with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server:
+            console, ended = guest.boot(server.socket, 2, {"run": "durability"})
+            report_guest(report, f"{engine} under trace", console, ended, 2)
+            server.stop()
     lines = trace.read_text(errors="replace").splitlines()
     is_flush = FLUSH_CALL.get(engine, re.compile(r"\bFSYNC\b|opcode 3\b"))
     count = sum(len(is_flush.findall(line)) for line in lines)

@@ -99,6 +99,88 @@ class Server:
         self.kill()
 
 
+class Poke:
+    """The driver for scripts, tests/interop/poke.cpp, connected to a served disk."""
+
+    def __init__(self, program, socket, features_refused=0):
+        self.process = subprocess.Popen([str(program), str(socket), hex(features_refused)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline().strip()
+        if line != "connected":
+            self.__exit__()
+            raise RuntimeError(f"poke cannot connect: {line}")
+
+    def start(self, command):
+        print(command, file=self.process.stdin, flush=True)
+
+    def answer(self):
+        """The answer's name=value words as a dictionary; "text" is the whole line."""
+        line = self.process.stdout.readline().strip()
+        answer = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        return {name: int(value, 0) if value[:1].isdigit() else value for name, value in answer.items()} | {"text": line}
+
+    def __call__(self, command):
+        self.start(command)
+        return self.answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+class KernelTrace:
+    """Kernel tracepoints while a `with` block runs, in a mount namespace and a tracing instance of their own.
+
+    `refusal` says why nothing is traced (no root, no tracefs), or is None. Times are CLOCK_MONOTONIC.
+    """
+
+    SCRIPT = """
+        mount -t tracefs tracefs "$1/tracefs" && cd "$1/tracefs" && mkdir "instances/vblk-$$" || exit 1
+        cd "instances/vblk-$$" && echo mono > trace_clock || exit 1
+        for event in $2; do echo 1 > "events/$event/enable" || exit 1; done
+        echo ready
+        cat trace_pipe > "$1/trace" &
+        read -r _
+        sleep 0.3
+        kill $!
+        cd "$1/tracefs" && rmdir "instances/vblk-$$"
+    """
+
+    def __init__(self, folder, *events):
+        self.folder, self.events, self.process, self.refusal = folder, events, None, None
+
+    def __enter__(self):
+        if os.geteuid() != 0:
+            self.refusal = "the kernel's tracepoints need root"
+            return self
+        (self.folder / "tracefs").mkdir()
+        self.process = subprocess.Popen(
+            ["unshare", "-m", "bash", "-c", self.SCRIPT, "trace", str(self.folder), " ".join(self.events)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if self.process.stdout.readline().strip() != b"ready":
+            self.__exit__()
+            self.refusal = "this kernel offers no tracepoints " + " ".join(self.events)
+        return self
+
+    def __exit__(self, *_):
+        if self.process is not None:
+            self.process.communicate(b"end\n")
+            self.process = None
+
+    def lines(self):
+        """What was traced; after the `with` block."""
+        path = self.folder / "trace"
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
 def allocated_bytes(path):
     return os.stat(path).st_blocks * 512
 
