@@ -69,7 +69,7 @@ std::string factor(const Comparison& comparison) {
 std::vector<std::size_t> ranking(const std::vector<EngineResults>& results, std::size_t workload) {
   std::vector<std::size_t> order(results.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::ranges::stable_sort(order, std::ranges::greater{}, [&](std::size_t engine) {
+  std::ranges::sort(order, std::ranges::greater{}, [&](std::size_t engine) {
     return median(results[engine].series[workload].operations_per_second);
   });
   return order;

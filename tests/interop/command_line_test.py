@@ -103,15 +103,30 @@ def test_locks(report, vblk):
         make_sparse(image, MIB)
         with Server(vblk, [image], folder / "s", folder / "log"):
             refused(report, vblk, "image that another vblk writes", folder, [image, "--socket-path", folder / "t"], "disk.img")
-            status, output = run("qemu-img", "info", image)
+            # `qemu-img info` asks for no lock that a writer refuses; reading the content does.
+            status, output = run("qemu-img", "convert", "-f", "raw", "-O", "raw", image, folder / "copy.img")
             report.check("qemu-img is refused while vblk writes", status != 0 and "lock" in output, output)
-            status, output = run("qemu-img", "info", "-U", image)
+            status, output = run("qemu-img", "convert", "-U", "-f", "raw", "-O", "raw", image, folder / "copy.img")
             report.check("qemu-img -U may look while vblk writes", status == 0, output)
+            status, output = run("qemu-io", "-f", "raw", "-c", "write 0 512", image)
+            report.check("qemu-io may not write while vblk writes", "lock" in output, output)
         with Server(vblk, [image, "--read-only"], folder / "s", folder / "log"), \
                 Server(vblk, [image, "--read-only"], folder / "t", folder / "log2"):
             report.check("two read-only servers share an image", True)
-            status, output = run("qemu-img", "info", image)
+            status, output = run("qemu-img", "convert", "-f", "raw", "-O", "raw", image, folder / "copy.img")
             report.check("qemu-img reads beside read-only servers", status == 0, output)
+
+
+    with Folder() as folder:
+        image = folder / "disk.img"
+        make_sparse(image, MIB)
+        peer = subprocess.Popen(["qemu-io", "-f", "raw", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+        print("length", file=peer.stdin, flush=True)
+        opened = "1 MiB" in peer.stdout.readline()
+        report.check("qemu-io holds the image", opened)
+        refused(report, vblk, "image that QEMU writes", folder, [image, "--socket-path", folder / "t"], "disk.img")
+        peer.communicate("quit\n", 20)
 
 
 def test_end_of_life(report, vblk):
