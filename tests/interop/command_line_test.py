@@ -97,6 +97,21 @@ def test_bad_sockets(report, vblk):
             refused(report, vblk, "socket path in use", folder, [other, "--socket-path", folder / "s"], "/s")
 
 
+def test_refused_engines(report, vblk):
+    """An engine that the kernel refuses, as strace makes it do."""
+    with Folder() as folder:
+        image, at = folder / "disk.img", ["--socket-path", folder / "s"]
+        make_sparse(image, MIB)
+        for title, engine, fault, names in (
+                ("io_uring disabled by the administrator", "io_uring", "io_uring_setup:error=EPERM", "io_uring"),
+                ("kernel without io_uring", "io_uring", "io_uring_setup:error=ENOSYS", "io_uring"),
+                ("aio-max-nr exhausted", "native", "io_setup:error=EAGAIN", "aio-max-nr"),
+                ("kernel without AIO", "native", "io_setup:error=ENOSYS", "Linux AIO"),
+        ):
+            strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=io_setup,io_uring_setup", "-e", "inject=" + fault]
+            refused(report, vblk, title, folder, [image, *at, "--aio", engine], names, strace)
+
+
 def test_locks(report, vblk):
     with Folder() as folder:
         image = folder / "disk.img"
@@ -171,7 +186,8 @@ def main():
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
-    for test in (test_answers, test_bad_images, test_bad_options, test_bad_sockets, test_locks, test_end_of_life):
+    for test in (test_answers, test_bad_images, test_bad_options, test_bad_sockets, test_refused_engines,
+                 test_locks, test_end_of_life):
         try:
             test(report, vblk)
         except RuntimeError as error:

@@ -138,7 +138,11 @@ def test_engine_and_cache(report, options, engine, cache):
             arguments = [image, "--aio", engine, "--cache", cache]
             with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server:
                 requests, claims = drive(options.poke, server.socket, cache)
-                server.stop()
+                time.sleep(PAUSE_SECONDS)
+                begin = time.monotonic_ns()
+                status = server.stop()
+                stop = {"status": status, "begin": begin, "end": time.monotonic_ns(), "text": f"status {status}"}
+                requests.append(("SIGTERM", stop, cache != "unsafe", "flush"))
         for title, good, detail in claims:
             report.check(f"{engine}, {cache}, {title}", good, detail)
         if wrapper:

@@ -53,12 +53,15 @@ class Folder:
 
 
 class Server:
-    """A running `vblk serve`. `wrapper` is a command that runs it, such as strace with its options."""
+    """A running `vblk serve`. `wrapper` is a command that runs it, such as strace with its options.
 
-    def __init__(self, vblk, arguments, socket, log, wrapper=()):
+    A wrapper either stays as the server's parent or becomes the server itself.
+    """
+
+    def __init__(self, vblk, arguments, socket, log, wrapper=(), wrapper_stays=True):
         self.socket = Path(socket)
         self.log = Path(log)
-        self.wrapped = bool(wrapper)
+        self.wrapped = bool(wrapper) and wrapper_stays
         command = [*wrapper, str(vblk), "serve", *map(str, arguments), "--socket-path", str(socket)]
         with open(self.log, "wb") as log_file:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file)
