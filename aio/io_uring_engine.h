@@ -2,8 +2,8 @@
 //
 // Completions are read from the mapped ring. With DEFER_TASKRUN the kernel finishes requests only
 // when the owner enters it, so that no interrupt disturbs the loop; a flag in the ring says when
-// that is due. The ring's own descriptor is what a sleeping loop waits on: unlike an eventfd it
-// needs no read to be reset.
+// that is due. A sleeping loop waits on a registered eventfd, which is switched off while the loop
+// is awake (docs/decisions/0002-eventfd-to-wake-from-io-uring.md).
 //
 // Newer kernel features are probed, each with a fallback, and what is missing is noted:
 //   IORING_SETUP_SINGLE_ISSUER | DEFER_TASKRUN   Linux 6.1, else COOP_TASKRUN

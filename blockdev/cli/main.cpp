@@ -28,8 +28,17 @@ Options:
   --help      print this text and exit
   --version   print the version and exit
 
+Other options without a command are those of serve, as the conventions for
+vhost-user back-end programs want it: vblk --socket-path PATH --blk-file IMAGE
+
 'vblk COMMAND --help' tells more about a command.
 )";
+
+// Whether `word` is an option of serve in place of a command (vhost-user.rst, "Backend program
+// conventions").
+bool names_no_command(std::string_view word) {
+  return word.starts_with("--") && word != "--help" && word != "--version";
+}
 
 int run_command(std::string_view command, std::span<const std::string> arguments,
                 std::span<char*> raw_arguments) {
@@ -52,16 +61,19 @@ int run_command(std::string_view command, std::span<const std::string> arguments
 }  // namespace
 
 int main(int argc, char** argv) {
-  // A peer that went away is an error of its own descriptor (EPIPE), never of the process.
+  // A peer that went away is an error of its own descriptor (EPIPE), and a file at its limit of its
+  // own write (EFBIG); never of the process.
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
   if (argc < 2) {
     fmt::print(stderr, "vblk: no command; see vblk --help\n");
     return vblk::cli::kExitUsage;
   }
   const std::span<char*> words(argv, static_cast<std::size_t>(argc));
-  const std::vector<std::string> arguments(words.begin() + 2, words.end());
+  const bool serves = names_no_command(words[1]);
+  const std::vector<std::string> arguments(words.begin() + (serves ? 1 : 2), words.end());
   try {
-    return run_command(words[1], arguments, words.subspan(1));
+    return run_command(serves ? "serve" : words[1], arguments, words.subspan(1));
   } catch (const std::exception& exception) {
     // Nothing throws by intention; this is for memory that runs out while setting up.
     fmt::print(stderr, "vblk: {}: {}\n", words[1], exception.what());

@@ -47,8 +47,6 @@ class SignalWatcher {
     sigemptyset(&signals_);
     for (const int signal : {SIGTERM, SIGINT, kWakeUp}) sigaddset(&signals_, signal);
     pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
-    // A log that nobody reads and a file that reached its limit are errors of a call, not the end.
-    for (const int signal : {SIGPIPE, SIGXFSZ}) ::signal(signal, SIG_IGN);
   }
   ~SignalWatcher() { stop(); }
   SignalWatcher(const SignalWatcher&) = delete;

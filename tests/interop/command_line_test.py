@@ -8,6 +8,7 @@ and nothing left behind.
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 from harness import ENGINES, Folder, Report, Server, make_sparse, run  # noqa: E402
 
 MIB = 1 << 20
+MANUAL_PAGE = Path(__file__).resolve().parent.parent.parent / "docs/man/vblk.1"
 
 
 def refused(report, vblk, title, folder, arguments, names, prefix=()):
@@ -24,7 +26,7 @@ def refused(report, vblk, title, folder, arguments, names, prefix=()):
     before = sorted(os.listdir(folder))
     command = [*prefix, vblk, "serve", *map(str, arguments)]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
     except subprocess.TimeoutExpired:
         report.check(f"{title}: refused", False, "still running after 20 s")
         return
@@ -108,7 +110,7 @@ def test_refused_engines(report, vblk):
                 ("aio-max-nr exhausted", "native", "io_setup:error=EAGAIN", "aio-max-nr"),
                 ("kernel without AIO", "native", "io_setup:error=ENOSYS", "Linux AIO"),
         ):
-            strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=io_setup,io_uring_setup", "-e", "inject=" + fault]
+            strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + fault.split(":")[0], "-e", "inject=" + fault]
             refused(report, vblk, title, folder, [image, *at, "--aio", engine], names, strace)
 
 
@@ -117,7 +119,8 @@ def test_locks(report, vblk):
         image = folder / "disk.img"
         make_sparse(image, MIB)
         with Server(vblk, [image], folder / "s", folder / "log"):
-            refused(report, vblk, "image that another vblk writes", folder, [image, "--socket-path", folder / "t"], "disk.img")
+            other = [image, "--socket-path", folder / "t"]
+            refused(report, vblk, "image that another vblk writes", folder, other, "disk.img")
             # `qemu-img info` asks for no lock that a writer refuses; reading the content does.
             status, output = run("qemu-img", "convert", "-f", "raw", "-O", "raw", image, folder / "copy.img")
             report.check("qemu-img is refused while vblk writes", status != 0 and "lock" in output, output)
@@ -181,13 +184,58 @@ def test_answers(report, vblk):
     report.check("serve --help answers", status == 0 and "--socket-path" in output, output)
 
 
+def options_in_help(text):
+    """Long options with their defaults, as boost::program_options prints them; {name: default or None}."""
+    found = re.findall(r"^  --([a-z-]+)(?: \S+)?(?: \(=([^)\s]*)\))?", text, re.MULTILINE)
+    return {name: default or None for name, default in found}
+
+
+def options_in_man(text, section):
+    """The same of one section of the manual page."""
+    part = re.search(rf"^\.SH {section}\n(.*?)(?=^\.SH )", text.replace("\\-", "-"), re.MULTILINE | re.DOTALL)[1]
+    entries = re.findall(r"^\.TP\n\.BI?R? --([a-z-]+)(?: \"?[^\n(]*(?:\(=([^)\s]*)\))?\"?)?$", part, re.MULTILINE)
+    return {name: default or None for name, default in entries}
+
+
+def test_manual_page(report, vblk):
+    text = MANUAL_PAGE.read_text()
+    for command in ("serve", "demo"):
+        _, help_text = run(vblk, command, "--help")
+        in_help, in_man = options_in_help(help_text), options_in_man(text, f"OPTIONS OF {command.upper()}")
+        report.check(f"the manual page has the options of {command} --help, with their defaults",
+                     len(in_help) > 5 and in_help == in_man, f"--help {in_help}\nman    {in_man}")
+    _, help_text = run(vblk, "ctl", "--help")
+    in_help = set(re.findall(r"^  (query-\S+)", help_text, re.MULTILINE))
+    in_man = set(re.findall(r"^\.B (query-\S+)", text, re.MULTILINE))
+    report.check("the manual page has the commands of ctl --help", in_help and in_help == in_man, f"{in_help} {in_man}")
+
+
+def test_conventions(report, vblk):
+    """vhost-user.rst, "Backend program conventions": options without a command, an inherited socket."""
+    status, output = run(vblk, "--print-capabilities")
+    report.check("--print-capabilities answers without a command", status == 0 and '"block"' in output, output)
+    with Folder() as folder:
+        image, path = folder / "disk.img", folder / "s"
+        make_sparse(image, MIB)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(1)
+            command = [vblk, "--fd", str(listener.fileno()), "--blk-file", image, "--read-only"]
+            with subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+                ready = server.stdout.readline().decode()
+                report.check("--fd with a listening socket, --blk-file and --read-only: served", "ready" in ready, ready)
+                server.terminate()
+                report.check("--fd: SIGTERM ends with 0", server.wait(20) == 0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
-    for test in (test_answers, test_bad_images, test_bad_options, test_bad_sockets, test_refused_engines,
-                 test_locks, test_end_of_life):
+    for test in (test_answers, test_manual_page, test_conventions, test_bad_images, test_bad_options, test_bad_sockets,
+                 test_refused_engines, test_locks, test_end_of_life):
         try:
             test(report, vblk)
         except RuntimeError as error:
