@@ -17,6 +17,19 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t granularity)
 
 }  // namespace
 
+AlignmentRules direct_rules(std::uint32_t offset_alignment_bytes,
+                            std::uint32_t memory_alignment_bytes, std::uint64_t size_bytes,
+                            std::uint32_t page_bytes) {
+  const bool has_edges_inside = offset_alignment_bytes > kSectorBytes;
+  const std::uint32_t offset_bytes =
+      has_edges_inside ? std::max(offset_alignment_bytes, page_bytes) : kSectorBytes;
+  const bool has_edge_at_end = size_bytes % offset_bytes != 0;
+  return {.offset_bytes = offset_bytes,
+          .memory_bytes = memory_alignment_bytes,
+          .direct_end = has_edge_at_end ? round_down(size_bytes, std::max(offset_bytes, page_bytes))
+                                        : size_bytes};
+}
+
 bool fits_file(const AlignmentRules& rules, std::uint64_t offset_bytes,
                std::uint64_t length_bytes) {
   return ((offset_bytes | length_bytes) & (rules.offset_bytes - 1)) == 0 &&

@@ -12,6 +12,13 @@
 // writes exactly these bytes and serialises them with their neighbours, so there is no
 // read-modify-write here, no lock between queues, and a file never grows to a whole block. Why:
 // docs/decisions/0001-edges-through-the-page-cache.md.
+//
+// One page of the file is either written by edges or directly, never by both. A page that an edge
+// has made dirty while a direct write to its other half is in flight would later be written back
+// over what that write has put on the disk; Linux notices ("Page cache invalidation failure on
+// direct I/O") and fails the next flush with EIO. So blocks are counted as whole pages wherever
+// there can be edges at all: disks write whole sectors (BlockRequest), which leaves only blocks
+// larger than a sector, and the end of a file that is not a whole number of sectors.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +43,12 @@ struct Piece {
   PieceRoute route;
   std::uint64_t length_bytes;
 };
+
+// The rules for a file of `size_bytes` under O_DIRECT, which demands these granularities (powers of
+// two), on a machine with pages of `page_bytes`.
+[[nodiscard]] AlignmentRules direct_rules(std::uint32_t offset_alignment_bytes,
+                                          std::uint32_t memory_alignment_bytes,
+                                          std::uint64_t size_bytes, std::uint32_t page_bytes);
 
 // Whether all of [offset, +length) can be one direct transfer, as far as the file is concerned.
 [[nodiscard]] bool fits_file(const AlignmentRules& rules, std::uint64_t offset_bytes,

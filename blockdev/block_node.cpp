@@ -1,12 +1,27 @@
 #include "blockdev/block_node.h"
 
 #include <cerrno>
+#include <span>
 
 #include "blockdev/io_context.h"
 
 namespace vblk::blockdev {
 
 namespace {
+
+bool lengths_add_up(const BlockRequest& request) {
+  // Compared at every step: a sum of hostile lengths could wrap.
+  std::uint64_t left = request.length_bytes;
+  for (const iovec& element : std::span(request.iov, request.iov_count)) {
+    if (element.iov_len > left) return false;
+    left -= element.iov_len;
+  }
+  return left == 0;
+}
+
+bool is_transfer(BlockOperation operation) {
+  return operation == BlockOperation::kRead || operation == BlockOperation::kWrite;
+}
 
 // 0, or the errno value that the request fails with.
 int check(const BlockRequest& request, std::uint64_t size_bytes, const BlockLimits& limits) {
@@ -18,6 +33,9 @@ int check(const BlockRequest& request, std::uint64_t size_bytes, const BlockLimi
   // Neither sum nor difference can wrap in this form.
   if (request.offset_bytes > size_bytes || request.length_bytes > size_bytes - request.offset_bytes)
     return EINVAL;
+  const bool whole_sectors = (request.offset_bytes | request.length_bytes) % kSectorBytes == 0;
+  if (request.operation != BlockOperation::kRead && !whole_sectors) return EINVAL;
+  if (is_transfer(request.operation) && !lengths_add_up(request)) return EINVAL;
   return 0;
 }
 

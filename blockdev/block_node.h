@@ -17,8 +17,8 @@ class IoContext;
 
 // What a node can do and how big it is. Fixed while requests run, except the size (live resize).
 struct BlockLimits {
-  // Granularity that needs no read-modify-write or bounce below; a power of two. A hint for the
-  // guest's topology: nodes take any offset and length.
+  // Granularity that goes to the disk in one piece; a power of two. A hint for the guest's
+  // topology: nodes take any sectors.
   std::uint32_t optimal_alignment_bytes{512};
   // Largest single read or write the node takes; at least 1 MiB.
   std::uint64_t transfer_bytes_max{0};
@@ -45,7 +45,8 @@ class BlockNode {
 
   // Carries out `request` on the calling I/O thread with what `context` lends. Never fails by
   // itself: every outcome arrives through request.complete(). Errors decided at the gate: EINVAL
-  // (beyond the end, lengths that do not add up), EROFS (change of a read-only disk), EOPNOTSUPP.
+  // (beyond the end, a change that is not whole sectors, lengths that do not add up), EROFS (change
+  // of a read-only disk), EOPNOTSUPP.
   void submit(BlockRequest& request, IoContext& context);
 
  protected:

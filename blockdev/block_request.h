@@ -11,6 +11,9 @@
 
 namespace vblk::blockdev {
 
+// What virtio counts disks in (virtio 1.2, "Block Device"), and the granularity of changes.
+inline constexpr std::uint64_t kSectorBytes = 512;
+
 // The kinds of operation are the engines' kinds: a node may turn one into several of another.
 using BlockOperation = aio::IoKind;
 
@@ -21,7 +24,6 @@ struct PieceProgress {
   std::uint32_t iov_first{0};    // first iovec that is not used up
   iovec iov_rest{};              // what the piece leaves of its last iovec
   bool has_iov_rest{false};
-  bool flushing{false};        // the data is done, its flush is in flight
   std::byte* bounce{nullptr};  // the piece goes through this buffer
   iovec bounce_iov{};
 };
@@ -38,6 +40,7 @@ struct BlockRequest {
   BlockOperation operation{BlockOperation::kRead};
   bool write_through{false};  // kWrite, kWriteZeroes: stable on the disk when it completes
   bool may_unmap{false};      // kWriteZeroes: may deallocate
+  // Multiples of kSectorBytes for whatever changes the disk (alignment.h says why); reads take any.
   std::uint64_t offset_bytes{0};
   std::uint64_t length_bytes{0};  // sum of the iovecs for kRead and kWrite
   iovec* iov{nullptr};            // kRead and kWrite only

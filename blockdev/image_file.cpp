@@ -122,6 +122,9 @@ Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options
           error);
     }
     file->fd_ = direct_fd;
+    // Readahead would bring whole folios of neighbours into the page cache, which direct writes to
+    // them would find in their way (alignment.h).
+    ::posix_fadvise(file->buffered_fd_, 0, 0, POSIX_FADV_RANDOM);
     file->probe_alignment();
   }
   if (auto locked = lock_image(file->fd_, options.path, options.read_only); !locked) {

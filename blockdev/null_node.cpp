@@ -6,12 +6,6 @@
 
 namespace vblk::blockdev {
 
-namespace {
-
-constexpr std::uint64_t kSectorBytes = 512;
-
-}  // namespace
-
 Expected<std::unique_ptr<NullNode>> NullNode::create(std::uint64_t size_bytes, bool read_only) {
   if (size_bytes == 0 || size_bytes % kSectorBytes != 0) {
     return make_error(

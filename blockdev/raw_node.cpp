@@ -7,6 +7,7 @@
 #include <new>
 #include <span>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <utility>
 
 #include "blockdev/io_context.h"
@@ -15,8 +16,6 @@
 namespace vblk::blockdev {
 
 namespace {
-
-constexpr std::uint64_t kSectorBytes = 512;
 
 // Source of zeroes for writes that replace what the kernel cannot do: read-only pages that are all
 // the zero page, so they cost no memory.
@@ -49,10 +48,8 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
   size_bytes_.store((bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes,
                     std::memory_order_relaxed);
   name_ = options_.name;
-  rules_ = {
-      .offset_bytes = file_->offset_alignment_bytes(),
-      .memory_bytes = file_->memory_alignment_bytes(),
-      .direct_end = bytes / file_->offset_alignment_bytes() * file_->offset_alignment_bytes()};
+  rules_ = direct_rules(file_->offset_alignment_bytes(), file_->memory_alignment_bytes(), bytes,
+                        static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
   limits_.optimal_alignment_bytes = std::max<std::uint32_t>(rules_.offset_bytes, kSectorBytes);
   limits_.transfer_bytes_max = size_bytes();
   limits_.read_only = file_->read_only();
@@ -191,7 +188,6 @@ void RawNode::next_step(BlockRequest& request) {
   const bool needs_flush =
       request.operation == BlockOperation::kWriteZeroes && request.write_through;
   if (!needs_flush) return finish_pieces(request, 0);
-  pieces.flushing = true;
   queue_io(request, aio::IoKind::kFlush, file_->fd(), [](aio::IoRequest& io, int error) {
     BlockRequest& zeroes = parent_of(io);
     if (error != 0) node_of(zeroes).note_flush_error(error);

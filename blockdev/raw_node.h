@@ -59,7 +59,7 @@ class RawNode final : public BlockNode {
 
   std::unique_ptr<ImageFile> file_;
   const RawNodeOptions options_;
-  AlignmentRules rules_;
+  AlignmentRules rules_;  // used under O_DIRECT only
   std::atomic<std::uint64_t>
       data_bytes_;                   // end of the file: the rest of its last sector reads as zeroes
   std::atomic<int> flush_error_{0};  // the first failed flush; all later ones fail with it
