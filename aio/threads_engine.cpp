@@ -16,7 +16,7 @@ Expected<std::unique_ptr<ThreadsEngine>> ThreadsEngine::create(const EngineOptio
 }
 
 ThreadsEngine::ThreadsEngine(const EngineOptions& options, int event_fd) : event_fd_(event_fd) {
-  pool_.emplace(
+  pool_ = std::make_unique<threadpool::ThreadPool>(
       threadpool::ThreadPoolOptions{.max_threads = options.max_threads, .name = "vblk-worker"});
 }
 

@@ -7,8 +7,6 @@
 #pragma once
 
 #include <memory>
-#include <optional>
-#include <string_view>
 
 #include "aio/engine.h"
 #include "aio/engine_options.h"
@@ -45,7 +43,7 @@ class ThreadsEngine final : public Engine {
   threadpool::WorkList batch_;
   threadpool::WorkList finished_;
   threadpool::CompletionQueue completions_;
-  std::optional<threadpool::ThreadPool> pool_;
+  std::unique_ptr<threadpool::ThreadPool> pool_;
 };
 
 }  // namespace vblk::aio

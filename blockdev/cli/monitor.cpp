@@ -13,6 +13,7 @@
 #include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/read_until.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <boost/asio/streambuf.hpp>
 #include <boost/asio/write.hpp>
 #include <boost/json.hpp>
@@ -34,6 +35,7 @@ constexpr std::size_t kLineBytesMax = 4096;
 // Longest answer taken from a server: counters of 64 queues are some 20 KiB.
 constexpr std::size_t kAnswerBytesMax = std::size_t{1} << 20;
 constexpr std::chrono::seconds kAnswerTimeout{10};
+constexpr std::chrono::milliseconds kAcceptPause{500};
 
 json::value error_answer(std::string_view description) {
   return {{"error", {{"desc", description}}}};
@@ -105,17 +107,26 @@ struct Monitor::State {
           if (error == asio::error::operation_aborted) return;
           if (error) {
             log::warning("monitor: cannot accept a connection: {}", error.message());
-          } else {
-            std::make_shared<Session>(std::move(socket), handlers)->read();
+            return accept_later();
           }
+          std::make_shared<Session>(std::move(socket), handlers)->read();
           accept();
         });
+  }
+
+  // What has run out, such as descriptors, is not back at once.
+  void accept_later() {
+    pause.expires_after(kAcceptPause);
+    pause.async_wait([this](const boost::system::error_code& error) {
+      if (!error) accept();
+    });
   }
 
   blockdev::UnixListener listener;
   MonitorHandlers handlers;
   asio::io_context io{1};
   UnixSocket::acceptor acceptor{io};
+  asio::steady_timer pause{io};
   std::thread thread;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -183,7 +184,7 @@ class Experiment {
     const double planned = std::chrono::duration<double>(options_.cell_time).count() * 1.1;
     const double spent = std::chrono::duration<double>(Clock::now() - begin_).count();
     const double pace = cells_done_ == 0 ? planned : spent / static_cast<double>(cells_done_);
-    return static_cast<std::int64_t>(pace * static_cast<double>(cells - cells_done_) + 0.5);
+    return std::lround(pace * static_cast<double>(cells - cells_done_));
   }
 
   const DemoOptions& options_;

@@ -15,8 +15,8 @@
 
 namespace vblk::vhost_user {
 
-// "Front-end message types".
-enum class Request : std::uint32_t {
+// "Front-end message types". Their width is the wire's.
+enum class Request : std::uint32_t {  // NOLINT(performance-enum-size)
   kGetFeatures = 1,
   kSetFeatures = 2,
   kSetOwner = 3,
@@ -44,7 +44,9 @@ enum class Request : std::uint32_t {
 };
 
 // "Back-end message types".
-enum class BackendRequest : std::uint32_t { kConfigChange = 2 };
+enum class BackendRequest : std::uint32_t {  // NOLINT(performance-enum-size)
+  kConfigChange = 2,
+};
 
 // "SET_MEM_TABLE" and so on, or "message 77" for what is not known here.
 [[nodiscard]] std::string_view name_of(Request request);

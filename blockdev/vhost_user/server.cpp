@@ -13,6 +13,7 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <fmt/core.h>
 
 #include "blockdev/log.h"
@@ -22,6 +23,10 @@ namespace vblk::vhost_user {
 
 namespace asio = boost::asio;
 
+namespace {
+constexpr std::chrono::milliseconds kAcceptPause{500};
+}  // namespace
+
 struct Server::State {
   State(virtio::BlkDevice& blk_device,
         const std::vector<std::unique_ptr<blockdev::IoThread>>& threads)
@@ -29,6 +34,7 @@ struct Server::State {
 
   void wait_for_frontend();
   void accept();
+  void accept_later();
   void connect(UniqueFd socket);
   void wait_for_message();
   void serve_message();
@@ -44,6 +50,7 @@ struct Server::State {
   asio::io_context io{1};
   asio::posix::stream_descriptor listening{io};   // watches; owns nothing
   asio::posix::stream_descriptor connection{io};  // watches; the backend owns the socket
+  asio::steady_timer pause{io};
   std::unique_ptr<Backend> backend;
   bool only_one_frontend{false};
   bool stopping{false};
@@ -118,16 +125,23 @@ void Server::State::accept() {
   UniqueFd socket(::accept4(listening_fd, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
   if (socket) return connect(std::move(socket));
   const int error = errno;
-  // The one who connected has gone again, or this process is short of something for the moment.
-  if (error != EAGAIN && error != ECONNABORTED && error != EINTR) {
-    log::warning("cannot accept a frontend: {}", describe_errno(error));
-  }
+  // The one who connected has gone again.
+  if (error == EAGAIN || error == ECONNABORTED || error == EINTR) return wait_for_frontend();
   if (error == EBADF || error == EINVAL || error == ENOTSOCK) {
     failure = Error{ErrorKind::kIo, error,
                     fmt::format("the socket is unusable: {}", describe_errno(error))};
     return stop();
   }
-  wait_for_frontend();
+  log::warning("cannot accept a frontend: {}", describe_errno(error));
+  accept_later();
+}
+
+// What this process is short of, such as descriptors, is not back at once; the frontend waits.
+void Server::State::accept_later() {
+  pause.expires_after(kAcceptPause);
+  pause.async_wait([this](const boost::system::error_code& error) {
+    if (!error) wait_for_frontend();
+  });
 }
 
 void Server::State::connect(UniqueFd socket) {

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
@@ -210,6 +211,73 @@ def test_manual_page(report, vblk):
     report.check("the manual page has the commands of ctl --help", in_help and in_help == in_man, f"{in_help} {in_man}")
 
 
+def test_monitor(report, vblk):
+    with Folder() as folder:
+        image, monitor = folder / "disk.img", folder / "m"
+        make_sparse(image, MIB)
+        arguments = [image, "--aio", "read=io_uring,write=native", "--iothreads", 2, "--queues", 2, "--monitor", monitor]
+        with Server(vblk, arguments, folder / "s", folder / "log") as server:
+            status, output = run(vblk, "ctl", monitor, "query-aio")
+            threads = json.loads(output)["iothreads"] if status == 0 else []
+            routes = [{route["kind"]: route["engine"] for route in thread["routes"]} for thread in threads]
+            wanted = {"read": "io_uring", "write": "native", "flush": "threads"}
+            report.check("ctl query-aio tells the engine of each kind for each thread",
+                         len(routes) == 2 and all(wanted.items() <= route.items() for route in routes), output)
+            status, output = run(vblk, "ctl", monitor, "query-status")
+            answer = json.loads(output) if status == 0 else {}
+            report.check("ctl query-status tells the disk and that nobody is connected",
+                         answer.get("size") == MIB and answer.get("connected") is False, output)
+            status, output = run(vblk, "ctl", monitor, "query-weather")
+            report.check("ctl refuses an unknown command in one line that lists what there is",
+                         status == 1 and "query-aio" in output and output.count("\n") == 1, output)
+            for title, line in (("no JSON", b"hello\n"), ("no object", b"[1]\n"), ("no command", b"{}\n"),
+                                ("a command that is no text", b'{"execute": 1}\n'), ("nesting", b"[" * 4000 + b"\n")):
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.settimeout(10)
+                    client.connect(str(monitor))
+                    client.sendall(line)
+                    answer = client.recv(65536)
+                    report.check(f"monitor: {title} is answered by an error", b'"error"' in answer, answer)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(10)
+                client.connect(str(monitor))
+                try:
+                    client.sendall(b"x" * 100000)
+                    closed = client.recv(1) == b""
+                except OSError:
+                    closed = True
+                report.check("monitor: a line without end costs its connection", closed)
+            status, output = run(vblk, "ctl", monitor, "query-status")
+            report.check("monitor: answers afterwards", status == 0, output)
+            report.check("a server with a monitor ends with 0", server.stop() == 0, server.log.read_text())
+            report.check("SIGTERM removes the monitor's socket", not monitor.exists())
+        status, output = run(vblk, "ctl", monitor, "query-status")
+        report.check("ctl names a monitor that is not there", status == 1 and str(monitor) in output, output)
+
+
+def test_short_of_descriptors(report, vblk):
+    """A server that has no descriptor left waits for one and uses no processor meanwhile."""
+    with Folder() as folder:
+        image = folder / "disk.img"
+        make_sparse(image, MIB)
+        with Server(vblk, [image, "--monitor", folder / "m"], folder / "s", folder / "log") as server:
+            highest = max(int(fd) for fd in os.listdir(f"/proc/{server.pid()}/fd"))
+            run("prlimit", "--pid", server.pid(), f"--nofile={highest + 1}:{highest + 1}")
+            clients = []
+            for path in (folder / "s", folder / "m"):
+                client = socket.socket(socket.AF_UNIX)
+                client.connect(str(path))
+                clients.append(client)
+            time.sleep(1.5)
+            busy = sum(int(text) for text in Path(f"/proc/{server.pid()}/stat").read_text().split()[13:15])
+            said = server.log.read_text().count("cannot accept")
+            report.check("short of descriptors: the server waits without work", busy < 50 and 1 <= said < 20,
+                         f"{busy} ticks, {said} log lines")
+            for client in clients:
+                client.close()
+            report.check("short of descriptors: the server ends with 0", server.stop() == 0, server.log.read_text())
+
+
 def test_conventions(report, vblk):
     """vhost-user.rst, "Backend program conventions": options without a command, an inherited socket."""
     status, output = run(vblk, "--print-capabilities")
@@ -234,8 +302,8 @@ def main():
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
-    for test in (test_answers, test_manual_page, test_conventions, test_bad_images, test_bad_options, test_bad_sockets,
-                 test_refused_engines, test_locks, test_end_of_life):
+    for test in (test_answers, test_manual_page, test_conventions, test_monitor, test_bad_images, test_bad_options,
+                 test_bad_sockets, test_short_of_descriptors, test_refused_engines, test_locks, test_end_of_life):
         try:
             test(report, vblk)
         except RuntimeError as error:
