@@ -3,6 +3,7 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <cstdint>
 #include <fcntl.h>
 #include <thread>
 
@@ -17,7 +18,12 @@ namespace {
 constexpr off_t kPermissionBase = 100;
 constexpr off_t kUnsharedBase = 200;
 
-enum Permission : unsigned { kConsistentRead = 0, kWrite = 1, kWriteUnchanged = 2, kResize = 3 };
+enum Permission : std::uint8_t {
+  kConsistentRead = 0,
+  kWrite = 1,
+  kWriteUnchanged = 2,
+  kResize = 3
+};
 constexpr std::array kAllPermissions{kConsistentRead, kWrite, kWriteUnchanged, kResize};
 
 constexpr unsigned bit(Permission permission) { return 1U << permission; }

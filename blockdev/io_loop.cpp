@@ -127,7 +127,7 @@ struct IoLoop::State {
   std::vector<std::shared_ptr<FdWatchState>> watches;
   std::atomic<bool> posted{false};
   std::atomic<bool> stopping{false};
-  std::atomic<std::thread::id> owner{};
+  std::atomic<std::thread::id> owner;
   unsigned cycles_since_asio{0};
 };
 

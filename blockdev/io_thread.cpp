@@ -14,7 +14,8 @@ constexpr std::size_t kThreadNameLengthMax = 15;
 
 }  // namespace
 
-Expected<std::unique_ptr<IoThread>> IoThread::start(std::string name, IoLoopOptions loop_options,
+Expected<std::unique_ptr<IoThread>> IoThread::start(const std::string& name,
+                                                    IoLoopOptions loop_options,
                                                     const EngineSetFactory& make_engines) {
   std::unique_ptr<IoThread> io_thread(new IoThread(loop_options));
   std::promise<std::optional<Error>> started;

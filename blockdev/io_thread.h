@@ -18,7 +18,8 @@ using EngineSetFactory = std::function<Expected<std::unique_ptr<aio::EngineSet>>
 class IoThread {
  public:
   // Starts the thread and makes its engines there; an engine that cannot be made is the error.
-  static Expected<std::unique_ptr<IoThread>> start(std::string name, IoLoopOptions loop_options,
+  static Expected<std::unique_ptr<IoThread>> start(const std::string& name,
+                                                   IoLoopOptions loop_options,
                                                    const EngineSetFactory& make_engines);
   // Drains the engines, stops the loop and joins. Queues on it must have been stopped.
   ~IoThread();

@@ -169,16 +169,17 @@ Expected<std::size_t> BlkDriver::poll(std::uint16_t index) {
   for (;;) {
     const auto used = queue.ring->take_used();
     if (!used) return std::unexpected(used.error());
-    if (!*used) return count;
-    const std::uint16_t token = (*used)->token;
-    assert(queue.io_of_token[token] != nullptr);  // the ring has checked that it is in flight
-    BlkIo& io = *std::exchange(queue.io_of_token[token], nullptr);
+    const auto& element = *used;
+    if (!element) return count;
+    const std::uint16_t token = element->token;  // the ring has checked that it is in flight
+    BlkIo* const io = std::exchange(queue.io_of_token[token], nullptr);
     const std::uint16_t slot = queue.slot_of_token[token];
-    io.status = std::to_integer<std::uint8_t>(queue.statuses[slot]);
-    io.used_bytes = (*used)->length_bytes;
     queue.free.push_back(slot);
     ++count;
-    if (io.complete != nullptr) io.complete(io);
+    if (io == nullptr) continue;  // abandoned
+    io->status = std::to_integer<std::uint8_t>(queue.statuses[slot]);
+    io->used_bytes = element->length_bytes;
+    if (io->complete != nullptr) io->complete(*io);
   }
 }
 
@@ -201,15 +202,22 @@ Expected<std::size_t> BlkDriver::wait(std::uint16_t index, std::chrono::millisec
 }
 
 Expected<std::uint8_t> BlkDriver::run(BlkIo& io) {
-  bool done = false;
-  io.context = &done;
-  io.complete = [](BlkIo& finished) { *static_cast<bool*>(finished.context) = true; };
+  io.context = nullptr;
+  io.complete = [](BlkIo& finished) { finished.context = &finished; };
   if (!submit(0, io)) return make_error(ErrorKind::kBusy, "queue 0 is full");
   kick(0);
-  while (!done) {
-    if (auto count = wait(0, timeout_); !count) return std::unexpected(std::move(count.error()));
+  while (io.context == nullptr) {
+    if (auto count = wait(0, timeout_); !count) {
+      abandon(0, io);
+      return std::unexpected(std::move(count.error()));
+    }
   }
   return io.status;
+}
+
+// The caller takes `io` back though the backend still has it: what comes later finds nobody.
+void BlkDriver::abandon(std::uint16_t index, const BlkIo& io) {
+  std::ranges::replace(queues_[index].io_of_token, &io, nullptr);
 }
 
 Expected<std::uint8_t> BlkDriver::read(std::uint64_t sector, std::span<std::byte> data) {

@@ -97,7 +97,8 @@ class BlkDriver {
   // flight.
   Expected<std::size_t> wait(std::uint16_t queue, std::chrono::milliseconds timeout);
 
-  // One request on queue 0, waited for. The value is the status byte. `data` lies in memory().
+  // One request on queue 0, waited for. The value is the status byte. `data` lies in memory();
+  // after an error (as of wait()) the backend may still use it, but not `io`.
   Expected<std::uint8_t> run(BlkIo& io);
   Expected<std::uint8_t> read(std::uint64_t sector, std::span<std::byte> data);
   Expected<std::uint8_t> write(std::uint64_t sector, std::span<std::byte> data);
@@ -118,6 +119,7 @@ class BlkDriver {
   BlkDriver() = default;
   static Expected<std::unique_ptr<BlkDriver>> start(std::unique_ptr<Frontend> frontend,
                                                     const BlkDriverOptions& options);
+  void abandon(std::uint16_t queue, const BlkIo& io);
   Expected<void> check_queue_count(std::uint16_t wanted);
   Expected<void> start_queues(const BlkDriverOptions& options);
   Expected<std::uint8_t> change_range(std::uint32_t type, std::uint64_t sector,

@@ -26,6 +26,7 @@ Expected<std::unique_ptr<DriverMemory>> DriverMemory::create(
   std::unique_ptr<DriverMemory> memory(new DriverMemory);
   const std::size_t total =
       std::accumulate(region_bytes.begin(), region_bytes.end(), std::size_t{0});
+  if (total == 0) return make_error(ErrorKind::kInvalidArgument, "guest memory of no size");
   // One reservation, into which the regions are mapped side by side.
   void* const reservation =
       ::mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
