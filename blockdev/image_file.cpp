@@ -70,7 +70,8 @@ std::string_view advice(int error) {
       return "create it first, for example with 'qemu-img create -f raw PATH 10G'";
     case EACCES:
     case EPERM:
-      return "check its permissions, or run as a user that may open it";
+      return "check its permissions, run as a user that may open it, or add --read-only if it may "
+             "only be read";
     case EROFS:
       return "its file system is read-only; add --read-only";
     case EISDIR:
@@ -166,12 +167,8 @@ Expected<void> ImageFile::measure(const std::string& path) {
                                   path, type_name(status.st_mode)));
   }
   size_bytes_ = static_cast<std::uint64_t>(status.st_size);
-  if (is_block_device_ && ::ioctl(fd_, BLKGETSIZE64, &size_bytes_) != 0) {
-    const int error = errno;
-    return make_error(
-        kind_of_errno(error),
-        fmt::format("cannot read the size of block device '{}': {}", path, describe_errno(error)),
-        error);
+  if (is_block_device_) {
+    if (auto measured = measure_device(path); !measured) return measured;
   }
   if (size_bytes_ == 0) {
     return make_error(
@@ -183,15 +180,31 @@ Expected<void> ImageFile::measure(const std::string& path) {
   return {};
 }
 
+Expected<void> ImageFile::measure_device(const std::string& path) {
+  int logical_block_bytes = 0;
+  if (::ioctl(fd_, BLKGETSIZE64, &size_bytes_) != 0 ||
+      ::ioctl(fd_, BLKSSZGET, &logical_block_bytes) != 0) {
+    const int error = errno;
+    return make_error(
+        kind_of_errno(error),
+        fmt::format("cannot read the size of block device '{}': {}", path, describe_errno(error)),
+        error);
+  }
+  logical_block_bytes_ = static_cast<std::uint32_t>(logical_block_bytes);
+  // Linux opens such a device for writing and only fails the writes.
+  int device_is_read_only = 0;
+  if (!read_only_ && ::ioctl(fd_, BLKROGET, &device_is_read_only) == 0 &&
+      device_is_read_only != 0) {
+    return make_error(ErrorKind::kPermission,
+                      fmt::format("block device '{}' is read-only; add --read-only", path));
+  }
+  return {};
+}
+
 void ImageFile::probe_alignment() {
   const DirectAlignment alignment = ask_alignment(fd_);
-  offset_alignment_bytes_ = alignment.offset_bytes;
   memory_alignment_bytes_ = alignment.memory_bytes;
-  int logical_block_bytes = 0;
-  if (is_block_device_ && ::ioctl(fd_, BLKSSZGET, &logical_block_bytes) == 0 &&
-      logical_block_bytes > 0) {
-    offset_alignment_bytes_ = static_cast<std::uint32_t>(logical_block_bytes);
-  }
+  offset_alignment_bytes_ = is_block_device_ ? logical_block_bytes_ : alignment.offset_bytes;
 }
 
 }  // namespace vblk::blockdev

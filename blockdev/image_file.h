@@ -30,6 +30,9 @@ class ImageFile {
   [[nodiscard]] bool direct() const { return fd_ != buffered_fd_; }
   [[nodiscard]] bool is_block_device() const { return is_block_device_; }
   [[nodiscard]] bool read_only() const { return read_only_; }
+  // What a block device takes discards and zeroes in, whatever the cache mode; 1 for a file, of
+  // which any range can be punched or zeroed.
+  [[nodiscard]] std::uint32_t logical_block_bytes() const { return logical_block_bytes_; }
   // What O_DIRECT demands of offsets and lengths, and of buffers; 1 in the buffered modes.
   [[nodiscard]] std::uint32_t offset_alignment_bytes() const { return offset_alignment_bytes_; }
   [[nodiscard]] std::uint32_t memory_alignment_bytes() const { return memory_alignment_bytes_; }
@@ -37,11 +40,13 @@ class ImageFile {
  private:
   ImageFile() = default;
   Expected<void> measure(const std::string& path);
+  Expected<void> measure_device(const std::string& path);
   void probe_alignment();
 
   int fd_{-1};
   int buffered_fd_{-1};
   std::uint64_t size_bytes_{0};
+  std::uint32_t logical_block_bytes_{1};
   std::uint32_t offset_alignment_bytes_{1};
   std::uint32_t memory_alignment_bytes_{1};
   bool is_block_device_{false};

@@ -50,7 +50,8 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
   name_ = options_.name;
   rules_ = direct_rules(file_->offset_alignment_bytes(), file_->memory_alignment_bytes(), bytes,
                         static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
-  limits_.optimal_alignment_bytes = std::max<std::uint32_t>(rules_.offset_bytes, kSectorBytes);
+  limits_.optimal_alignment_bytes = std::max<std::uint32_t>(
+      {file_->logical_block_bytes(), file_->direct() ? rules_.offset_bytes : 1, kSectorBytes});
   limits_.transfer_bytes_max = size_bytes();
   limits_.read_only = file_->read_only();
   limits_.can_discard = options_.discard && !file_->read_only();
@@ -137,7 +138,7 @@ void RawNode::note_write_error(const BlockRequest& request, int error) {
 }
 
 void RawNode::submit_discard(BlockRequest& request) {
-  const std::uint64_t granularity = file_->is_block_device() ? limits_.optimal_alignment_bytes : 1;
+  const std::uint64_t granularity = file_->logical_block_bytes();
   const std::uint64_t begin = (request.offset_bytes + granularity - 1) / granularity * granularity;
   const std::uint64_t end =
       (request.offset_bytes + request.length_bytes) / granularity * granularity;
@@ -163,7 +164,8 @@ void RawNode::submit_discard(BlockRequest& request) {
 }
 
 void RawNode::submit_write_zeroes(BlockRequest& request) {
-  request.may_unmap = request.may_unmap && limits_.write_zeroes_may_unmap;
+  request.may_unmap = request.may_unmap && limits_.write_zeroes_may_unmap &&
+                      kernel_zeroes_unmap_.load(std::memory_order_relaxed);
   start_pieces(request);
 }
 
@@ -176,22 +178,21 @@ void RawNode::start_pieces(BlockRequest& request) {
 
 // Starts the next piece, or finishes. Pieces that need no kernel I/O are done on the spot.
 void RawNode::next_step(BlockRequest& request) {
-  PieceProgress& pieces = request.pieces;
-  bool started = false;
-  while (!started && pieces.done_bytes < request.length_bytes) {
-    const std::uint64_t offset = request.offset_bytes + pieces.done_bytes;
-    const std::uint64_t end = request.offset_bytes + request.length_bytes;
-    started = request.operation == BlockOperation::kWriteZeroes ? step_zeroes(request, offset, end)
-                                                                : step_data(request, offset, end);
+  const std::uint64_t end = request.offset_bytes + request.length_bytes;
+  while (request.pieces.done_bytes < request.length_bytes) {
+    const std::uint64_t offset = request.offset_bytes + request.pieces.done_bytes;
+    if (request.operation == BlockOperation::kWriteZeroes) return step_zeroes(request, offset, end);
+    if (step_data(request, offset, end)) return;
   }
-  if (started) return;
   const bool needs_flush =
       request.operation == BlockOperation::kWriteZeroes && request.write_through;
   if (!needs_flush) return finish_pieces(request, 0);
   queue_io(request, aio::IoKind::kFlush, file_->fd(), [](aio::IoRequest& io, int error) {
     BlockRequest& zeroes = parent_of(io);
-    if (error != 0) node_of(zeroes).note_flush_error(error);
-    node_of(zeroes).finish_pieces(zeroes, error);
+    RawNode& node = node_of(zeroes);
+    if (error != 0) node.note_flush_error(error);
+    // As in submit_flush(): what another flush was told is not told again.
+    node.finish_pieces(zeroes, node.flush_error_.load(std::memory_order_relaxed));
   });
 }
 
@@ -272,51 +273,62 @@ void RawNode::start_bounce(BlockRequest& request, std::byte* buffer) {
 }
 
 // One piece of a write zeroes: by the kernel where it can, otherwise as a write of zeroes.
-bool RawNode::step_zeroes(BlockRequest& request, std::uint64_t offset_bytes,
+void RawNode::step_zeroes(BlockRequest& request, std::uint64_t offset_bytes,
                           std::uint64_t end_bytes) {
-  PieceProgress& pieces = request.pieces;
   request.io.offset_bytes = offset_bytes;
-  const Piece piece = next_piece(rules_, offset_bytes, end_bytes);
-  const bool whole_blocks =
-      !file_->is_block_device() || offset_bytes % limits_.optimal_alignment_bytes == 0;
+  const std::uint64_t block_bytes = file_->logical_block_bytes();
+  const std::uint64_t whole_blocks_end = end_bytes / block_bytes * block_bytes;
   const auto& works = request.may_unmap ? kernel_zeroes_unmap_ : kernel_zeroes_;
-  const bool by_kernel = whole_blocks && works.load(std::memory_order_relaxed);
-  // A file takes any range; a device whole blocks, the rest of which is an edge.
-  const std::uint64_t kernel_end =
-      file_->is_block_device()
-          ? end_bytes / limits_.optimal_alignment_bytes * limits_.optimal_alignment_bytes
-          : end_bytes;
-  if (by_kernel && offset_bytes < kernel_end) {
-    pieces.piece_bytes = kernel_end - offset_bytes;
-    request.io.length_bytes = pieces.piece_bytes;
-    request.io.may_unmap = request.may_unmap;
-    queue_io(request, aio::IoKind::kWriteZeroes, file_->fd(), [](aio::IoRequest& io, int error) {
-      BlockRequest& zeroes = parent_of(io);
-      RawNode& node = node_of(zeroes);
-      if (!is_unsupported(error)) return node.piece_done(zeroes, error);
-      auto& kernel_way = zeroes.may_unmap ? node.kernel_zeroes_unmap_ : node.kernel_zeroes_;
-      if (kernel_way.exchange(false)) {
-        log::info(
-            "'{}': the storage below cannot write zeroes by itself ({}); they are written out",
-            node.name_, describe_errno(error));
-      }
-      node.next_step(zeroes);  // the same piece again, the other way
-    });
-    return true;
+  if (works.load(std::memory_order_relaxed) && offset_bytes % block_bytes == 0 &&
+      offset_bytes < whole_blocks_end) {
+    zero_by_kernel(request, whole_blocks_end - offset_bytes);
+  } else {
+    zero_by_writing(request, offset_bytes, end_bytes);
   }
-  const bool direct = file_->direct() && piece.route == PieceRoute::kDirect;
-  pieces.piece_bytes = std::min<std::uint64_t>(
-      file_->direct() ? piece.length_bytes : end_bytes - offset_bytes, kZeroBufferBytes);
+}
+
+void RawNode::zero_by_kernel(BlockRequest& request, std::uint64_t length_bytes) {
+  request.pieces.piece_bytes = length_bytes;
+  request.io.length_bytes = length_bytes;
+  request.io.may_unmap = request.may_unmap;
+  queue_io(request, aio::IoKind::kWriteZeroes, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& zeroes = parent_of(io);
+    RawNode& node = node_of(zeroes);
+    if (!is_unsupported(error)) return node.piece_done(zeroes, error);
+    node.note_kernel_cannot_zero(zeroes.may_unmap, error);
+    zeroes.may_unmap = false;  // it was a permission; the next way is the one without
+    node.next_step(zeroes);    // the same piece again
+  });
+}
+
+void RawNode::note_kernel_cannot_zero(bool unmapping, int error) {
+  auto& works = unmapping ? kernel_zeroes_unmap_ : kernel_zeroes_;
+  if (!works.exchange(false)) return;
+  log::info("'{}': the storage below cannot {} ({}); {}", name_,
+            unmapping ? "unmap what it zeroes" : "write zeroes by itself", describe_errno(error),
+            unmapping ? "zeroes keep their space" : "they are written out");
+}
+
+void RawNode::zero_by_writing(BlockRequest& request, std::uint64_t offset_bytes,
+                              std::uint64_t end_bytes) {
+  PieceProgress& pieces = request.pieces;
+  Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
+                                : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
+  // Inside a device's block: no further than its end, where the kernel's way begins.
+  const std::uint64_t into_block = offset_bytes % file_->logical_block_bytes();
+  if (into_block != 0)
+    piece.length_bytes = std::min(piece.length_bytes, file_->logical_block_bytes() - into_block);
+  pieces.piece_bytes = std::min<std::uint64_t>(piece.length_bytes, kZeroBufferBytes);
   pieces.bounce_iov = {zero_buffer(), pieces.piece_bytes};
   request.io.write_through = request.write_through;
   request.io.length_bytes = pieces.piece_bytes;
   request.io.iov = &pieces.bounce_iov;
   request.io.iov_count = 1;
+  const bool direct = piece.route == PieceRoute::kDirect;
   queue_io(request, aio::IoKind::kWrite, direct ? file_->fd() : file_->buffered_fd(),
            [](aio::IoRequest& io, int error) {
              node_of(parent_of(io)).piece_done(parent_of(io), error);
            });
-  return true;
 }
 
 void RawNode::piece_done(BlockRequest& request, int error) {

@@ -3,12 +3,10 @@
 // The fast path (an aligned request on O_DIRECT, any request in the buffered modes) is one engine
 // request with the caller's own iovecs. Everything else goes piece by piece, slower and right:
 //
-//   request                                   pieces
-//   unaligned read or write under O_DIRECT    edges buffered, body direct, bounced if memory is not
-//   aligned read beyond the end of the file           zeroes (the guest sees the size rounded up to
-//   whole sectors) write zeroes that the kernel cannot do    writes of zeroes write zeroes on a
-//   block device            edges written as zeroes, body by the kernel write zeroes, write-through
-//   then a flush
+//   unaligned, under O_DIRECT         edges buffered, body direct, bounced if memory is unaligned
+//   read beyond the end of the file   zeroes: the guest sees the size rounded up to whole sectors
+//   write zeroes                      by the kernel as far as it can, otherwise writes of zeroes
+//   write zeroes, write-through       then a flush
 //
 // Threads: any I/O thread. What they share: the size of the data (grows to a whole sector at most),
 // the first flush error, and what the kernel turned out not to support; single atomics all.
@@ -47,7 +45,9 @@ class RawNode final : public BlockNode {
   void start_pieces(BlockRequest& request);
   void next_step(BlockRequest& request);
   bool step_data(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
-  bool step_zeroes(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
+  void step_zeroes(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
+  void zero_by_kernel(BlockRequest& request, std::uint64_t length_bytes);
+  void zero_by_writing(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
   void start_bounce(BlockRequest& request, std::byte* buffer);
   void piece_done(BlockRequest& request, int error);
   void finish_pieces(BlockRequest& request, int error);
@@ -55,6 +55,7 @@ class RawNode final : public BlockNode {
                 aio::IoRequest::Completion complete);
 
   void note_flush_error(int error);
+  void note_kernel_cannot_zero(bool unmapping, int error);
   void note_write_error(const BlockRequest& request, int error);
 
   std::unique_ptr<ImageFile> file_;

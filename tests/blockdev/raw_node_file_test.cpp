@@ -122,7 +122,7 @@ TEST_P(RawFile, loses_no_neighbours_bytes) {
   open(16384);
   if (IsSkipped()) return;
   check_random_operations(
-      {.count = 3000, .reads_any_byte = true, .length_bytes_max = 2048, .batch_max = 24});
+      {.count = 2000, .reads_any_byte = true, .length_bytes_max = 2048, .batch_max = 24});
 }
 
 // Regression: flushes failed with EIO for ever, and acknowledged writes were lost, after a write
