@@ -16,7 +16,8 @@
 namespace vblk::vhost_user {
 
 // "Front-end message types". Their width is the wire's.
-enum class Request : std::uint32_t {  // NOLINT(performance-enum-size)
+// NOLINTNEXTLINE(performance-enum-size)
+enum class Request : std::uint32_t {
   kGetFeatures = 1,
   kSetFeatures = 2,
   kSetOwner = 3,
@@ -44,7 +45,8 @@ enum class Request : std::uint32_t {  // NOLINT(performance-enum-size)
 };
 
 // "Back-end message types".
-enum class BackendRequest : std::uint32_t {  // NOLINT(performance-enum-size)
+// NOLINTNEXTLINE(performance-enum-size)
+enum class BackendRequest : std::uint32_t {
   kConfigChange = 2,
 };
 
