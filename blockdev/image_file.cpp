@@ -74,8 +74,6 @@ std::string_view advice(int error) {
              "only be read";
     case EROFS:
       return "its file system is read-only; add --read-only";
-    case EISDIR:
-      return "an image is a regular file or a block device";
     default:
       return "check the path";
   }
@@ -89,6 +87,14 @@ std::unexpected<Error> open_error(const ImageOptions& options, int error) {
                     error);
 }
 
+bool can_be_image(mode_t mode) { return S_ISREG(mode) || S_ISBLK(mode); }
+
+std::unexpected<Error> type_error(const std::string& path, mode_t mode) {
+  return make_error(ErrorKind::kNotSupported,
+                    fmt::format("image '{}' is {}; an image is a regular file or a block device",
+                                path, type_name(mode)));
+}
+
 int open_path(const ImageOptions& options, int extra_flags) {
   const int access = options.read_only ? O_RDONLY : O_RDWR;
   // O_NONBLOCK: opening a pipe must not wait for somebody at its other end. It means nothing to
@@ -99,6 +105,11 @@ int open_path(const ImageOptions& options, int extra_flags) {
 }  // namespace
 
 Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options) {
+  // Before it is opened, since opening can be refused for a worse reason (sockets, directories) or
+  // do something (watchdogs, tapes). What cannot be looked at is left to the open to explain.
+  struct stat status{};
+  if (::stat(options.path.c_str(), &status) == 0 && !can_be_image(status.st_mode))
+    return type_error(options.path, status.st_mode);
   std::unique_ptr<ImageFile> file(new ImageFile);
   file->owned_ = true;
   file->read_only_ = options.read_only;
@@ -161,11 +172,7 @@ Expected<void> ImageFile::measure(const std::string& path) {
                       error);
   }
   is_block_device_ = S_ISBLK(status.st_mode);
-  if (!is_block_device_ && !S_ISREG(status.st_mode)) {
-    return make_error(ErrorKind::kNotSupported,
-                      fmt::format("image '{}' is {}; an image is a regular file or a block device",
-                                  path, type_name(status.st_mode)));
-  }
+  if (!can_be_image(status.st_mode)) return type_error(path, status.st_mode);
   size_bytes_ = static_cast<std::uint64_t>(status.st_size);
   if (is_block_device_) {
     if (auto measured = measure_device(path); !measured) return measured;
