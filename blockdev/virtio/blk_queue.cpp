@@ -18,6 +18,7 @@
 #include "blockdev/log.h"
 #include "blockdev/virtio/blk_request.h"
 #include "blockdev/virtio/blk_wire.h"
+#include "blockdev/virtio/guest_memory_guard.h"
 #include "blockdev/virtio/virtqueue.h"
 
 namespace vblk::virtio {
@@ -121,6 +122,7 @@ struct BlkQueue::State {
   void get_id(Slot& slot, const BlkCommand& command);
   void finish(Slot& slot, std::uint8_t status, std::uint64_t data_bytes);
   void break_ring(const char* reason);
+  void check_memory();
   void watch_kicks();
   [[nodiscard]] BlkRequestLimits limits() const;
 
@@ -132,6 +134,8 @@ struct BlkQueue::State {
   IovecArena iovecs;
   std::vector<Slot> slots;  // by head index; never resized
   std::size_t in_flight{0};
+  std::uint64_t faults_seen{guarded_memory_fault_count()};
+  bool memory_gone{false};
   bool is_broken{false};
   bool stopping{false};
   std::move_only_function<void()> stopped;
@@ -239,8 +243,9 @@ const BlkQueueStatistics& BlkQueue::statistics() const { return state_->statisti
 
 bool BlkQueue::poll() {
   if (state_->stopping || state_->is_broken) return false;
+  state_->check_memory();
   unsigned count = 0;
-  while (count < kPopsPerPoll && state_->pop_one()) ++count;
+  while (count < kPopsPerPoll && !state_->is_broken && state_->pop_one()) ++count;
   return count > 0;
 }
 
@@ -389,12 +394,23 @@ void BlkQueue::State::get_id(Slot& slot, const BlkCommand& command) {
 }
 
 void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data_bytes) {
+  // What was read from memory that has gone was zeroes, so nothing can be called done any more.
+  check_memory();
+  if (memory_gone) status = kBlkSIoErr;
   *slot.status = static_cast<std::byte>(status);
   if (status == kBlkSIoErr) ++statistics.errors;
   if (status == kBlkSUnsupp) ++statistics.unsupported;
   slot.busy = false;
   --in_flight;
   ring.push_used(slot.head, used_length(slot.writable_bytes, data_bytes));
+}
+
+// The frontend may shorten the file that guest memory is. Asked often, answered by one load.
+void BlkQueue::State::check_memory() {
+  const std::uint64_t faults = guarded_memory_fault_count();
+  if (faults == std::exchange(faults_seen, faults)) return;
+  memory_gone = memory->faulted();
+  if (memory_gone) break_ring("guest memory has been taken away under the queue");
 }
 
 // "The ring is stopped and its error descriptor signalled": the driver has to reset the device.

@@ -19,10 +19,12 @@ struct GuardedMapping {
   std::atomic<std::size_t> page_bytes{0};
   std::atomic<bool> faulted{false};
 };
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 static_assert(std::atomic<std::uintptr_t>::is_always_lock_free);
 
 // NOLINTBEGIN(cppcoreguidelines-avoid-non-const-global-variables): a signal handler has no other.
 std::array<GuardedMapping, kGuardedMappingsMax> guarded_mappings;
+std::atomic<std::uint64_t> fault_count{0};
 std::mutex registration_mutex;
 struct sigaction previous_action;
 // NOLINTEND(cppcoreguidelines-avoid-non-const-global-variables)
@@ -51,6 +53,7 @@ void on_sigbus(int /*signal*/, siginfo_t* info, void* /*context*/) {
   GuardedMapping* const mapping = find_mapping(address);
   if (mapping != nullptr && replace_page(*mapping, address)) {
     mapping->faulted.store(true, std::memory_order_release);
+    fault_count.fetch_add(1, std::memory_order_release);
   } else {
     // Not ours: put back what was there, and let the instruction fault again.
     ::sigaction(SIGBUS, &previous_action, nullptr);
@@ -95,5 +98,7 @@ void unguard_memory(int entry) {
 bool guarded_memory_faulted(int entry) {
   return guarded_mappings[static_cast<std::size_t>(entry)].faulted.load(std::memory_order_acquire);
 }
+
+std::uint64_t guarded_memory_fault_count() { return fault_count.load(std::memory_order_acquire); }
 
 }  // namespace vblk::virtio

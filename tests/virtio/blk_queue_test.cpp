@@ -391,6 +391,44 @@ TEST(BlkQueueRequest, completions_may_come_in_any_order) {
   for (std::uint32_t i = 0; i < 8; ++i) EXPECT_EQ(used[i], (Used{3 * (7 - i), 513}));
 }
 
+// --- Memory that goes away -----------------------------------------------------------------------
+
+// A frontend may shorten the file of a region at any time: the data of this write is gone before
+// the disk reads it, and what it reads in its place is not what the driver wrote.
+TEST(BlkQueueMemory, that_is_taken_away_fails_the_write_and_breaks_the_ring) {
+  constexpr std::uint64_t kFileBytes = 65536;
+  constexpr std::uint64_t kFileAddress = testing::kGuestBase + 2 * testing::kRegionBytes;
+  const testing::MemFd file(kFileBytes);
+  testing::RigOptions options;
+  options.more_memory = MemoryRegion::map(file.fd(), kFileAddress, kFileBytes,
+                                          testing::kUserBase + 2 * testing::kRegionBytes, 0)
+                            .value();
+  Rig rig(options);
+  const std::uint64_t request = rig.place(header(kBlkTOut, 8));
+  const std::uint64_t status = rig.allocate(1);
+  rig.submit({{request, 16}, {kFileAddress + 8192, 512}, {status, 1, true}});
+  ASSERT_EQ(::ftruncate(file.fd(), 4096), 0);
+  rig.run();
+  EXPECT_EQ(std::to_integer<unsigned>(*rig.memory.at(status)), kBlkSIoErr);
+  EXPECT_EQ(rig.ring->take_used().size(), 1U);
+  EXPECT_TRUE(rig.queue->broken());
+  EXPECT_EQ(rig.error.take(), 1U);
+  rig.queue_request(kBlkTGetId, 0, {}, 20);
+  rig.run();
+  EXPECT_TRUE(rig.ring->take_used().empty()) << "a broken ring takes nothing more";
+}
+
+TEST(BlkQueueMemory, of_another_device_that_is_taken_away_changes_nothing_here) {
+  const testing::MemFd file(8192);
+  const auto other = MemoryRegion::map(file.fd(), 0, 8192, 0, 0).value();
+  Rig rig;
+  ASSERT_EQ(::ftruncate(file.fd(), 4096), 0);
+  static_cast<volatile std::byte*>(other->host())[4096] = std::byte{1};
+  ASSERT_TRUE(other->faulted());
+  EXPECT_EQ(rig.request(kBlkTOut, 0, pattern(512)).status, kBlkSOk);
+  EXPECT_FALSE(rig.queue->broken());
+}
+
 // --- Malformed chains and rings ------------------------------------------------------------------
 
 void expect_broken(Rig& rig) {

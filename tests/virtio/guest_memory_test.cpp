@@ -6,26 +6,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <gtest/gtest.h>
+#include "tests/virtio/ring_fixture.h"
 
 namespace vblk::virtio {
 namespace {
 
 constexpr std::uint64_t kMax = ~std::uint64_t{0};
 
-class MemFd {
- public:
-  explicit MemFd(std::size_t size_bytes) : fd_(::memfd_create("guest-memory", MFD_CLOEXEC)) {
-    EXPECT_EQ(::ftruncate(fd_, static_cast<off_t>(size_bytes)), 0);
-  }
-  ~MemFd() { ::close(fd_); }
-  MemFd(const MemFd&) = delete;
-  MemFd& operator=(const MemFd&) = delete;
-  [[nodiscard]] int fd() const { return fd_; }
-
- private:
-  int fd_;
-};
+using testing::MemFd;
 
 TEST(MemoryRegion, maps_from_an_offset_that_is_not_page_aligned) {
   const MemFd file(65536);

@@ -15,6 +15,7 @@
 #include <random>
 #include <string>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -120,14 +121,31 @@ inline constexpr std::uint64_t kGuestBase = 0x10000;
 inline constexpr std::size_t kRegionBytes = std::size_t{1} << 20;
 inline constexpr std::uint64_t kUserBase = 0x7000'0000'0000;
 
+// A file as frontends share their memory by.
+class MemFd {
+ public:
+  explicit MemFd(std::size_t size_bytes) : fd_(::memfd_create("guest-memory", MFD_CLOEXEC)) {
+    EXPECT_EQ(::ftruncate(fd_, static_cast<off_t>(size_bytes)), 0);
+  }
+  ~MemFd() { ::close(fd_); }
+  MemFd(const MemFd&) = delete;
+  MemFd& operator=(const MemFd&) = delete;
+  [[nodiscard]] int fd() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
 class TestMemory {
  public:
-  TestMemory() : low_(kRegionBytes + kAlign), high_(kRegionBytes + kAlign) {
-    memory_ =
-        GuestMemory::create({MemoryRegion::wrap(aligned(low_), kGuestBase, kRegionBytes, kUserBase),
-                             MemoryRegion::wrap(aligned(high_), kGuestBase + kRegionBytes,
-                                                kRegionBytes, kUserBase + kRegionBytes)})
-            .value();
+  explicit TestMemory(std::shared_ptr<const MemoryRegion> more = nullptr)
+      : low_(kRegionBytes + kAlign), high_(kRegionBytes + kAlign) {
+    std::vector<std::shared_ptr<const MemoryRegion>> regions{
+        MemoryRegion::wrap(aligned(low_), kGuestBase, kRegionBytes, kUserBase),
+        MemoryRegion::wrap(aligned(high_), kGuestBase + kRegionBytes, kRegionBytes,
+                           kUserBase + kRegionBytes)};
+    if (more) regions.push_back(std::move(more));
+    memory_ = GuestMemory::create(std::move(regions)).value();
   }
   [[nodiscard]] std::shared_ptr<const GuestMemory> shared() const { return memory_; }
   // A pointer to one byte; the next may lie in the other region.
@@ -301,6 +319,7 @@ struct RigOptions {
   std::uint16_t start_index{0};  // of both rings
   std::string serial{"serial"};
   bool with_kick{true};
+  std::shared_ptr<const MemoryRegion> more_memory;
 };
 
 // Device, queue and ring together.
@@ -309,7 +328,8 @@ class Rig {
   static constexpr std::size_t kDiskBytes = std::size_t{4} << 20;
   static constexpr std::uint64_t kBuffers = kGuestBase + 0x40000;  // behind any ring
 
-  explicit Rig(const RigOptions& options = {}) : node(kDiskBytes, options.read_only) {
+  explicit Rig(const RigOptions& options = {})
+      : memory(options.more_memory), node(kDiskBytes, options.read_only) {
     log::set_level(log::Level::kOff);
     context = std::make_unique<blockdev::IoContext>(
         loop, std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
