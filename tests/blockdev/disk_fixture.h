@@ -288,4 +288,52 @@ inline Bytes run_random_operations(BlockNode& node, Context& context, Bytes mode
   return model;
 }
 
+// Several I/O threads on one disk at once, each with sectors of its own among the others': what one
+// has written, another must not undo. Returns what the disk ought to hold in the end.
+//
+// `make_engines` is called on each thread.
+template <typename MakeEngines>
+Bytes run_neighbouring_threads(BlockNode& node, Bytes model, const MakeEngines& make_engines,
+                               std::uint64_t seed) {
+  constexpr std::size_t kThreads = 3;
+  constexpr int kRounds = 100;
+  const std::uint64_t sectors = model.size() / kSectorBytes;
+  const auto run = [&](std::size_t own) {
+    std::mt19937_64 random(seed + own);
+    Context context(make_engines());
+    for (int round = 0; round < kRounds && !::testing::Test::HasFailure(); ++round) {
+      std::vector<std::unique_ptr<TestRequest>> batch;
+      for (std::uint64_t sector = own; sector < sectors; sector += kThreads) {
+        if (random() % 4 != 0) continue;
+        const bool zero = random() % 8 == 0;
+        auto request = std::make_unique<TestRequest>(
+            zero ? BlockOperation::kWriteZeroes : BlockOperation::kWrite, sector * kSectorBytes,
+            kSectorBytes);
+        Bytes data(kSectorBytes);
+        if (!zero) {
+          data = random_bytes(random, kSectorBytes);
+          request->use_scattered_memory(random);
+          request->fill(data);
+        }
+        std::ranges::copy(data, model.data() + request->offset_bytes);
+        context.start(node, *request);
+        batch.push_back(std::move(request));
+      }
+      context.drain();
+      for (const auto& request : batch) {
+        EXPECT_EQ(request->error, 0);
+        EXPECT_TRUE(
+            std::ranges::equal(context.read(node, request->offset_bytes, kSectorBytes),
+                               std::span(model).subspan(request->offset_bytes, kSectorBytes)))
+            << "wrong bytes at " << request->offset_bytes << " in round " << round;
+      }
+    }
+    EXPECT_EQ(context.flush(node), 0);
+  };
+  std::vector<std::thread> threads;
+  for (std::size_t own = 0; own < kThreads; ++own) threads.emplace_back(run, own);
+  for (std::thread& thread : threads) thread.join();
+  return model;
+}
+
 }  // namespace vblk::blockdev::testing

@@ -123,9 +123,7 @@ class RawDevice : public ::testing::TestWithParam<Variant> {
     device_ =
         LoopDevice::attach(backing_path(), {.sector_bytes = GetParam().sector_bytes}, why_not);
     if (device_ == nullptr) GTEST_SKIP() << why_not;
-    aio::AioSelection selection;
-    selection.engine_of_kind.fill(GetParam().engine);
-    auto engines = aio::EngineSet::create(selection, {});
+    auto engines = make_engines();
     if (!engines && engines.error().kind == ErrorKind::kPermission)
       GTEST_SKIP() << engines.error().message;
     ASSERT_TRUE(engines) << engines.error().message;
@@ -135,6 +133,11 @@ class RawDevice : public ::testing::TestWithParam<Variant> {
     node_ = std::move(*node);
   }
 
+  static Expected<std::unique_ptr<aio::EngineSet>> make_engines() {
+    aio::AioSelection selection;
+    selection.engine_of_kind.fill(GetParam().engine);
+    return aio::EngineSet::create(selection, {});
+  }
   [[nodiscard]] std::string backing_path() const { return dir_.file("backing"); }
   // What is allocated under the device once everything has reached it.
   [[nodiscard]] std::uint64_t allocated_bytes() {
@@ -161,7 +164,7 @@ TEST_P(RawDevice, has_the_size_and_the_blocks_of_the_device) {
   EXPECT_EQ(node_->name(), device_->path());
 }
 
-TEST_P(RawDevice, agrees_with_a_flat_array_at_the_guests_granularity) {
+TEST_P(RawDevice, agrees_with_a_flat_array) {
   const Bytes expected = testing::run_random_operations(
       *node_, *context_, written_, {.reads_any_byte = true, .discard_zeroes = false}, random_());
   EXPECT_TRUE(context_->read(*node_, 0, kDiskBytes) == expected);
@@ -178,6 +181,13 @@ TEST_P(RawDevice, loses_no_neighbours_bytes) {
                                                          .discard_zeroes = false},
                                                         random_());
   EXPECT_TRUE(context_->read(*node_, 0, kDiskBytes) == expected);
+}
+
+TEST_P(RawDevice, keeps_the_bytes_of_every_thread) {
+  Bytes expected(written_.begin(), written_.begin() + 16384);
+  expected = testing::run_neighbouring_threads(
+      *node_, std::move(expected), [] { return *make_engines(); }, random_());
+  EXPECT_TRUE(context_->read(*node_, 0, expected.size()) == expected);
 }
 
 TEST_P(RawDevice, takes_discards_and_zeroes_that_are_not_whole_blocks_of_the_device) {

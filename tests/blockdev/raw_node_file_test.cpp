@@ -141,6 +141,31 @@ TEST_P(RawFile, agrees_with_a_flat_array_whatever_the_size_of_the_file) {
   }
 }
 
+TEST_P(RawFile, reads_zeroes_from_the_end_of_the_file_to_the_end_of_its_last_sector) {
+  open(700);
+  if (IsSkipped()) return;
+  Bytes last_sector(written_.begin() + 512, written_.end());
+  last_sector.resize(kSectorBytes);
+  EXPECT_EQ(context_->read(*node_, 512, kSectorBytes), last_sector);
+  EXPECT_EQ(context_->read(*node_, 700, 324), Bytes(324));
+  EXPECT_EQ(contents(path()).size(), 700U) << "reading changes nothing";
+  const Bytes whole_sector(kSectorBytes, std::byte{0x5a});
+  EXPECT_EQ(context_->write(*node_, 512, whole_sector), 0);
+  EXPECT_EQ(context_->read(*node_, 512, kSectorBytes), whole_sector);
+  EXPECT_EQ(contents(path()).size(), 1024U) << "and writing no more than that sector";
+}
+
+TEST_P(RawFile, keeps_the_bytes_of_every_thread) {
+  for (const std::uint64_t size : {std::uint64_t{10000}, std::uint64_t{16384}}) {
+    open(size);
+    if (IsSkipped()) return;
+    const Bytes expected = testing::run_neighbouring_threads(
+        *node_, model(), [] { return *make_engines(); }, random_());
+    EXPECT_TRUE(file_as_seen_by_the_guest() == expected);
+    node_.reset();
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(AllEnginesAndModes, RawFile,
                          ::testing::Combine(::testing::ValuesIn(aio::kAllEngineNames),
                                             ::testing::ValuesIn(kAllCacheModes)),
