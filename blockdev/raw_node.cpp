@@ -22,13 +22,13 @@ namespace {
 constexpr std::size_t kZeroBufferBytes = std::size_t{1} << 20;
 
 std::byte* zero_buffer() {
-  static std::byte* const kBuffer = [] {
+  static std::byte* const buffer = [] {
     void* const mapping =
         ::mmap(nullptr, kZeroBufferBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) throw std::bad_alloc();
     return static_cast<std::byte*>(mapping);
   }();
-  return kBuffer;
+  return buffer;
 }
 
 // What fallocate(2) and BLKDISCARD answer where the file system or the device lacks the operation.
@@ -211,8 +211,8 @@ bool RawNode::step_data(BlockRequest& request, std::uint64_t offset_bytes,
     }
     end_bytes = std::min(end_bytes, data_end);
   }
-  Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
-                                : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
+  const Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
+                                      : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
   request.io.offset_bytes = offset_bytes;
   request.io.write_through = request.write_through;
   const std::span<const iovec> rest(request.iov + pieces.iov_first,

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <fstream>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -142,8 +143,9 @@ class QemuLock : public ImageLock {
     int status;
   };
   static Result run(const std::string& command) {
-    FILE* const pipe = ::popen((command + " 2>&1").c_str(), "r");
     Result result{};
+    FILE* const pipe = ::popen((command + " 2>&1").c_str(), "r");
+    if (pipe == nullptr) throw std::runtime_error("cannot run " + command);
     for (int byte = std::fgetc(pipe); byte != EOF; byte = std::fgetc(pipe))
       result.output += static_cast<char>(byte);
     result.status = ::pclose(pipe);
@@ -155,6 +157,7 @@ class QemuLock : public ImageLock {
     Holder(const std::string& path, const std::string& flags, const std::string& log) {
       pipe_ =
           ::popen(("qemu-io -f raw " + flags + " '" + path + "' >'" + log + "' 2>&1").c_str(), "w");
+      if (pipe_ == nullptr) throw std::runtime_error("cannot run qemu-io");
       // It prints this once it has the image.
       std::fputs("length\n", pipe_);
       std::fflush(pipe_);

@@ -103,6 +103,7 @@ TEST_F(OpenImage, refuses_a_pipe_without_waiting_for_its_other_end) {
 
 TEST_F(OpenImage, refuses_a_socket) {
   const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  ASSERT_GE(fd, 0);
   sockaddr_un address{.sun_family = AF_UNIX};
   path().copy(address.sun_path, sizeof address.sun_path - 1);
   ASSERT_EQ(::bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
