@@ -15,8 +15,9 @@ ALLOWED = {
     "blockdev/virtio": {"blockdev", "aio"},
     "blockdev/vhost_user": {"blockdev/virtio", "blockdev", "aio"},
     "blockdev/driver": {"blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
-    "blockdev/demo": {"blockdev/driver", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
-    "blockdev/cli": {"blockdev/demo", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/bench": {"blockdev/driver", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/demo": {"blockdev/bench", "blockdev/driver", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/cli": {"blockdev/bench", "blockdev/demo", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
 }
 # The engines are known by the block layer's core and by the commands that let a user choose; nowhere else.
 ENGINE_HEADER = re.compile(r"^aio/(\w+_engine|engine_set|engine)\.h$")

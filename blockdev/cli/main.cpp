@@ -9,6 +9,7 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/bench/bench.h"
 #include "blockdev/cli/commands.h"
 #include "blockdev/demo/demo.h"
 
@@ -22,6 +23,7 @@ vhost-user, on the I/O engine of your choice.
 Commands:
   serve   serve a disk image on a vhost-user socket
   ctl     ask a running server which engines it uses and what it has done
+  bench   measure a vhost-user-blk backend through its socket
   demo    compare the engines on this machine, without a virtual machine
 
 Options:
@@ -44,6 +46,8 @@ int run_command(std::string_view command, std::span<const std::string> arguments
                 std::span<char*> raw_arguments) {
   if (command == "serve") return vblk::cli::serve_command(arguments);
   if (command == "ctl") return vblk::cli::ctl_command(arguments);
+  if (command == "bench")
+    return vblk::bench::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "demo")
     return vblk::demo::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "--help" || command == "-h" || command == "help") {

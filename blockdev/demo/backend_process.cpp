@@ -3,10 +3,7 @@
 #include <array>
 #include <cerrno>
 #include <csignal>
-#include <ctime>
 #include <fcntl.h>
-#include <filesystem>
-#include <fstream>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -55,26 +52,7 @@ std::unexpected<Error> failed(const char* what, int error) {
   ::_exit(kExecFailed);
 }
 
-std::uint64_t context_switches_of(const std::filesystem::path& status_file) {
-  std::ifstream status(status_file);
-  std::uint64_t sum = 0;
-  for (std::string line; std::getline(status, line);) {
-    const auto colon = line.find("ctxt_switches:");
-    if (colon != std::string::npos) sum += std::stoull(line.substr(line.find(':') + 1));
-  }
-  return sum;
-}
-
 }  // namespace
-
-std::uint64_t context_switches_between(const ProcessUsage& before, const ProcessUsage& after) {
-  std::uint64_t sum = 0;
-  for (const auto& [thread, count] : after.context_switches) {
-    const auto earlier = before.context_switches.find(thread);
-    sum += count - (earlier == before.context_switches.end() ? 0 : earlier->second);
-  }
-  return sum;
-}
 
 Expected<std::unique_ptr<BackendProcess>> BackendProcess::start(const ScratchImage& image,
                                                                 aio::EngineName engine) {
@@ -159,21 +137,6 @@ BackendProcess::~BackendProcess() {
   if (pid_ <= 0) return;
   ::kill(pid_, SIGKILL);
   ::waitpid(pid_, nullptr, 0);
-}
-
-ProcessUsage BackendProcess::usage() const {
-  ProcessUsage usage;
-  clockid_t clock{};
-  timespec time{};
-  if (::clock_getcpuclockid(pid_, &clock) == 0 && ::clock_gettime(clock, &time) == 0)
-    usage.cpu_time = std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
-  std::error_code ignored;  // a thread or process that ends meanwhile
-  for (const auto& task :
-       std::filesystem::directory_iterator(fmt::format("/proc/{}/task", pid_), ignored)) {
-    usage.context_switches[std::stoi(task.path().filename())] =
-        context_switches_of(task.path() / "status");
-  }
-  return usage;
 }
 
 Expected<void> BackendProcess::finish() {

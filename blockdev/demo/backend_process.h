@@ -1,4 +1,4 @@
-// A `vblk serve` of our own as a child process, and what it costs.
+// A `vblk serve` of our own as a child process.
 //
 // It gets one end of a socket pair and the image as descriptors, so that there is no path to
 // collide with and nothing left behind; it dies with this process, and ends by itself when its
@@ -7,7 +7,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <sys/types.h>
@@ -18,17 +17,6 @@
 #include "blockdev/vhost_user/socket.h"
 
 namespace vblk::demo {
-
-// What a process has used since it started: its own threads, those that have ended, and the
-// kernel's workers that belong to it (io-wq). Not what the kernel does in threads of its own.
-struct ProcessUsage {
-  std::chrono::nanoseconds cpu_time{0};
-  std::map<pid_t, std::uint64_t> context_switches;  // by thread, of those that are alive
-};
-
-// Context switches from one usage to a later one. A thread that ended in between is left out.
-[[nodiscard]] std::uint64_t context_switches_between(const ProcessUsage& before,
-                                                     const ProcessUsage& after);
 
 class BackendProcess {
  public:
@@ -43,7 +31,7 @@ class BackendProcess {
 
   // Our end of its connection; can be taken once.
   [[nodiscard]] vhost_user::UniqueFd take_socket() { return std::move(socket_); }
-  [[nodiscard]] ProcessUsage usage() const;
+  [[nodiscard]] pid_t pid() const { return pid_; }
   // Waits for the child to end, which it does after its frontend has gone. Error: kIo if it does
   // not, or fails.
   Expected<void> finish();

@@ -20,10 +20,10 @@
 #include "aio/engine_set.h"
 #include "blockdev/byte_size.h"
 #include "blockdev/demo/backend_process.h"
-#include "blockdev/demo/load.h"
 #include "blockdev/demo/options.h"
 #include "blockdev/demo/report.h"
 #include "blockdev/demo/scratch_image.h"
+#include "blockdev/demo/workloads.h"
 #include "blockdev/driver/blk_driver.h"
 
 namespace vblk::demo {
@@ -154,11 +154,14 @@ class Experiment {
     if (!server) return std::unexpected(std::move(server.error()));
     auto driver = driver::BlkDriver::adopt((*server)->take_socket());
     if (!driver) return std::unexpected(std::move(driver.error()));
-    auto load = LoadGenerator::create(**driver, **server, image_.block_count());
+    StampedContent content;
+    auto load = bench::LoadGenerator::create(**driver, (*server)->pid(), image_.size_bytes(),
+                                             kDepthMax, kBlockBytes, &content);
     if (!load) return std::unexpected(std::move(load.error()));
     for (std::size_t i = 0; i < kWorkloads.size(); ++i) {
       tell(engine, kWorkloads[i]);
-      const auto measurement = load->run(kWorkloads[i], options_.cell_time, random_());
+      const auto measurement =
+          load->run(kWorkloads[i].load, options_.cell_time / 10, options_.cell_time, random_());
       if (!measurement) return std::unexpected(measurement.error());
       results_[engine].series[i].add(*measurement);
       ++cells_done_;
@@ -167,7 +170,7 @@ class Experiment {
     return (*server)->finish();
   }
 
-  void tell(std::size_t engine, const Workload& workload) {
+  void tell(std::size_t engine, const NamedWorkload& workload) {
     const std::string text =
         fmt::format("round {}/{}  {:<8}  {:<33}  about {} s left", round_, options_.round_count,
                     results_[engine].engine, workload.name, seconds_left());

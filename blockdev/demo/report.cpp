@@ -52,7 +52,7 @@ std::string with_thousands(double value) {
   return text;
 }
 
-std::string quantile(const LatencyHistogram& latencies, double fraction) {
+std::string quantile(const bench::LatencyHistogram& latencies, double fraction) {
   const double beyond = (1 - fraction) * static_cast<double>(latencies.total());
   // The product is a hair off where it should be exactly ten.
   if (beyond < kOperationsBeyondQuantileMin - 1e-6) return "n/a";
@@ -99,7 +99,7 @@ std::string workload_verdict(const std::vector<EngineResults>& results, std::siz
 
 }  // namespace
 
-void Series::add(const Measurement& measurement) {
+void Series::add(const bench::Measurement& measurement) {
   operations_per_second.push_back(measurement.operations_per_second);
   cpu_us_per_operation.push_back(measurement.cpu_us_per_operation);
   context_switches_per_operation.push_back(measurement.context_switches_per_operation);

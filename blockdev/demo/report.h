@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "blockdev/demo/load.h"
+#include "blockdev/demo/workloads.h"
 
 namespace vblk::demo {
 
@@ -18,9 +18,9 @@ struct Series {
   std::vector<double> operations_per_second;
   std::vector<double> cpu_us_per_operation;
   std::vector<double> context_switches_per_operation;
-  LatencyHistogram latencies;  // of all rounds
+  bench::LatencyHistogram latencies;  // of all rounds
 
-  void add(const Measurement& measurement);
+  void add(const bench::Measurement& measurement);
 };
 
 struct EngineResults {

@@ -14,6 +14,7 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/bench/noise.h"
 #include "blockdev/virtio/little_endian.h"
 
 namespace vblk::demo {
@@ -24,15 +25,6 @@ namespace {
 
 constexpr std::uint64_t kStampMagic = 0x6d656420'6b6c6276;  // "vblk dem"
 constexpr std::size_t kChunkBytes = std::size_t{4} << 20;
-
-// SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators"): fast enough
-// that the disk is what limits the filling.
-std::uint64_t next_random(std::uint64_t& state) {
-  std::uint64_t mixed = state += 0x9e3779b97f4a7c15;
-  mixed = (mixed ^ (mixed >> 30U)) * 0xbf58476d1ce4e5b9;
-  mixed = (mixed ^ (mixed >> 27U)) * 0x94d049bb133111eb;
-  return mixed ^ (mixed >> 31U);
-}
 
 std::unexpected<Error> failed(const char* what, const std::string& path, int error) {
   return make_error(kind_of_errno(error),
@@ -52,20 +44,27 @@ Expected<void> check_space(int fd, const std::string& directory, std::uint64_t s
 
 }  // namespace
 
+namespace {
+
+// Marks `block` as the content of block number `number`.
 void stamp(std::span<std::byte> block, std::uint64_t number) {
   virtio::store_le<std::uint64_t>(block.data(), kStampMagic);
   virtio::store_le<std::uint64_t>(block.data() + 8, number);
 }
 
-bool has_stamp(std::span<const std::byte> block, std::uint64_t number) {
-  return virtio::load_le<std::uint64_t>(block.data()) == kStampMagic &&
-         virtio::load_le<std::uint64_t>(block.data() + 8) == number;
+}  // namespace
+
+void StampedContent::before_write(std::uint64_t block, std::span<std::byte> data) {
+  stamp(data, block);
 }
 
-void fill_with_noise(std::span<std::byte> bytes, std::uint64_t seed) {
-  for (std::size_t i = 0; i + 8 <= bytes.size(); i += 8) {
-    virtio::store_le<std::uint64_t>(bytes.data() + i, next_random(seed));
-  }
+void StampedContent::before_read(std::uint64_t block, std::span<std::byte> data) {
+  stamp(data, ~block);
+}
+
+bool StampedContent::is_right(std::uint64_t block, std::span<const std::byte> data) {
+  return virtio::load_le<std::uint64_t>(data.data()) == kStampMagic &&
+         virtio::load_le<std::uint64_t>(data.data() + 8) == block;
 }
 
 Expected<ScratchImage> ScratchImage::create_temporary(const std::string& directory,
@@ -117,7 +116,7 @@ Expected<void> ScratchImage::precondition(std::uint64_t seed, const Progress& pr
   const std::uint64_t end_bytes = block_count() * kBlockBytes;
   for (std::uint64_t offset = 0; offset < end_bytes;) {
     const std::size_t length = std::min<std::uint64_t>(kChunkBytes, end_bytes - offset);
-    fill_with_noise(chunk, seed + offset);
+    bench::fill_with_noise(chunk, seed + offset);
     for (std::size_t i = 0; i < length; i += kBlockBytes)
       stamp(std::span(chunk).subspan(i, kBlockBytes), (offset + i) / kBlockBytes);
     for (std::size_t done = 0; done < length;) {

@@ -13,17 +13,20 @@
 #include <string>
 
 #include "aio/error.h"
+#include "blockdev/bench/closed_loop.h"
 #include "blockdev/vhost_user/socket.h"
 
 namespace vblk::demo {
 
 inline constexpr std::size_t kBlockBytes = 4096;
 
-// Marks `block` as the content of block number `number`.
-void stamp(std::span<std::byte> block, std::uint64_t number);
-[[nodiscard]] bool has_stamp(std::span<const std::byte> block, std::uint64_t number);
-// Bytes that no disk can compress. The same seed gives the same bytes.
-void fill_with_noise(std::span<std::byte> bytes, std::uint64_t seed);
+// The stamps. A read must bring its stamp with it; a write takes it along.
+class StampedContent final : public bench::BlockContent {
+ public:
+  void before_write(std::uint64_t block, std::span<std::byte> data) override;
+  void before_read(std::uint64_t block, std::span<std::byte> data) override;
+  [[nodiscard]] bool is_right(std::uint64_t block, std::span<const std::byte> data) override;
+};
 
 class ScratchImage {
  public:

@@ -187,20 +187,20 @@ def test_answers(report, vblk):
 
 def options_in_help(text):
     """Long options with their defaults, as boost::program_options prints them; {name: default or None}."""
-    found = re.findall(r"^  --([a-z-]+)(?: \S+)?(?: \(=([^)\s]*)\))?", text, re.MULTILINE)
+    found = re.findall(r"^  --([a-z_-]+)(?: \S+)?(?: \(=([^)\s]*)\))?", text, re.MULTILINE)
     return {name: default or None for name, default in found}
 
 
 def options_in_man(text, section):
     """The same of one section of the manual page."""
     part = re.search(rf"^\.SH {section}\n(.*?)(?=^\.SH )", text.replace("\\-", "-"), re.MULTILINE | re.DOTALL)[1]
-    entries = re.findall(r"^\.TP\n\.BI?R? --([a-z-]+)(?: \"?[^\n(]*(?:\(=([^)\s]*)\))?\"?)?$", part, re.MULTILINE)
+    entries = re.findall(r"^\.TP\n\.BI?R? --([a-z_-]+)(?: \"?[^\n(]*(?:\(=([^)\s]*)\))?\"?)?$", part, re.MULTILINE)
     return {name: default or None for name, default in entries}
 
 
 def test_manual_page(report, vblk):
     text = MANUAL_PAGE.read_text()
-    for command in ("serve", "demo"):
+    for command in ("serve", "bench", "demo"):
         _, help_text = run(vblk, command, "--help")
         in_help, in_man = options_in_help(help_text), options_in_man(text, f"OPTIONS OF {command.upper()}")
         report.check(f"the manual page has the options of {command} --help, with their defaults",
@@ -278,6 +278,30 @@ def test_short_of_descriptors(report, vblk):
             report.check("short of descriptors: the server ends with 0", server.stop() == 0, server.log.read_text())
 
 
+def test_bench(report, vblk):
+    with Folder() as folder:
+        image = folder / "disk.img"
+        make_sparse(image, MIB)
+        for title, arguments, names in (("no socket", [], "--socket-path"), ("unknown kind", ["--rw", "trim"], "trim"),
+                                        ("odd block", ["--bs", "700"], "700"), ("no depth", ["--iodepth", 0], "iodepth"),
+                                        ("flushes of reads", ["--fsync", 1], "--fsync"),
+                                        ("backend that is not there", ["--runtime", 1], str(folder / "none"))):
+            path = [] if title == "no socket" else ["--socket-path", folder / "none"]
+            status, output = run(vblk, "bench", *path, *arguments)
+            report.check(f"bench, {title}: refused in one line that names it",
+                         status != 0 and names in output and output.count("\n") == 1, output)
+        with Server(vblk, [image], folder / "s", folder / "log") as server:
+            status, output = run(vblk, "bench", "--socket-path", server.socket, "--pid", server.pid(), "--rw", "randwrite",
+                                 "--bs", "8k", "--iodepth", 4, "--fsync", 2, "--runtime", 0.3, "--output-format", "json")
+            job = json.loads(output)["jobs"][0] if status == 0 else {}
+            write = job.get("write", {})
+            report.check("bench reports what it did, by fio's names",
+                         write.get("total_ios", 0) > 0 and write["lat_ns"]["N"] == write["total_ios"] and
+                         abs(write["bw_bytes"] - write["iops"] * 8192) < 1 and job["backend"]["cpu_us_per_io"] > 0, output)
+            status, output = run(vblk, "bench", "--socket-path", server.socket, "--size", "2M", "--runtime", 0.1)
+            report.check("bench refuses more than the disk has", status == 1 and str(MIB) in output, output)
+
+
 def test_conventions(report, vblk):
     """vhost-user.rst, "Backend program conventions": options without a command, an inherited socket."""
     status, output = run(vblk, "--print-capabilities")
@@ -302,7 +326,7 @@ def main():
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
-    for test in (test_answers, test_manual_page, test_conventions, test_monitor, test_bad_images, test_bad_options,
+    for test in (test_answers, test_manual_page, test_conventions, test_monitor, test_bench, test_bad_images, test_bad_options,
                  test_bad_sockets, test_short_of_descriptors, test_refused_engines, test_locks, test_end_of_life):
         try:
             test(report, vblk)

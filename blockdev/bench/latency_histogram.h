@@ -7,17 +7,22 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace vblk::demo {
+namespace vblk::bench {
 
 class LatencyHistogram {
  public:
   void add(std::uint64_t latency_ns) {
     ++counts_[bucket_of(latency_ns)];
     ++total_;
+    sum_ns_ += latency_ns;
+  }
+  [[nodiscard]] double mean_ns() const {
+    return total_ == 0 ? 0 : static_cast<double>(sum_ns_) / static_cast<double>(total_);
   }
   void merge(const LatencyHistogram& other) {
     for (std::size_t i = 0; i < kBuckets; ++i) counts_[i] += other.counts_[i];
     total_ += other.total_;
+    sum_ns_ += other.sum_ns_;
   }
   void clear() { *this = {}; }
 
@@ -53,6 +58,7 @@ class LatencyHistogram {
 
   std::array<std::uint64_t, kBuckets> counts_{};
   std::uint64_t total_{0};
+  std::uint64_t sum_ns_{0};
 };
 
-}  // namespace vblk::demo
+}  // namespace vblk::bench

@@ -1,0 +1,25 @@
+// What another process has cost so far, read from the kernel.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <sys/types.h>
+
+namespace vblk::bench {
+
+// What a process has used since it started: its own threads, those that have ended, and the
+// kernel's workers that belong to it (io-wq). Not what the kernel does in threads of its own.
+struct ProcessUsage {
+  std::chrono::nanoseconds cpu_time{0};
+  std::map<pid_t, std::uint64_t> context_switches;  // by thread, of those that are alive
+};
+
+// Zero and empty for a process that does not exist or belongs to somebody else.
+[[nodiscard]] ProcessUsage usage_of(pid_t process);
+
+// Context switches from one usage to a later one. A thread that ended in between is left out.
+[[nodiscard]] std::uint64_t context_switches_between(const ProcessUsage& before,
+                                                     const ProcessUsage& after);
+
+}  // namespace vblk::bench
