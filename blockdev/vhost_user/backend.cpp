@@ -241,6 +241,7 @@ Expected<void> Backend::set_config(Message& message) {
   const auto head = payload_of<ConfigHead>(message);
   constexpr std::uint32_t kForMigration = 1;
   if (head.flags == kForMigration) return refused("live migration is not supported");
+  if (head.flags != 0) return refused(fmt::format("flags {:#x} are unknown", head.flags));
   const auto bytes = std::span<const std::byte>(message.payload).subspan(sizeof(ConfigHead));
   if (head.size_bytes != bytes.size()) {
     return refused(fmt::format("announces {} bytes and brings {}", head.size_bytes, bytes.size()));
@@ -328,6 +329,7 @@ blockdev::IoThread& Backend::thread_of(const Ring& ring) const {
 Expected<void> Backend::start_if_ready(Ring& ring) {
   if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};
   if (memory_ == nullptr || ring.size == 0 || !ring.has_addresses) {
+    ring.started = false;  // or every later change of memory or features would be refused for it
     return refused(fmt::format("queue {} is started before its memory, size and addresses are set",
                                ring.index));
   }
