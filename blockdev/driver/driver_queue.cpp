@@ -54,7 +54,11 @@ Expected<std::unique_ptr<DriverQueue>> DriverQueue::create(DriverMemory& memory,
 }
 
 DriverQueue::DriverQueue(DriverMemory& memory, const DriverQueueOptions& options)
-    : memory_(memory), options_(options), chain_length_(options.size), next_(options.size) {
+    : memory_(memory),
+      options_(options),
+      chain_length_(options.size),
+      writable_bytes_(options.size),
+      next_(options.size) {
   for (std::size_t i = options.size; i > 0; --i) free_.push_back(static_cast<std::uint16_t>(i - 1));
 }
 
@@ -84,6 +88,9 @@ std::optional<std::uint16_t> DriverQueue::add(std::span<const Buffer> chain) {
       options_.indirect && chain.size() > 1 && chain.size() <= options_.indirect_max;
   const auto head = use_indirect ? add_indirect(chain) : add_direct(chain);
   if (!head) return std::nullopt;
+  writable_bytes_[*head] = 0;
+  for (const Buffer& buffer : chain)
+    writable_bytes_[*head] += buffer.device_writable ? buffer.length_bytes : 0;
   const std::size_t entry = avail_index_ & (options_.size - 1U);
   store_release_le(avail_ + kAvailRingOffset + 2 * entry, *head);
   ++avail_index_;
@@ -163,6 +170,11 @@ Expected<std::optional<DriverQueue::Used>> DriverQueue::take_used() {
   if (id >= options_.size || chain_length_[id] == 0) {
     return make_error(ErrorKind::kCorrupt,
                       fmt::format("the device returns buffer {}, which it does not have", id));
+  }
+  if (length > writable_bytes_[id]) {
+    return make_error(ErrorKind::kCorrupt,
+                      fmt::format("the device claims to have written {} bytes into a buffer of {}",
+                                  length, writable_bytes_[id]));
   }
   ++used_index_;
   release(static_cast<std::uint16_t>(id));

@@ -92,8 +92,9 @@ class DriverQueue {
   vhost_user::UniqueFd kick_;
   vhost_user::UniqueFd call_;
   vhost_user::UniqueFd error_;
-  std::vector<std::uint16_t> free_;          // descriptors nobody uses
-  std::vector<std::uint16_t> chain_length_;  // by head; 0: not in flight
+  std::vector<std::uint16_t> free_;            // descriptors nobody uses
+  std::vector<std::uint16_t> chain_length_;    // by head; 0: not in flight
+  std::vector<std::uint64_t> writable_bytes_;  // by head: the most that a used element can claim
   std::vector<std::uint16_t>
       next_;  // our own copy of the links: the device may write over the table
   std::uint16_t avail_index_{0};
