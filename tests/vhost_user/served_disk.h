@@ -175,8 +175,9 @@ using Bytes = std::vector<std::byte>;
 
 template <typename... Parts>
 Bytes payload_of(const Parts&... parts) {
-  Bytes bytes;
-  (vhost_user::append(bytes, parts), ...);
+  Bytes bytes((std::size_t{0} + ... + sizeof(Parts)));
+  std::byte* at = bytes.data();
+  ((std::memcpy(at, &parts, sizeof(Parts)), at += sizeof(Parts)), ...);
   return bytes;
 }
 
