@@ -29,6 +29,7 @@ ThreadsEngine::~ThreadsEngine() {
 void ThreadsEngine::queue(IoRequest& request) {
   request.run = run_on_worker;
   request.engine = this;
+  request.takes_long = request.kind != IoKind::kRead && request.kind != IoKind::kWrite;
   batch_.push_back(request);
   ++in_flight_;
   ++statistics_.requests;

@@ -28,7 +28,7 @@ DRIVER_MAY_SEE = re.compile(
     r"|aio/(error|event_fd)\.h|blockdev/(log|byte_size)\.h)")
 # Libraries that one file alone may include.
 SINGLE = {"libaio.h": "aio/native_engine.cpp", "liburing.h": "aio/io_uring_engine.cpp"}
-THREADPOOL_SYSTEM = re.compile(r"^([a-z_]+|sys/\w+\.h|unistd\.h|pthread\.h)$")
+THREADPOOL_SYSTEM = re.compile(r"^([a-z_]+|linux/futex\.h|sys/\w+\.h|unistd\.h|pthread\.h)$")
 
 
 def folder_of(path):

@@ -1,11 +1,20 @@
 // A bounded pool of worker threads that runs Work nodes. Knows nothing of I/O.
 //
 // Threads are created on demand, up to `max_threads`, and kept until the pool is destroyed:
-// creating a thread costs tens of microseconds, an idle one costs a stack that is not touched. A
-// batch costs one lock and at most one futex call per worker that is woken; when every worker is
-// busy already, submitting makes no system call.
+// creating a thread costs tens of microseconds, an idle one costs a stack that is not touched.
+// Works move without a lock. A batch costs at most one call to wake workers, however many it wakes,
+// and none where the workers that run already will come to it sooner than a sleeper would.
+//
+// How many should run: a work that waits behind `queued` others with `running` workers of mean
+// service time S starts after about queued * S / running. A worker is woken while that is longer
+// than waking one takes. So works that block for long, as on a slow disk, get a worker each, and
+// short ones keep few workers busy instead of putting many to sleep and waking them again. The mean
+// can be wrong about a work that runs now, so one sleeper stays on guard meanwhile: if nothing that
+// waits is taken for a millisecond, it takes it.
+// docs/decisions/0003-when-to-wake-a-worker.md.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,14 +28,18 @@ struct ThreadPoolOptions {
   std::size_t min_threads{0};     // started by the constructor
   std::size_t max_threads{64};    // QEMU's bound for one pool; 1 to kMaxThreads
   std::string name{"vblk-pool"};  // thread name, at most 15 characters
+  // What it takes to wake a worker: the call, and the time until it runs. 0: wake one for every
+  // work.
+  std::chrono::nanoseconds wake_cost{10'000};
 };
 
 // Counters since construction; each is read without a lock and may be a moment old.
 struct ThreadPoolStatistics {
   std::uint64_t batches{0};
   std::uint64_t works{0};
-  std::uint64_t wakeups{0};  // calls into the kernel to wake a worker
+  std::uint64_t wakeups{0};  // calls into the kernel to wake workers
   std::size_t threads{0};
+  std::chrono::nanoseconds service_time{0};  // mean of late, of works that do not take long
 };
 
 class ThreadPool {
@@ -40,7 +53,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // Hands over every node of `batch` and leaves it empty. Starts threads where all are busy and the
+  // Hands over every node of `batch` and leaves it empty. Starts threads where that helps and the
   // bound allows; if the kernel refuses a thread and none exists at all, the batch is run on the
   // calling thread (nothing is ever lost). Thread-safe. Nodes start in FIFO order.
   void submit(WorkList& batch);

@@ -13,6 +13,8 @@ namespace vblk::threadpool {
 struct Work {
   void (*run)(Work& work) noexcept {nullptr};
   Work* next{nullptr};
+  // Whether its worker is gone for long, compared with other works: nothing may wait behind it.
+  bool takes_long{false};
 };
 
 // A singly linked FIFO of nodes linked through `Work::next`. Not thread-safe. Owns nothing.

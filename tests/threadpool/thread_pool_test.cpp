@@ -1,6 +1,7 @@
 // The pool and the way back from it.
 #include "threadpool/thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -171,6 +172,142 @@ TEST(ThreadPool, makes_no_wake_up_call_while_all_workers_are_busy) {
   }
   EXPECT_EQ(pool.statistics().wakeups, wakeups);
   gate.open();
+}
+
+// Brings the mean service time down to that of works that do nothing.
+void run_short_works(ThreadPool& pool) {
+  std::atomic<int> count{0};
+  CountedWork work;
+  work.count = &count;
+  for (int i = 1; i <= 2000; ++i) {
+    WorkList batch;
+    batch.push_back(work);
+    pool.submit(batch);
+    while (count != i) std::this_thread::yield();
+  }
+}
+
+TEST(ThreadPool, wakes_no_worker_for_a_short_work_while_another_runs) {
+  Gate gate;
+  ThreadPool pool({.min_threads = 4, .max_threads = 4, .wake_cost = std::chrono::seconds(1)});
+  run_short_works(pool);
+  EXPECT_LT(pool.statistics().service_time, std::chrono::milliseconds(1));
+  BlockedWork running;
+  running.gate = &gate;
+  WorkList batch;
+  batch.push_back(running);
+  pool.submit(batch);
+  gate.wait_for_arrivals(1);
+  // The first few may wake one, until a sleeper is on guard.
+  std::atomic<int> count{0};
+  CountedWork work;
+  work.count = &count;
+  int without_call = 0;
+  for (int i = 1; i <= 2000 && without_call < 10; ++i) {
+    const auto wakeups = pool.statistics().wakeups;
+    batch.push_back(work);
+    pool.submit(batch);
+    without_call += pool.statistics().wakeups == wakeups ? 1 : 0;
+    while (count != i) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  gate.open();
+  EXPECT_EQ(without_call, 10);
+}
+
+// The mean says that a running worker is back soon, and it is not.
+TEST(ThreadPool, lets_nothing_wait_behind_a_work_that_blocks_unexpectedly) {
+  for (const std::size_t min_threads : {std::size_t{0}, std::size_t{4}}) {
+    Gate gate;
+    ThreadPool pool(
+        {.min_threads = min_threads, .max_threads = 4, .wake_cost = std::chrono::seconds(1)});
+    run_short_works(pool);
+    BlockedWork blocked;
+    blocked.gate = &gate;
+    WorkList batch;
+    batch.push_back(blocked);
+    pool.submit(batch);
+    gate.wait_for_arrivals(1);
+    std::atomic<int> count{0};
+    std::vector<CountedWork> works(10);
+    for (int i = 0; i < 10; ++i) {
+      works[static_cast<std::size_t>(i)].count = &count;
+      batch.push_back(works[static_cast<std::size_t>(i)]);
+      pool.submit(batch);
+      while (count != i + 1) std::this_thread::yield();  // would hang
+    }
+    gate.open();
+  }
+}
+
+TEST(ThreadPool, lets_nothing_wait_behind_what_takes_long) {
+  Gate gate;
+  ThreadPool pool({.max_threads = 3, .wake_cost = std::chrono::seconds(1)});
+  run_short_works(pool);
+  BlockedWork slow[2];
+  WorkList batch;
+  for (auto& work : slow) {
+    work.gate = &gate;
+    work.takes_long = true;
+    batch.push_back(work);
+    pool.submit(batch);
+  }
+  gate.wait_for_arrivals(2);
+  run_short_works(pool);
+  gate.open();
+}
+
+TEST(ThreadPool, takes_more_works_than_its_ring_has_room_for_in_their_order) {
+  constexpr int kWorks = 20000;
+  Gate gate;
+  ThreadPool pool({.max_threads = 1});
+  BlockedWork blocked;
+  blocked.gate = &gate;
+  WorkList batch;
+  batch.push_back(blocked);
+  pool.submit(batch);
+  gate.wait_for_arrivals(1);
+  std::vector<int> order;
+  std::vector<RecordedWork> works(kWorks);
+  for (int i = 0; i < kWorks; ++i) {
+    works[static_cast<std::size_t>(i)].order = &order;
+    works[static_cast<std::size_t>(i)].number = i;
+    batch.push_back(works[static_cast<std::size_t>(i)]);
+    if (i % 7 == 0) pool.submit(batch);
+  }
+  std::atomic<int> done{0};
+  CountedWork last;
+  last.count = &done;
+  batch.push_back(last);
+  pool.submit(batch);
+  gate.open();
+  while (done == 0) std::this_thread::yield();
+  ASSERT_EQ(order.size(), static_cast<std::size_t>(kWorks));
+  EXPECT_TRUE(std::ranges::is_sorted(order));
+}
+
+// Bursts with pauses, from several threads: whatever is asleep when a burst comes must wake.
+TEST(ThreadPool, never_forgets_a_work) {
+  ThreadPool pool({.max_threads = 8});
+  std::vector<std::thread> submitters;
+  submitters.reserve(3);
+  for (int s = 0; s < 3; ++s) {
+    submitters.emplace_back([&pool, s] {
+      std::atomic<int> count{0};
+      std::vector<CountedWork> works(40);
+      for (auto& work : works) work.count = &count;
+      for (int burst = 0; burst < 1500; ++burst) {
+        WorkList batch;
+        const int size = 1 + (burst * 7 + s) % 40;
+        for (int i = 0; i < size; ++i) batch.push_back(works[static_cast<std::size_t>(i)]);
+        count = 0;
+        pool.submit(batch);
+        while (count != size) std::this_thread::yield();
+        if (burst % 50 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      }
+    });
+  }
+  for (auto& submitter : submitters) submitter.join();
 }
 
 TEST(ThreadPool, runs_everything_before_it_is_destroyed) {
