@@ -33,7 +33,9 @@ class Noise {
   Bytes payload(Request request) {
     Bytes bytes = likely_payload(request);
     if (below(10) == 0) bytes.resize(below(100));
-    if (below(10) == 0 && !bytes.empty())
+    // Without REPLY_ACK there would be no answer to wait for.
+    const bool may_differ = request != Request::kSetProtocolFeatures;
+    if (may_differ && below(10) == 0 && !bytes.empty())
       bytes[below(bytes.size())] = static_cast<std::byte>(below(256));
     return bytes;
   }
