@@ -31,6 +31,9 @@ namespace {
 // most.
 constexpr unsigned kCyclesPerAsioPoll = 64;
 
+// A window that starts, or has shrunk, below this is none: a look at every ring takes longer.
+constexpr std::chrono::nanoseconds kPollWindowMin{4000};
+
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -113,7 +116,9 @@ struct IoLoop::State {
   explicit State(IoLoopOptions loop_options) : options(loop_options) {}
 
   bool cycle();
+  [[nodiscard]] bool keep_polling();
   void sleep();
+  void adapt_window(std::chrono::nanoseconds slept);
   void arm_watches();
   void arm(const std::shared_ptr<FdWatchState>& watch);
   void compact_pollers();
@@ -129,6 +134,9 @@ struct IoLoop::State {
   std::atomic<bool> stopping{false};
   std::atomic<std::thread::id> owner;
   unsigned cycles_since_asio{0};
+  bool polling{false};
+  Clock::time_point poll_until;
+  IoLoopStatistics statistics;
 };
 
 // One look at everything. Pollers may be added or removed by what they do.
@@ -179,6 +187,33 @@ void IoLoop::State::arm(const std::shared_ptr<FdWatchState>& watch) {
                            }));
 }
 
+// Whether to look again instead of sleeping. Asked when a cycle found nothing.
+bool IoLoop::State::keep_polling() {
+  if (statistics.poll_window.count() == 0) return false;
+  const auto now = Clock::now();
+  if (!polling) {
+    polling = true;
+    poll_until = now + statistics.poll_window;
+  }
+  if (now < poll_until) {
+    cpu_relax();
+    return true;
+  }
+  polling = false;
+  return false;
+}
+
+void IoLoop::State::adapt_window(std::chrono::nanoseconds slept) {
+  auto& window = statistics.poll_window;
+  if (slept <= options.poll_max) {
+    window =
+        std::min<std::chrono::nanoseconds>(std::max(2 * window, kPollWindowMin), options.poll_max);
+  } else {
+    window /= 2;
+    if (window < kPollWindowMin) window = {};
+  }
+}
+
 void IoLoop::State::sleep() {
   std::size_t prepared[2] = {0, 0};
   bool may_sleep = true;
@@ -191,7 +226,14 @@ void IoLoop::State::sleep() {
   if (may_sleep) {
     arm_watches();
     posted.store(false, std::memory_order_relaxed);
-    io.run_one();
+    ++statistics.sleeps;
+    if (options.poll_max.count() > 0) {
+      const auto begin = Clock::now();
+      io.run_one();
+      adapt_window(Clock::now() - begin);
+    } else {
+      io.run_one();
+    }
   }
   // A handler may have added or removed pollers: those that are there are awake now, and wake_up()
   // of one that was never asleep is harmless by contract.
@@ -212,8 +254,6 @@ IoLoop::~IoLoop() { assert(state_->watches.empty() && "watches must die before t
 void IoLoop::run() {
   State& state = *state_;
   state.owner.store(std::this_thread::get_id());
-  Clock::time_point spin_until{};
-  bool spinning = false;
   for (;;) {
     const bool progress = state.cycle();
     if (state.posted.load(std::memory_order_acquire) ||
@@ -221,22 +261,11 @@ void IoLoop::run() {
       state.run_asio_ready();
     }
     if (progress) {
-      spinning = false;
+      if (std::exchange(state.polling, false)) ++state.statistics.polls_won;
       continue;
     }
     if (state.stopping.load(std::memory_order_acquire)) break;
-    if (state.options.poll_max.count() > 0) {
-      const auto now = Clock::now();
-      if (!spinning) {
-        spinning = true;
-        spin_until = now + state.options.poll_max;
-      }
-      if (now < spin_until) {
-        cpu_relax();
-        continue;
-      }
-      spinning = false;
-    }
+    if (state.keep_polling()) continue;
     state.sleep();
   }
   // What was posted before stop() still runs.
@@ -265,6 +294,8 @@ void IoLoop::run_and_wait(std::move_only_function<void()> function) {
 }
 
 bool IoLoop::is_loop_thread() const { return state_->owner.load() == std::this_thread::get_id(); }
+
+const IoLoopStatistics& IoLoop::statistics() const { return state_->statistics; }
 
 void IoLoop::add_poller(Poller& poller, PollStage stage) {
   state_->pollers[static_cast<std::size_t>(stage)].push_back(&poller);

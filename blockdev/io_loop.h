@@ -44,8 +44,17 @@ class Poller {
 enum class PollStage : std::uint8_t { kDispatch, kEngine };
 
 struct IoLoopOptions {
-  // How long a loop without progress goes on looking before it sleeps. 0: it sleeps at once.
+  // Longest that a loop without progress goes on looking before it sleeps; 0: it sleeps at once.
+  // Within that the window follows the load: it grows while sleeps turn out so short that looking
+  // would have seen the work, and shrinks while they turn out longer, until the loop only sleeps.
   std::chrono::microseconds poll_max{0};
+};
+
+// Counters since the loop was made; loop thread.
+struct IoLoopStatistics {
+  std::uint64_t sleeps{0};
+  std::uint64_t polls_won{0};  // busy-polls that saw work before their window had passed
+  std::chrono::nanoseconds poll_window{0};  // now
 };
 
 class IoLoop {
@@ -65,6 +74,8 @@ class IoLoop {
   // post(), then waits until it has run. Not from the loop's own thread (asserted).
   void run_and_wait(std::move_only_function<void()> function);
   [[nodiscard]] bool is_loop_thread() const;
+
+  [[nodiscard]] const IoLoopStatistics& statistics() const;
 
   // Registers a poller until remove_poller(). Loop thread, or before run().
   void add_poller(Poller& poller, PollStage stage);

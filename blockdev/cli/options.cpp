@@ -75,11 +75,15 @@ program_options::options_description serve_description() {
        "most worker threads per I/O thread, 1 to 1024")                                        //
       ("aio-max-batch", value<std::string>()->default_value("32")->value_name("N"),            //
        "most requests in one submission to the kernel, 1 to 1024")                             //
-      ("monitor", value<std::string>()->value_name("PATH"),                                    //
-       "answer 'vblk ctl' on this Unix socket")                                                //
-      ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),          //
-       "trace, debug, info, warning, error or off")                                            //
-      ("print-capabilities", "print the capabilities of this back-end as JSON and exit")       //
+      ("poll-max-us", value<std::string>()->default_value("0")->value_name("US"),              //
+       "longest that an I/O thread goes on looking for work before it sleeps, while load makes "
+       "that "
+       "pay; 0 to 10000, 0: it sleeps at once")                                           //
+      ("monitor", value<std::string>()->value_name("PATH"),                               //
+       "answer 'vblk ctl' on this Unix socket")                                           //
+      ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),     //
+       "trace, debug, info, warning, error or off")                                       //
+      ("print-capabilities", "print the capabilities of this back-end as JSON and exit")  //
       ("help", "print this text and exit");
   return description;
 }
@@ -181,6 +185,9 @@ Expected<void> take_device(const program_options::variables_map& map, ServeOptio
   take(parse_number(map, "queue-size", 2, 1024), device.queue_size_max, error);
   take(parse_number(map, "logical-block-size", 512, 4096), device.logical_block_bytes, error);
   take(parse_number(map, "iothreads", 1, kMaxQueues), options.iothread_count, error);
+  unsigned poll_max_us = 0;
+  take(parse_number(map, "poll-max-us", 0, 10'000), poll_max_us, error);
+  options.loop.poll_max = std::chrono::microseconds(poll_max_us);
   take(parse_number(map, "thread-pool-max", 1, 1024), options.engine.max_threads, error);
   take(parse_number(map, "aio-max-batch", 1, 1024), options.engine.max_batch, error);
   take(aio::AioSelection::parse(map["aio"].as<std::string>()), options.aio, error);

@@ -11,6 +11,7 @@
 #include "aio/engine_set.h"
 #include "aio/error.h"
 #include "blockdev/image.h"
+#include "blockdev/io_loop.h"
 #include "blockdev/log.h"
 #include "blockdev/virtio/blk_device.h"
 
@@ -26,6 +27,7 @@ struct ServeOptions {
   aio::AioSelection aio;
   aio::EngineOptions engine;
   unsigned iothread_count{1};
+  blockdev::IoLoopOptions loop;
   std::string socket_path;   // empty with socket_fd
   int socket_fd{-1};         // -1 with socket_path
   std::string monitor_path;  // empty: no monitor

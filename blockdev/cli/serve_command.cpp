@@ -87,7 +87,7 @@ class SignalWatcher {
 Expected<IoThreads> start_io_threads(const ServeOptions& options) {
   IoThreads threads;
   for (unsigned i = 0; i < options.iothread_count; ++i) {
-    auto thread = blockdev::IoThread::start(fmt::format("vblk-io-{}", i), {}, [&options] {
+    auto thread = blockdev::IoThread::start(fmt::format("vblk-io-{}", i), options.loop, [&options] {
       return aio::EngineSet::create(options.aio, options.engine);
     });
     if (!thread) return std::unexpected(std::move(thread.error()));
@@ -150,7 +150,12 @@ json::value query_aio(const IoThreads& threads) {
       json::array engines;
       for (const auto& engine : context.engines().engines())
         engines.push_back(engine_counters(*engine));
-      return json::object{{"routes", std::move(routes)}, {"engines", std::move(engines)}};
+      const auto& loop = context.loop().statistics();
+      return json::object{{"routes", std::move(routes)},
+                          {"engines", std::move(engines)},
+                          {"sleeps", loop.sleeps},
+                          {"polls-won", loop.polls_won},
+                          {"poll-window-ns", loop.poll_window.count()}};
     }));
   }
   return json::object{{"iothreads", std::move(answer)}};

@@ -138,6 +138,48 @@ TEST(IoLoop, never_misses_work_published_while_it_falls_asleep) {
   }
 }
 
+// Publishes `count` times, `gap` apart, and returns what the loop counted meanwhile.
+IoLoopStatistics load_statistics(std::chrono::microseconds poll_max, int count,
+                                 std::chrono::microseconds gap) {
+  RunningLoop loop(IoLoopOptions{.poll_max = poll_max});
+  RingLikePoller poller;
+  loop->add_poller(poller, PollStage::kDispatch);
+  auto watch = loop->watch(poller.kick_fd(), [] {});
+  loop.start();
+  for (int i = 0; i < count; ++i) {
+    std::this_thread::sleep_for(gap);
+    poller.publish();
+  }
+  wait_until([&] { return poller.taken.load() == static_cast<std::uint64_t>(count); });
+  IoLoopStatistics statistics;
+  loop->run_and_wait([&] {
+    statistics = loop->statistics();
+    watch.reset();
+    loop->remove_poller(poller);
+  });
+  return statistics;
+}
+
+TEST(IoLoop, polls_instead_of_sleeping_while_work_keeps_coming) {
+  const auto statistics = load_statistics(1s, 300, 200us);
+  EXPECT_LT(statistics.sleeps, 100U);
+  EXPECT_GT(statistics.polls_won, 100U);
+  EXPECT_GE(statistics.poll_window, 200us);
+}
+
+TEST(IoLoop, gives_up_polling_where_work_comes_too_rarely_for_it) {
+  const auto statistics = load_statistics(100us, 40, 10ms);
+  EXPECT_GE(statistics.sleeps, 39U);
+  EXPECT_LT(statistics.poll_window, 100us);
+}
+
+TEST(IoLoop, never_polls_where_that_is_turned_off) {
+  const auto statistics = load_statistics(0us, 50, 100us);
+  EXPECT_EQ(statistics.polls_won, 0U);
+  EXPECT_EQ(statistics.poll_window, 0us);
+  EXPECT_GE(statistics.sleeps, 1U);
+}
+
 TEST(IoLoop, uses_no_processor_time_when_idle) {
   RunningLoop loop(IoLoopOptions{.poll_max = 100us});
   RingLikePoller poller;
