@@ -45,6 +45,13 @@ long perform_once(const IoRequest& request) {
 
 }  // namespace
 
+bool read_from_page_cache(const IoRequest& request) noexcept {
+  if (request.iov_count > IOV_MAX) return false;
+  const ssize_t count = ::preadv2(request.fd, request.iov, static_cast<int>(request.iov_count),
+                                  static_cast<off_t>(request.offset_bytes), RWF_NOWAIT);
+  return count >= 0 && static_cast<std::uint64_t>(count) == request.length_bytes;
+}
+
 int fallocate_mode(const IoRequest& request) {
   const bool punch = request.kind == IoKind::kDiscard || request.may_unmap;
   return FALLOC_FL_KEEP_SIZE | (punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);

@@ -15,6 +15,10 @@ namespace vblk::aio {
 //   kWriteZeroes    fallocate(2) PUNCH_HOLE if it may unmap, else ZERO_RANGE; both keep the size
 int perform_blocking(IoRequest& request) noexcept;
 
+// Carries a read out on the calling thread if the page cache has all of it; never waits for a disk.
+// False if it has not, and nothing has happened. preadv2(2), RWF_NOWAIT.
+[[nodiscard]] bool read_from_page_cache(const IoRequest& request) noexcept;
+
 // The flags of fallocate(2) for kDiscard and kWriteZeroes.
 [[nodiscard]] int fallocate_mode(const IoRequest& request);
 

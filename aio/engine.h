@@ -38,6 +38,7 @@ struct EngineStatistics {
   std::uint64_t resubmitted{0};   // of those: rests of short transfers, EINTR, EAGAIN
   std::uint64_t reap_calls{0};    // reap() calls that found at least one completion
   std::uint64_t completed{0};
+  std::uint64_t page_cache_hits{0};  // of those: reads that the owner found in the page cache
 };
 
 class Engine {

@@ -33,6 +33,8 @@ struct IoRequest : threadpool::Work {
   bool may_unmap{false};
   // kDiscard: `fd` is a block device, to be discarded by BLKDISCARD instead of PUNCH_HOLE.
   bool on_block_device{false};
+  // kRead: `fd` is not O_DIRECT, so the page cache may have the data already.
+  bool may_be_cached{false};
   int fd{-1};
   std::uint64_t offset_bytes{0};  // unused by kFlush
   std::uint64_t length_bytes{0};  // sum of the iovecs for kRead and kWrite; unused by kFlush

@@ -3,11 +3,21 @@
 #include <cassert>
 #include <memory>
 #include <unistd.h>
+#include <utility>
 
 #include "aio/blocking_io.h"
 #include "aio/event_fd.h"
 
 namespace vblk::aio {
+
+namespace {
+
+// A longer copy is worth a worker: it would keep the owner from its other requests.
+constexpr std::uint64_t kCachedBytesMax = 65536;
+constexpr unsigned kMissesTolerated = 8;
+constexpr unsigned kTriesWhileMissing = 16;
+
+}  // namespace
 
 Expected<std::unique_ptr<ThreadsEngine>> ThreadsEngine::create(const EngineOptions& options) {
   auto event_fd = make_event_fd("the threads engine");
@@ -30,16 +40,46 @@ void ThreadsEngine::queue(IoRequest& request) {
   request.run = run_on_worker;
   request.engine = this;
   request.takes_long = request.kind != IoKind::kRead && request.kind != IoKind::kWrite;
+  batch_may_be_cached_ |= request.may_be_cached;
   batch_.push_back(request);
   ++in_flight_;
   ++statistics_.requests;
 }
 
 void ThreadsEngine::submit() {
+  if (std::exchange(batch_may_be_cached_, false)) answer_from_page_cache();
   if (batch_.empty()) return;
   ++statistics_.submit_calls;
   statistics_.submitted += batch_.size();
   pool_->submit(batch_);
+}
+
+void ThreadsEngine::answer_from_page_cache() {
+  threadpool::WorkList rest;
+  while (threadpool::Work* const work = batch_.pop_front()) {
+    auto& request = static_cast<IoRequest&>(*work);
+    if (request.may_be_cached && try_page_cache(request)) {
+      cached_.push_back(request);
+    } else {
+      rest.push_back(request);
+    }
+  }
+  batch_.append(rest);
+}
+
+// Where reads keep missing, most are not tried: each try is a system call.
+bool ThreadsEngine::try_page_cache(IoRequest& request) {
+  if (request.length_bytes > kCachedBytesMax) return false;
+  if (misses_in_row_ >= kMissesTolerated && ++misses_in_row_ % kTriesWhileMissing != 0)
+    return false;
+  if (!read_from_page_cache(request)) {
+    ++misses_in_row_;
+    return false;
+  }
+  misses_in_row_ = 0;
+  request.result = 0;
+  ++statistics_.page_cache_hits;
+  return true;
 }
 
 void ThreadsEngine::run_on_worker(threadpool::Work& work) noexcept {
@@ -51,7 +91,8 @@ void ThreadsEngine::run_on_worker(threadpool::Work& work) noexcept {
 }
 
 std::size_t ThreadsEngine::reap() {
-  if (completions_.take_all(finished_) == 0) return 0;
+  finished_.append(cached_);
+  if (completions_.take_all(finished_) == 0 && finished_.empty()) return 0;
   ++statistics_.reap_calls;
   std::size_t count = 0;
   while (threadpool::Work* const work = finished_.pop_front()) {
@@ -64,7 +105,9 @@ std::size_t ThreadsEngine::reap() {
   return count;
 }
 
-bool ThreadsEngine::prepare_to_sleep() { return batch_.empty() && completions_.arm(); }
+bool ThreadsEngine::prepare_to_sleep() {
+  return batch_.empty() && cached_.empty() && completions_.arm();
+}
 
 void ThreadsEngine::wake_up() {
   if (completions_.disarm()) drain_event_fd(event_fd_);

@@ -1,6 +1,8 @@
 // The `threads` engine: blocking system calls on a pool of worker threads. Works on everything.
 //
-//   owner thread   queue() collects; submit() hands the batch to the pool; reap() completes
+//   owner thread   queue() collects; submit() answers what the page cache has by itself, for that
+//                  costs less than handing it over, and gives the rest of the batch to the pool;
+//                  reap() completes
 //   worker         perform_blocking(), pushes the request on the completion queue, and writes the
 //                  eventfd if the owner is asleep: once per batch of completions, not once per
 //                  request
@@ -38,9 +40,14 @@ class ThreadsEngine final : public Engine {
  private:
   ThreadsEngine(const EngineOptions& options, int event_fd);
   static void run_on_worker(threadpool::Work& work) noexcept;
+  void answer_from_page_cache();
+  bool try_page_cache(IoRequest& request);
 
   int event_fd_;
   threadpool::WorkList batch_;
+  threadpool::WorkList cached_;  // answered already, to be completed
+  bool batch_may_be_cached_{false};
+  unsigned misses_in_row_{0};
   threadpool::WorkList finished_;
   threadpool::CompletionQueue completions_;
   std::unique_ptr<threadpool::ThreadPool> pool_;

@@ -81,6 +81,7 @@ void RawNode::queue_io(BlockRequest& request, aio::IoKind kind, int fd,
                        aio::IoRequest::Completion complete) {
   request.io.kind = kind;
   request.io.fd = fd;
+  request.io.may_be_cached = kind == aio::IoKind::kRead && !file_->direct();
   request.io.complete = complete;
   request.context->engines().queue(request.io);
 }

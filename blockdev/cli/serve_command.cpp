@@ -133,6 +133,7 @@ json::object engine_counters(const aio::Engine& engine) {
           {"resubmitted", statistics.resubmitted},
           {"reap-calls", statistics.reap_calls},
           {"completed", statistics.completed},
+          {"page-cache-hits", statistics.page_cache_hits},
           {"notes", json::value_from(engine.notes())}};
 }
 
