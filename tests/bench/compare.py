@@ -1,0 +1,289 @@
+#!/usr/bin/python3
+"""vblk against Debian's qemu-storage-daemon and fio, on the same disk, by the same driver, in interleaved rounds.
+
+Every round measures every cell once, in a new random order, so that what changes with time (other load, a warm host)
+falls on both sides alike. What is compared are ratios within a round; the table shows the median ratio and its spread.
+Absolute numbers are of one machine and one hour.
+
+As root, the disk is a loop device over a file in RAM, which does the same work at any time; otherwise it is a file.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MIB = 1 << 20
+ENGINES = ("native", "io_uring", "threads")
+QSD = "qemu-storage-daemon"
+
+
+class Cell:
+    """One comparison: a workload on an engine of both servers, or of one and fio."""
+
+    def __init__(self, group, title, engine, workload, disk="disk", cache="none", fio=False):
+        self.group, self.title, self.engine, self.workload = group, title, engine, workload
+        self.disk, self.cache, self.fio = disk, cache, fio
+        self.rounds = []  # one dictionary per round: side -> measurement
+
+    def ratio(self, name, ours="vblk", theirs=QSD):
+        """Median, lowest and highest of ours / theirs over the rounds."""
+        ratios = [entry[ours][name] / entry[theirs][name] for entry in self.rounds
+                  if theirs in entry and entry[theirs].get(name) and entry[ours].get(name)]
+        return (statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+
+    def median(self, side, name):
+        values = [entry[side][name] for entry in self.rounds if side in entry and entry[side].get(name) is not None]
+        return statistics.median(values) if values else None
+
+
+def all_cells(quick):
+    cells = []
+
+    def add(*arguments, **options):
+        cells.append(Cell(*arguments, **options))
+
+    for depth in (32,) if quick else (32, 128):
+        add("null disk", f"4k read, depth {depth}", "none", {"rw": "randread", "bs": 4096, "iodepth": depth}, disk="null")
+    for engine in ENGINES:
+        for rw, name in (("randread", "read"), ("randwrite", "write")):
+            for depth in (1, 32) if quick else (1, 32, 128):
+                if quick and rw == "randwrite" and depth == 1:
+                    continue
+                add(engine, f"4k random {name}, depth {depth}", engine, {"rw": rw, "bs": 4096, "iodepth": depth},
+                    fio=depth == 32 and engine != "threads")
+        if not quick:
+            for size, name in ((65536, "64k"), (MIB, "1M")):
+                add(engine, f"{name} random read, depth 8", engine, {"rw": "randread", "bs": size, "iodepth": 8})
+                add(engine, f"{name} random write, depth 8", engine, {"rw": "randwrite", "bs": size, "iodepth": 8})
+        add(engine, "4k write + flush, depth 1", engine, {"rw": "randwrite", "bs": 4096, "iodepth": 1, "fsync": 1})
+    for depth in (1, 32):
+        add("page cache", f"4k random read, all hits, depth {depth}", "threads",
+            {"rw": "randread", "bs": 4096, "iodepth": depth}, disk="cached", cache="writeback")
+    return cells
+
+
+class Disks:
+    """The disks that are measured, made for the run and gone after it."""
+
+    def __init__(self, size_mib):
+        self.size_mib = size_mib
+
+    def __enter__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="vblk-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")))
+        self.mounted = self.loop = None
+        self.cached = self.folder / "cached.img"
+        self._fill(self.cached, 256)
+        self.cached.read_bytes()
+        if os.geteuid() == 0:
+            ram = self.folder / "ram"
+            ram.mkdir()
+            mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size_mib + 64}m", "tmpfs", ram])
+            self.mounted = ram if mounted.returncode == 0 else None
+        if self.mounted:
+            self._fill(ram / "disk", self.size_mib)
+            attached = subprocess.run(["losetup", "--direct-io=on", "--show", "-f", ram / "disk"], capture_output=True)
+            self.loop = attached.stdout.decode().strip() if attached.returncode == 0 else None
+        self.disk = self.loop or self.folder / "disk.img"
+        if not self.loop:
+            self._fill(self.disk, self.size_mib)
+        self.description = f"loop device over RAM, {self.size_mib} MiB" if self.loop else f"file in {self.folder.parent}"
+        return self
+
+    @staticmethod
+    def _fill(path, size_mib):
+        with open(path, "wb") as file:
+            for _ in range(size_mib):
+                file.write(random.randbytes(MIB))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __exit__(self, *_):
+        if self.loop:
+            subprocess.run(["losetup", "-d", self.loop])
+        if self.mounted:
+            subprocess.run(["umount", "-l", self.mounted])
+        subprocess.run(["rm", "-rf", self.folder])
+
+
+def vblk_command(vblk, cell, disks, socket):
+    if cell.disk == "null":
+        return [vblk, "serve", "--format", "null", "--size", "1G", "--socket-path", socket, "--log-level", "warning"]
+    path = disks.cached if cell.disk == "cached" else disks.disk
+    return [vblk, "serve", path, "--socket-path", socket, "--aio", cell.engine, "--cache", cell.cache,
+            "--log-level", "warning"]
+
+
+def qsd_command(cell, disks, socket):
+    if cell.disk == "null":
+        node = "driver=null-co,node-name=d,size=1073741824"
+    else:
+        path = disks.cached if cell.disk == "cached" else disks.disk
+        driver = "host_device" if str(path).startswith("/dev/") else "file"
+        direct = "off" if cell.cache == "writeback" else "on"
+        node = f"driver={driver},node-name=d,filename={path},cache.direct={direct},aio={cell.engine}"
+    return [QSD, "--blockdev", node, "--object", "iothread,id=t", "--export",
+            f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on,iothread=t"]
+
+
+def measure_server(vblk, command, socket, cell, seconds, seed):
+    socket.unlink(missing_ok=True)
+    with subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 20
+            while not socket.exists():
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"does not start: {' '.join(map(str, command))}")
+                time.sleep(0.01)
+            options = [f"--{name}={value}" for name, value in cell.workload.items()]
+            output = subprocess.run([vblk, "bench", "--socket-path", socket, "--pid", str(server.pid), "--runtime",
+                                     str(seconds), "--ramp_time", "0.2", "--seed", str(seed), "--output-format", "json",
+                                     *options], check=True, capture_output=True).stdout
+        finally:
+            server.terminate()
+    job = json.loads(output)["jobs"][0]
+    done = job.get("read") or job["write"]
+    percentiles = done["lat_ns"]["percentile"]
+    return {"iops": done["iops"], "p50": percentiles.get("50.000000"), "p99": percentiles.get("99.000000"),
+            "cpu": job["backend"]["cpu_us_per_io"], "switches": job["backend"]["context_switches_per_io"]}
+
+
+def measure_fio(cell, disks, seconds):
+    engine = {"native": "libaio", "io_uring": "io_uring"}[cell.engine]
+    output = subprocess.run(
+        ["fio", "--name=x", f"--filename={disks.disk}", f"--ioengine={engine}", "--direct=1", f"--rw={cell.workload['rw']}",
+         f"--bs={cell.workload['bs']}", f"--iodepth={cell.workload['iodepth']}", f"--runtime={seconds}", "--time_based",
+         "--ramp_time=0.2", f"--size={disks.size_mib}m", "--output-format=json", "--iodepth_batch=16",
+         "--iodepth_batch_complete_max=16"], check=True, capture_output=True).stdout
+    job = json.loads(output)["jobs"][0]
+    return {"iops": max(job["read"]["iops"], job["write"]["iops"])}
+
+
+def sides(cell, have_qsd, have_fio):
+    return ["vblk"] + ([QSD] if have_qsd else []) + (["fio"] if cell.fio and have_fio else [])
+
+
+def run_rounds(options, cells, disks, have_qsd, have_fio):
+    order = [(cell, side) for cell in cells for side in sides(cell, have_qsd, have_fio)]
+    total, done, begin = len(order) * options.rounds, 0, time.monotonic()
+    socket = disks.folder / "s"
+    for round_number in range(1, options.rounds + 1):
+        for cell in cells:
+            cell.rounds.append({})
+        # Cells in a new order; the sides of one cell one after another, in a new order too.
+        for cell in random.sample(cells, len(cells)):
+            seed = random.getrandbits(32)
+            for side in random.sample(sides(cell, have_qsd, have_fio), len(sides(cell, have_qsd, have_fio))):
+                left = (time.monotonic() - begin) / done * (total - done) if done else total * (options.seconds + 0.6)
+                print(f"\r\033[Kround {round_number}/{options.rounds}  {cell.engine}  {cell.title}  {side}  "
+                      f"about {left:.0f} s left", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+                if side == "fio":
+                    cell.rounds[-1][side] = measure_fio(cell, disks, options.seconds)
+                else:
+                    command = (vblk_command(options.vblk, cell, disks, socket) if side == "vblk"
+                               else qsd_command(cell, disks, socket))
+                    cell.rounds[-1][side] = measure_server(options.vblk, command, socket, cell, options.seconds, seed)
+                done += 1
+    print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
+
+
+def number(value, digits):
+    return "n/a" if value is None else f"{value:,.{digits}f}"
+
+
+def spread(ratio):
+    return "n/a" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
+
+
+def print_table(cells, have_qsd):
+    header = ("| workload | IOPS | CPU us/IO | switches/IO | IOPS ratio | CPU ratio | p50 ratio | p99 ratio |\n"
+              "|---|--:|--:|--:|--:|--:|--:|--:|")
+    group = None
+    for cell in cells:
+        if cell.group != group:
+            group = cell.group
+            print(f"\n{group}\n\n{header}")
+        print(f"| {cell.title} | {number(cell.median('vblk', 'iops'), 0)} | {number(cell.median('vblk', 'cpu'), 2)} | "
+              f"{number(cell.median('vblk', 'switches'), 2)} | " +
+              " | ".join(spread(cell.ratio(name)) for name in ("iops", "cpu", "p50", "p99")) + " |")
+    print(f"\nRatios are vblk / {QSD}, median (lowest-highest) of the rounds: above 1 is better for IOPS, below 1 for the rest."
+          if have_qsd else "\nNo ratios: qemu-storage-daemon is not installed.")
+    against_fio = [(cell, cell.ratio("iops", theirs="fio")) for cell in cells if cell.fio]
+    if any(ratio for _, ratio in against_fio):
+        print("\nIOPS of vblk / IOPS of fio on the bare disk with the same engine\n")
+        for cell, ratio in against_fio:
+            print(f"- {cell.engine}, {cell.title}: {spread(ratio)}")
+
+
+def measure_standing_costs(options, disks):
+    """An idle server's context switches, its memory, and its start."""
+    socket = disks.folder / "s"
+    socket.unlink(missing_ok=True)
+    command = [options.vblk, "serve", disks.disk, "--socket-path", socket, "--queues", "4", "--iothreads", "4", "--aio",
+               "io_uring", "--log-level", "warning"]
+    begin = time.monotonic()
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as server:
+        server.stdout.readline()
+        ready_ms = (time.monotonic() - begin) * 1000
+        subprocess.run([options.vblk, "bench", "--socket-path", socket, "--runtime", "0.5"], check=True,
+                       capture_output=True)
+        time.sleep(0.5)
+
+        def switches():
+            tasks = Path(f"/proc/{server.pid}/task").iterdir()
+            text = "".join((task / "status").read_text() for task in tasks)
+            return sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
+
+        before = switches()
+        time.sleep(options.idle_seconds)
+        idle = switches() - before
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        resident_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+        server.terminate()
+    print(f"\nStanding costs, 4 queues on 4 I/O threads: ready after {ready_ms:.0f} ms; {resident_kib / 1024:.1f} MiB resident; "
+          f"{idle} context switches in {options.idle_seconds} s without requests.")
+
+
+def version(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vblk", required=True, type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer workloads, shorter: under two minutes")
+    parser.add_argument("--rounds", type=int, help="default 5, with --quick 2")
+    parser.add_argument("--seconds", type=float, help="of each measurement; default 1, with --quick 0.4")
+    parser.add_argument("--size-mib", type=int, default=512, help="of the disk")
+    parser.add_argument("--only", help="only workloads whose engine, group or title contains this")
+    options = parser.parse_args()
+    options.vblk = options.vblk.resolve()
+    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.seconds = options.seconds or (0.4 if options.quick else 1)
+    options.idle_seconds = 2 if options.quick else 10
+    if options.rounds < 1 or options.seconds <= 0 or options.size_mib < 64:
+        parser.error("use at least 1 round, a positive time and 64 MiB")
+    cells = [cell for cell in all_cells(options.quick)
+             if not options.only or options.only in f"{cell.engine} {cell.group} {cell.title}"]
+    if not cells:
+        parser.error(f"no workload matches --only {options.only}")
+    qsd, fio = version(QSD, "--version"), version("fio", "--version")
+    with Disks(options.size_mib) as disks:
+        print(f"{version(options.vblk, '--version')}; {qsd or 'no ' + QSD}; {fio or 'no fio'}; Linux {os.uname().release}; "
+              f"{os.cpu_count()} processors; {disks.description}; {options.rounds} rounds of {options.seconds} s")
+        run_rounds(options, cells, disks, qsd is not None, fio is not None)
+        print_table(cells, qsd is not None)
+        measure_standing_costs(options, disks)
+
+
+if __name__ == "__main__":
+    main()
