@@ -30,14 +30,14 @@ std::atomic<Level> current_level{Level::kInfo};
 
 // Never destroyed: threads that are still winding down at exit may log.
 spdlog::logger& logger() {
-  static spdlog::logger* const kLogger = [] {
+  static spdlog::logger& the_logger = *[] {
     auto* made = new spdlog::logger("vblk", std::make_shared<spdlog::sinks::stderr_sink_mt>());
     made->set_level(spdlog::level::trace);  // enabled() decides
     made->set_pattern("%Y-%m-%dT%H:%M:%S.%e %n %l: %v");
     made->flush_on(spdlog::level::trace);
     return made;
   }();
-  return *kLogger;
+  return the_logger;
 }
 
 }  // namespace

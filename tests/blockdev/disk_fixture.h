@@ -286,7 +286,7 @@ inline Bytes run_random_operations(BlockNode& node, Context& context, Bytes mode
     done += static_cast<int>(batch.size());
   }
   return model;
-}
+}  // NOLINT(clang-analyzer-cplusplus.NewDeleteLeaks): the batch owns its requests
 
 // Several I/O threads on one disk at once, each with sectors of its own among the others': what one
 // has written, another must not undo. Returns what the disk ought to hold in the end.
@@ -331,6 +331,7 @@ Bytes run_neighbouring_threads(BlockNode& node, Bytes model, const MakeEngines& 
     EXPECT_EQ(context.flush(node), 0);
   };
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (std::size_t own = 0; own < kThreads; ++own) threads.emplace_back(run, own);
   for (std::thread& thread : threads) thread.join();
   return model;

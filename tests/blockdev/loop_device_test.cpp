@@ -143,6 +143,7 @@ class RawDevice : public ::testing::TestWithParam<Variant> {
   [[nodiscard]] std::uint64_t allocated_bytes() {
     EXPECT_EQ(context_->flush(*node_), 0);
     const int fd = ::open(backing_path().c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) throw std::runtime_error("cannot open " + backing_path());
     EXPECT_EQ(::fsync(fd), 0);
     struct stat status{};
     EXPECT_EQ(::fstat(fd, &status), 0);

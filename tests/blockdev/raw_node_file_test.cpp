@@ -26,7 +26,6 @@ namespace {
 
 using testing::Bytes;
 using testing::Context;
-using testing::TestRequest;
 
 constexpr std::uint64_t kSectorBytes = 512;
 constexpr std::uint64_t kDiskBytes = std::uint64_t{1} << 20;

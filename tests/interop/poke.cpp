@@ -136,7 +136,7 @@ class Poker {
       return timed(command, [&] { return driver_.write(sector, data); });
     }
     if (command == "read") {
-      std::string text = timed(command, [&] { return driver_.read(sector, data); });
+      const std::string text = timed(command, [&] { return driver_.read(sector, data); });
       const bool same = std::ranges::all_of(data, [&](std::byte b) { return b == data[0]; });
       return text + fmt::format(" first={} same={}", static_cast<unsigned>(data[0]), same);
     }

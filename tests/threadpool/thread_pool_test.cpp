@@ -331,7 +331,7 @@ TEST(CompletionQueue, hands_out_what_one_producer_pushed_in_its_order) {
   for (Work& work : works) EXPECT_FALSE(queue.push(work)) << "nobody asked for a signal";
   WorkList list;
   EXPECT_EQ(queue.take_all(list), 3U);
-  for (Work& work : works) EXPECT_EQ(list.pop_front(), &work);
+  for (const Work& work : works) EXPECT_EQ(list.pop_front(), &work);
   EXPECT_EQ(queue.take_all(list), 0U);
 }
 
@@ -359,6 +359,7 @@ TEST(CompletionQueue, never_loses_a_signal) {
   const int fd = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   std::vector<std::vector<Work>> works(kProducers, std::vector<Work>(kPerProducer));
   std::vector<std::thread> producers;
+  producers.reserve(kProducers);
   for (auto& own : works) {
     producers.emplace_back([&queue, &own, fd] {
       for (Work& work : own) {

@@ -498,7 +498,7 @@ TEST(BlkQueueMalformed, more_pieces_than_there_is_room_for_are_an_error) {
 // Linux sizes its tables by seg_max, whatever the ring's size.
 TEST(BlkQueueLayout, an_indirect_table_may_be_longer_than_the_ring) {
   Rig rig({.size = 8});
-  const auto data = pattern(200 * 512);
+  const auto data = pattern(std::size_t{200} * 512);
   const std::uint64_t at = rig.place(data);
   const std::uint64_t status = rig.allocate(1);
   std::vector<Piece> pieces{{rig.place(header(kBlkTOut, 0)), 16}};
