@@ -1,9 +1,13 @@
 #include "blockdev/io_thread.h"
 
+#include <exception>
 #include <future>
 #include <optional>
 #include <pthread.h>
+#include <system_error>
 #include <utility>
+
+#include <fmt/core.h>
 
 namespace vblk::blockdev {
 
@@ -20,21 +24,40 @@ Expected<std::unique_ptr<IoThread>> IoThread::start(const std::string& name,
   std::unique_ptr<IoThread> io_thread(new IoThread(loop_options));
   std::promise<std::optional<Error>> started;
   auto outcome = started.get_future();
-  io_thread->thread_ = std::thread(
-      [&thread = *io_thread, &make_engines, &started, name = name.substr(0, kThreadNameLengthMax)] {
-        pthread_setname_np(pthread_self(), name.c_str());
-        auto engines = make_engines();
-        if (!engines) {
-          started.set_value(std::move(engines.error()));
-          return;
-        }
-        thread.context_ = std::make_unique<IoContext>(thread.loop_, std::move(*engines));
-        started.set_value(std::nullopt);
-        thread.loop_.run();
-        thread.context_.reset();  // on the thread that owns the engines
-      });
+  const auto body = [&thread = *io_thread, &make_engines, &started,
+                     name = name.substr(0, kThreadNameLengthMax)] {
+    pthread_setname_np(pthread_self(), name.c_str());
+    if (auto error = thread.prepare(make_engines)) return started.set_value(std::move(error));
+    started.set_value(std::nullopt);
+    thread.loop_.run();
+    thread.context_.reset();  // on the thread that owns the engines
+  };
+  try {
+    io_thread->thread_ = std::thread(body);
+  } catch (const std::system_error& error) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("cannot start the I/O thread '{}': {}; raise 'ulimit -u' or "
+                                  "'ulimit -v', or lower --iothreads",
+                                  name, describe_errno(error.code().value())),
+                      error.code().value());
+  }
   if (auto error = outcome.get()) return std::unexpected(std::move(*error));
   return io_thread;
+}
+
+// Makes what belongs to the thread, on it. Nothing, or why it cannot be made.
+std::optional<Error> IoThread::prepare(const EngineSetFactory& make_engines) {
+  try {
+    auto engines = make_engines();
+    if (!engines) return std::move(engines.error());
+    context_ = std::make_unique<IoContext>(loop_, std::move(*engines));
+    return std::nullopt;
+  } catch (const std::exception& exception) {
+    // Nothing throws by intention: memory or descriptors have run out.
+    return Error{ErrorKind::kExhausted, 0,
+                 fmt::format("cannot set up an I/O thread: {}; raise 'ulimit -v' or 'ulimit -n'",
+                             exception.what())};
+  }
 }
 
 IoThread::~IoThread() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -32,6 +33,7 @@ class IoThread {
 
  private:
   explicit IoThread(IoLoopOptions loop_options) : loop_(loop_options) {}
+  std::optional<Error> prepare(const EngineSetFactory& make_engines);
 
   IoLoop loop_;
   std::unique_ptr<IoContext> context_;

@@ -179,12 +179,19 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
   if (is_bad(layout.used_ring, 4))
     return bad(fmt::format("used ring at {:#x} is outside guest memory or not aligned",
                            setup.used_address));
-  auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup.index);
-  std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
-  queue->set_call_fd(setup.call_fd);
-  queue->set_error_fd(setup.error_fd);
-  queue->set_kick_fd(setup.kick_fd);
-  return queue;
+  try {
+    auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup.index);
+    std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
+    queue->set_call_fd(setup.call_fd);
+    queue->set_error_fd(setup.error_fd);
+    queue->set_kick_fd(setup.kick_fd);
+    return queue;
+  } catch (const std::bad_alloc&) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("queue {}: no memory for {} entries; raise 'ulimit -v' or the "
+                                  "memory of this process, or lower --queue-size",
+                                  setup.index, setup.size));
+  }
 }
 
 BlkQueue::BlkQueue(std::unique_ptr<State> state) : state_(std::move(state)) {
