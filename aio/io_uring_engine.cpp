@@ -22,6 +22,24 @@ namespace vblk::aio {
 
 namespace {
 
+// Carries out what is left of `request` on this thread. Returns its errno value.
+int finish_blocking(IoRequest& request) {
+  const auto offset_bytes = request.offset_bytes;
+  const auto length_bytes = request.length_bytes;
+  iovec* const iov = request.iov;
+  const auto iov_count = request.iov_count;
+  request.offset_bytes = request.transfer.offset_bytes();
+  request.length_bytes = request.transfer.length_bytes();
+  request.iov += request.transfer.iov_first();
+  request.iov_count -= request.transfer.iov_first();
+  const int error = perform_blocking(request);
+  request.offset_bytes = offset_bytes;
+  request.length_bytes = length_bytes;
+  request.iov = iov;
+  request.iov_count = iov_count;
+  return error;
+}
+
 struct SetupAttempt {
   unsigned flags;
   const char* note;  // what the user loses by this attempt, or nullptr
@@ -236,15 +254,22 @@ std::size_t IoUringEngine::reap() {
     io_uring_cqe_seen(&state.ring, completion);
     --state.in_ring;
     ++seen;
-    if (request.transfer.advance(request, result) == Transfer::Next::kResubmit) {
+    int error = 0;
+    if (result == -ECANCELED) {
+      // We cancel nothing: the kernel got no worker thread for what has to wait ('ulimit -u', a
+      // cgroup's limit of tasks). Better late than never.
+      error = finish_blocking(request);
+    } else if (request.transfer.advance(request, result) == Transfer::Next::kResubmit) {
       ++statistics_.resubmitted;
       state.waiting.push_back(request);
       continue;
+    } else {
+      error = request.transfer.error();
     }
     --in_flight_;
     ++statistics_.completed;
     ++count;
-    request.complete(request, request.transfer.error());
+    request.complete(request, error);
   }
   if (seen > 0) ++statistics_.reap_calls;
   return count;
