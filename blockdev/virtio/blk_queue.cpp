@@ -134,7 +134,9 @@ struct BlkQueue::State {
   IovecArena iovecs;
   std::vector<Slot> slots;  // by head index; never resized
   std::size_t in_flight{0};
-  std::uint64_t faults_seen{guarded_memory_fault_count()};
+  // No count that is ever reached: the first look is at the memory itself, which may have gone
+  // before this queue started.
+  std::uint64_t faults_seen{~std::uint64_t{0}};
   bool memory_gone{false};
   bool is_broken{false};
   bool stopping{false};

@@ -1,5 +1,7 @@
 // Rings full of rubbish: nothing crashes or hangs, every chain that was taken completes or the ring
 // breaks, no slot leaks, and the next healthy queue works.
+#include <unistd.h>
+
 #include "tests/virtio/ring_fixture.h"
 
 namespace vblk::virtio {
@@ -133,6 +135,26 @@ TEST(HostileRing, pure_noise_in_all_of_memory_is_survived) {
     static_cast<void>(rig.error.take());
   }
   expect_a_fresh_queue_to_work(rig);
+}
+
+// The frontend stops the broken ring and starts it again on the same memory.
+TEST(HostileRing, in_memory_that_went_before_it_started_breaks) {
+  constexpr std::uint64_t kFileBytes = 8192;
+  constexpr std::uint64_t kFileAddress = testing::kGuestBase + 2 * testing::kRegionBytes;
+  const testing::MemFd file(kFileBytes);
+  testing::RigOptions options;
+  options.more_memory = MemoryRegion::map(file.fd(), kFileAddress, kFileBytes,
+                                          testing::kUserBase + 2 * testing::kRegionBytes, 0)
+                            .value();
+  ASSERT_EQ(::ftruncate(file.fd(), 4096), 0);
+  static_cast<volatile std::byte*>(options.more_memory->host())[4096] = std::byte{1};
+  ASSERT_TRUE(options.more_memory->faulted());
+  Rig rig(options);
+  rig.queue_request(kBlkTGetId, 0, {}, 20);
+  rig.run();
+  EXPECT_TRUE(rig.queue->broken());
+  EXPECT_EQ(rig.error.take(), 1U);
+  EXPECT_TRUE(rig.ring->take_used().empty());
 }
 
 }  // namespace
