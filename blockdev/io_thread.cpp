@@ -1,5 +1,6 @@
 #include "blockdev/io_thread.h"
 
+#include <csignal>
 #include <exception>
 #include <future>
 #include <optional>
@@ -16,11 +17,25 @@ namespace {
 // The kernel takes 15 characters and a terminating zero.
 constexpr std::size_t kThreadNameLengthMax = 15;
 
+// Delivered to a thread to make what it is blocked in fail with EINTR.
+constexpr int kInterruptSignal = SIGUSR1;
+
+// A handler that does nothing, and without SA_RESTART: the signal itself is the point.
+void install_interrupt_handler_once() {
+  [[maybe_unused]] static const bool kInstalled = [] {
+    struct sigaction action{};
+    action.sa_handler = [](int /*signal*/) {};
+    sigemptyset(&action.sa_mask);
+    return ::sigaction(kInterruptSignal, &action, nullptr) == 0;
+  }();
+}
+
 }  // namespace
 
 Expected<std::unique_ptr<IoThread>> IoThread::start(const std::string& name,
                                                     IoLoopOptions loop_options,
                                                     const EngineSetFactory& make_engines) {
+  install_interrupt_handler_once();
   std::unique_ptr<IoThread> io_thread(new IoThread(loop_options));
   std::promise<std::optional<Error>> started;
   auto outcome = started.get_future();
@@ -59,6 +74,8 @@ std::optional<Error> IoThread::prepare(const EngineSetFactory& make_engines) {
                              exception.what())};
   }
 }
+
+void IoThread::interrupt() { ::pthread_kill(thread_.native_handle(), kInterruptSignal); }
 
 IoThread::~IoThread() {
   loop_.stop();

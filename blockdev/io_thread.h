@@ -31,6 +31,10 @@ class IoThread {
   // To be used on the loop's thread only.
   [[nodiscard]] IoContext& context() { return *context_; }
 
+  // Makes a system call that the thread is blocked in end with EINTR. Any thread; harmless at any
+  // time. For descriptors that a peer has handed over and can make blocking again at will.
+  void interrupt();
+
  private:
   explicit IoThread(IoLoopOptions loop_options) : loop_(loop_options) {}
   std::optional<Error> prepare(const EngineSetFactory& make_engines);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
+#include <functional>
 #include <future>
 #include <limits>
 #include <utility>
@@ -24,6 +26,32 @@ constexpr std::uint64_t kOfferedProtocolFeatures =
 template <typename T>
 T payload_of(const Message& message) {
   return *decode<T>(message.payload);
+}
+
+// Messages handled before the caller's thread may do something else. Setting up a frontend's
+// largest number of rings takes a few hundred.
+constexpr unsigned kMessagesPerTurn = 64;
+
+// How long an I/O thread may take before it is asked whether it hangs in one of the frontend's
+// descriptors.
+constexpr std::chrono::milliseconds kInterruptAfter{200};
+
+// Waits for what an I/O thread has been given to do. Kick, call and error descriptors are made
+// non-blocking, but that flag is shared with the frontend, which can take it back: then the thread
+// sleeps in a read or write that only the frontend would end. A slow disk does not mind being asked
+// now and then.
+void wait_for(std::future<void> done, blockdev::IoThread& thread) {
+  while (done.wait_for(kInterruptAfter) != std::future_status::ready) thread.interrupt();
+}
+
+// IoLoop::run_and_wait() for a thread that may hang in a frontend's descriptor.
+void run_on(blockdev::IoThread& thread, std::move_only_function<void()> function) {
+  std::promise<void> done;
+  thread.loop().post([&function, &done] {
+    function();
+    done.set_value();
+  });
+  wait_for(done.get_future(), thread);
 }
 
 std::unexpected<Error> refused(std::string why) {
@@ -103,7 +131,8 @@ Backend::~Backend() {
 }
 
 Expected<bool> Backend::serve() {
-  for (;;) {
+  // Others wait for this thread as well: signals, the monitor.
+  for (unsigned count = 0; count < kMessagesPerTurn; ++count) {
     Message message;
     const auto outcome = reader_.read(socket_.get(), message);
     if (!outcome) return std::unexpected(outcome.error());
@@ -112,6 +141,7 @@ Expected<bool> Backend::serve() {
     if (auto handled = handle(message); !handled)
       return std::unexpected(std::move(handled.error()));
   }
+  return true;
 }
 
 Expected<void> Backend::handle(Message& message) {
@@ -344,7 +374,7 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .error_fd = ring.error.get()};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
-  thread.loop().run_and_wait([&] {
+  run_on(thread, [&] {
     auto queue = virtio::BlkQueue::start(device_, thread.context(), memory_, setup);
     if (queue) {
       ring.queue = std::move(*queue);
@@ -359,16 +389,16 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
 // Waits until nothing of the ring is in flight: from then on its memory may go.
 void Backend::stop(Ring& ring) {
   if (ring.queue == nullptr) return;
-  blockdev::IoLoop& loop = thread_of(ring).loop();
+  blockdev::IoThread& thread = thread_of(ring);
   std::promise<void> stopped;
-  loop.post([&ring, &stopped] {
+  thread.loop().post([&ring, &stopped] {
     ring.queue->stop([&ring, &stopped] {
       ring.next_avail = ring.queue->next_avail();
       ring.queue.reset();
       stopped.set_value();
     });
   });
-  stopped.get_future().wait();
+  wait_for(stopped.get_future(), thread);
 }
 
 Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()> change) {
@@ -466,7 +496,7 @@ Expected<void> Backend::set_vring_call(Message& message) {
   auto fd = optional_fd(message);
   if (!fd) return std::unexpected(std::move(fd.error()));
   if ((*ring)->queue != nullptr) {
-    thread_of(**ring).loop().run_and_wait([&] { (*ring)->queue->set_call_fd(fd->get()); });
+    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });
   }
   (*ring)->call = std::move(*fd);  // closes the old one, which nobody uses any more
   return {};
@@ -478,7 +508,7 @@ Expected<void> Backend::set_vring_err(Message& message) {
   auto fd = optional_fd(message);
   if (!fd) return std::unexpected(std::move(fd.error()));
   if ((*ring)->queue != nullptr) {
-    thread_of(**ring).loop().run_and_wait([&] { (*ring)->queue->set_error_fd(fd->get()); });
+    run_on(thread_of(**ring), [&] { (*ring)->queue->set_error_fd(fd->get()); });
   }
   (*ring)->error = std::move(*fd);
   return {};
@@ -500,7 +530,7 @@ std::vector<RingStatus> Backend::ring_status() const {
   for (std::size_t i = 0; i < rings_.size(); ++i) {
     const Ring& ring = rings_[i];
     if (ring.queue == nullptr) continue;
-    thread_of(ring).loop().run_and_wait([&] {
+    run_on(thread_of(ring), [&] {
       status[i] = {.running = true,
                    .broken = ring.queue->broken(),
                    .in_flight = ring.queue->in_flight(),

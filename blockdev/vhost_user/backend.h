@@ -52,7 +52,8 @@ class Backend {
 
   [[nodiscard]] int socket() const { return socket_.get(); }
 
-  // Handles everything that has arrived. False: the frontend has closed the connection.
+  // Handles what has arrived, up to a bound: call it again whenever the socket is readable.
+  // False: the frontend has closed the connection.
   // Error: the connection is of no more use; says why.
   Expected<bool> serve();
 

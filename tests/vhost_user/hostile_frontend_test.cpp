@@ -1,0 +1,68 @@
+// Frontends that try to keep the server from everybody else.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <fcntl.h>
+#include <limits>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "blockdev/driver/blk_driver.h"
+#include "blockdev/vhost_user/backend.h"
+#include "tests/vhost_user/served_disk.h"
+
+namespace vblk::vhost_user {
+namespace {
+
+using driver::BlkDriver;
+using test::kPatience;
+
+constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
+
+// O_NONBLOCK belongs to the open file, which both sides share; and a full eventfd blocks its
+// writers.
+void make_writers_wait(int event_fd) {
+  ASSERT_EQ(::fcntl(event_fd, F_SETFL, 0), 0);
+  const std::uint64_t full = std::numeric_limits<std::uint64_t>::max() - 1;
+  ASSERT_EQ(::write(event_fd, &full, sizeof full), static_cast<ssize_t>(sizeof full));
+}
+
+TEST(HostileFrontend, that_blocks_an_io_thread_in_its_call_descriptor_costs_itself_alone) {
+  test::HoldingDisk disk(kDiskBytes);
+  test::Served served(disk);
+  auto hostile = BlkDriver::connect(served.path(), {.queue_size = 64}).value();
+  make_writers_wait(hostile->queue(0).call_fd());
+  driver::BlkIo flush{.type = virtio::kBlkTFlush};
+  flush.complete = [](driver::BlkIo& /*io*/) {};
+  ASSERT_TRUE(hostile->submit(0, flush));
+  hostile->kick(0);
+  // The used index is published before the interrupt is sent.
+  ASSERT_TRUE(test::eventually([&] { return hostile->poll(0).value() == 1; }));
+  hostile.reset();
+  const auto next =
+      BlkDriver::connect(served.path(), {.queue_size = 64, .frontend = {.timeout = kPatience}});
+  ASSERT_TRUE(next.has_value()) << next.error().message;
+  EXPECT_EQ((*next)->flush().value(), virtio::kBlkSOk);
+}
+
+TEST(HostileFrontend, that_sends_without_end_is_served_in_turns) {
+  test::HoldingDisk disk(kDiskBytes);
+  const auto device = virtio::BlkDevice::create(disk, {}).value();
+  std::array<int, 2> ends{};
+  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends.data()), 0);
+  const UniqueFd frontend(ends[1]);
+  Backend backend(UniqueFd{ends[0]}, *device, {});
+  constexpr int kMessages = 100;
+  const Header set_owner{static_cast<std::uint32_t>(Request::kSetOwner), kVersion, 0};
+  for (int i = 0; i < kMessages; ++i)
+    ASSERT_TRUE(send_message(frontend.get(), set_owner, {}).has_value());
+  EXPECT_TRUE(backend.serve().value());
+  std::byte byte{};
+  EXPECT_EQ(::recv(backend.socket(), &byte, 1, MSG_PEEK | MSG_DONTWAIT), 1)
+      << "all were handled at once";
+  EXPECT_TRUE(backend.serve().value());
+  EXPECT_EQ(::recv(backend.socket(), &byte, 1, MSG_PEEK | MSG_DONTWAIT), -1);
+}
+
+}  // namespace
+}  // namespace vblk::vhost_user
