@@ -2,7 +2,9 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <mutex>
 
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -40,6 +42,18 @@ spdlog::logger& logger() {
   return the_logger;
 }
 
+// Lines by peers in the window that is open now.
+struct PeerLines {
+  std::mutex mutex;
+  std::chrono::steady_clock::time_point window_end;
+  unsigned count{0};
+};
+
+PeerLines& peer_lines() {
+  static PeerLines& lines = *new PeerLines;  // never destroyed, as the logger
+  return lines;
+}
+
 }  // namespace
 
 Expected<Level> parse_level(std::string_view text) {
@@ -55,6 +69,27 @@ void set_level(Level level) { current_level.store(level, std::memory_order_relax
 
 bool enabled(Level level) {
   return level != Level::kOff && level >= current_level.load(std::memory_order_relaxed);
+}
+
+bool peer_line_allowed() {
+  constexpr std::chrono::seconds kWindow{10};
+  PeerLines& lines = peer_lines();
+  const std::scoped_lock lock(lines.mutex);
+  const auto now = std::chrono::steady_clock::now();
+  if (now >= lines.window_end) {
+    lines.window_end = now + kWindow;
+    lines.count = 0;
+  }
+  if (lines.count < kPeerLinesMax) {
+    ++lines.count;
+    return true;
+  }
+  if (lines.count == kPeerLinesMax) {
+    ++lines.count;
+    warning("more than {} lines about the frontend or the guest in {} s: leaving them out for now",
+            kPeerLinesMax, kWindow.count());
+  }
+  return false;
 }
 
 void write(Level level, const std::string& line) {

@@ -22,6 +22,12 @@ void set_level(Level level);
 [[nodiscard]] bool enabled(Level level);
 void write(Level level, const std::string& line);
 
+// For lines that a guest or a frontend can cause as often as it likes: whether one may be written
+// now. At most kPeerLinesMax in ten seconds, so that nobody fills a disk, or a pipe that is read
+// slowly, from inside a virtual machine. What is left out is said once. Any thread.
+inline constexpr unsigned kPeerLinesMax = 100;
+[[nodiscard]] bool peer_line_allowed();
+
 template <typename... Arguments>
 void debug(fmt::format_string<Arguments...> format, Arguments&&... arguments) {
   if (enabled(Level::kDebug))

@@ -178,7 +178,7 @@ Expected<void> Backend::acknowledge(const Message& message, const Expected<void>
   const bool wanted =
       negotiated_protocol(kProtocolFReplyAck) && (message.header.flags & kFlagNeedReply) != 0;
   if (!wanted) return outcome;
-  if (!outcome) log::warning("frontend: {}", outcome.error().message);
+  if (!outcome && log::peer_line_allowed()) log::warning("frontend: {}", outcome.error().message);
   return reply_u64(message, outcome ? 0 : 1);
 }
 

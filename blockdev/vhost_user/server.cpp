@@ -145,7 +145,7 @@ void Server::State::accept_later() {
 }
 
 void Server::State::connect(UniqueFd socket) {
-  log::info("a frontend has connected");
+  if (log::peer_line_allowed()) log::info("a frontend has connected");
   connection.assign(socket.get());
   backend = std::make_unique<Backend>(std::move(socket), device, io_threads);
   wait_for_message();
@@ -161,10 +161,11 @@ void Server::State::wait_for_message() {
 void Server::State::serve_message() {
   const auto alive = backend->serve();
   if (alive && *alive) return wait_for_message();
-  if (alive) {
+  if (!alive) {
+    if (log::peer_line_allowed())
+      log::warning("the frontend is disconnected: {}", alive.error().message);
+  } else if (log::peer_line_allowed()) {
     log::info("the frontend has left");
-  } else {
-    log::warning("the frontend is disconnected: {}", alive.error().message);
   }
   disconnect();
   if (only_one_frontend) {

@@ -425,7 +425,8 @@ void BlkQueue::State::check_memory() {
 // "The ring is stopped and its error descriptor signalled": the driver has to reset the device.
 void BlkQueue::State::break_ring(const char* reason) {
   if (std::exchange(is_broken, true)) return;
-  log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);
+  if (log::peer_line_allowed())
+    log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);
   signal(error_fd);
 }
 

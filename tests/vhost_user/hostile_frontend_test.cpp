@@ -64,5 +64,21 @@ TEST(HostileFrontend, that_sends_without_end_is_served_in_turns) {
   EXPECT_EQ(::recv(backend.socket(), &byte, 1, MSG_PEEK | MSG_DONTWAIT), -1);
 }
 
+TEST(HostileFrontend, that_is_wrong_all_the_time_does_not_fill_the_log) {
+  test::HoldingDisk disk(kDiskBytes);
+  test::Served served(disk);
+  test::RawFrontend hostile(served.path());
+  ASSERT_TRUE(hostile.polite().negotiate().has_value());
+  ::testing::internal::CaptureStderr();
+  log::set_level(log::Level::kInfo);
+  for (int i = 0; i < 300; ++i)
+    EXPECT_EQ(hostile.acknowledged(Request::kSetVringEnable,
+                                   test::payload_of(VringState{.index = 0, .value = 2})),
+              1U);
+  log::set_level(log::Level::kOff);
+  const std::string lines = ::testing::internal::GetCapturedStderr();
+  EXPECT_LE(std::ranges::count(lines, '\n'), log::kPeerLinesMax + 1);
+}
+
 }  // namespace
 }  // namespace vblk::vhost_user
