@@ -79,8 +79,10 @@ int main(int argc, char** argv) {
   try {
     return run_command(serves ? "serve" : words[1], arguments, words.subspan(1));
   } catch (const std::exception& exception) {
-    // Nothing throws by intention; this is for memory that runs out while setting up.
-    fmt::print(stderr, "vblk: {}: {}\n", words[1], exception.what());
+    // Nothing throws by intention; this is for memory, threads or descriptors that run out.
+    fmt::print(stderr,
+               "vblk: {}: cannot set up: {}; a limit of this process is reached, see 'ulimit -a'\n",
+               words[1], exception.what());
     return vblk::cli::kExitFailure;
   }
 }
