@@ -70,8 +70,10 @@ void ThreadsEngine::answer_from_page_cache() {
 // Where reads keep missing, most are not tried: each try is a system call.
 bool ThreadsEngine::try_page_cache(IoRequest& request) {
   if (request.length_bytes > kCachedBytesMax) return false;
-  if (misses_in_row_ >= kMissesTolerated && ++misses_in_row_ % kTriesWhileMissing != 0)
-    return false;
+  if (misses_in_row_ >= kMissesTolerated) {
+    ++misses_in_row_;
+    if (misses_in_row_ % kTriesWhileMissing != 0) return false;
+  }
   if (!read_from_page_cache(request)) {
     ++misses_in_row_;
     return false;

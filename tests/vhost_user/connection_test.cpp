@@ -20,7 +20,6 @@ using test::eventually;
 using test::HoldingDisk;
 using test::kPatience;
 using test::open_fds;
-using test::payload_of;
 using test::Served;
 
 constexpr std::size_t kBlockBytes = 4096;
