@@ -20,8 +20,6 @@ struct BlockLimits {
   // Granularity that goes to the disk in one piece; a power of two. A hint for the guest's
   // topology: nodes take any sectors.
   std::uint32_t optimal_alignment_bytes{512};
-  // Largest single read or write the node takes; at least 1 MiB.
-  std::uint64_t transfer_bytes_max{0};
   bool read_only{false};
   bool can_discard{false};
   bool can_write_zeroes{false};

@@ -4,9 +4,11 @@
 #include <array>
 #include <atomic>
 #include <cassert>
+#include <cerrno>
 #include <cstddef>
 #include <future>
 #include <sys/epoll.h>
+#include <system_error>
 #include <thread>
 #include <unistd.h>
 #include <utility>
@@ -79,17 +81,29 @@ struct OperationAllocator {
   OperationMemory* memory;
 };
 
-// Asio takes a descriptor that epoll refuses (EPERM: regular files, /dev/zero) and then reports it
-// ready for ever; so epoll is asked first.
-bool can_be_waited_on(int fd) {
-  const int epoll_fd = ::epoll_create1(EPOLL_CLOEXEC);
-  if (epoll_fd < 0) return false;
-  epoll_event event{};
-  event.events = EPOLLIN;
-  const bool accepted = ::epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0;
-  ::close(epoll_fd);
-  return accepted;
-}
+// Asks epoll whether it can wait on a descriptor. Asio takes one that epoll refuses (EPERM: regular
+// files, /dev/zero) and then reports it ready for ever. Its descriptor is made beforehand, so that
+// the answer does not depend on whether one is left.
+class WaitProbe {
+ public:
+  WaitProbe() : epoll_fd_(::epoll_create1(EPOLL_CLOEXEC)) {
+    if (epoll_fd_ < 0) throw std::system_error(errno, std::generic_category(), "epoll_create1");
+  }
+  ~WaitProbe() { ::close(epoll_fd_); }
+  WaitProbe(const WaitProbe&) = delete;
+  WaitProbe& operator=(const WaitProbe&) = delete;
+
+  [[nodiscard]] bool can_be_waited_on(int fd) const {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    if (::epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, fd, &event) != 0) return false;
+    ::epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, fd, nullptr);
+    return true;
+  }
+
+ private:
+  int epoll_fd_;
+};
 
 // What outlives a Watch handle until Asio has let go of the descriptor.
 struct FdWatchState {
@@ -125,6 +139,7 @@ struct IoLoop::State {
   void run_asio_ready();
 
   IoLoopOptions options;
+  WaitProbe probe;
   asio::io_context io{1};  // one thread runs it; others only post
   asio::executor_work_guard<asio::io_context::executor_type> guard{io.get_executor()};
   std::vector<Poller*> pollers[2];  // by PollStage; nullptr where removed during a cycle
@@ -349,7 +364,7 @@ class TimerWatch final : public IoLoop::Watch {
 }  // namespace
 
 std::unique_ptr<IoLoop::Watch> IoLoop::watch(int fd, std::move_only_function<void()> on_readable) {
-  if (!can_be_waited_on(fd)) return nullptr;
+  if (!state_->probe.can_be_waited_on(fd)) return nullptr;
   auto state = std::make_shared<FdWatchState>(state_->io);
   state->on_readable = std::move(on_readable);
   boost::system::error_code error;

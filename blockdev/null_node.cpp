@@ -19,7 +19,6 @@ Expected<std::unique_ptr<NullNode>> NullNode::create(std::uint64_t size_bytes, b
 NullNode::NullNode(std::uint64_t size_bytes, bool read_only) {
   size_bytes_.store(size_bytes, std::memory_order_relaxed);
   name_ = "null";
-  limits_.transfer_bytes_max = size_bytes;
   limits_.read_only = read_only;
   limits_.can_discard = !read_only;
   limits_.can_write_zeroes = !read_only;

@@ -52,7 +52,6 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
                         static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
   limits_.optimal_alignment_bytes = std::max<std::uint32_t>(
       {file_->logical_block_bytes(), file_->direct() ? rules_.offset_bytes : 1, kSectorBytes});
-  limits_.transfer_bytes_max = size_bytes();
   limits_.read_only = file_->read_only();
   limits_.can_discard = options_.discard && !file_->read_only();
   limits_.can_write_zeroes = !file_->read_only();

@@ -98,6 +98,10 @@ struct BlkQueue::Slot : blockdev::BlockRequest {
   std::array<BlkSegment, kBlkSegmentsMax> segments;
 };
 
+namespace {
+constexpr const char* kMemoryGone = "guest memory has been taken away under the queue";
+}  // namespace
+
 struct BlkQueue::State {
   State(BlkDevice& blk_device, blockdev::IoContext& io_context,
         std::shared_ptr<const GuestMemory> guest_memory, const Virtqueue::Layout& layout,
@@ -418,12 +422,14 @@ void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data
 void BlkQueue::State::check_memory() {
   const std::uint64_t faults = guarded_memory_fault_count();
   if (faults == std::exchange(faults_seen, faults)) return;
-  memory_gone = memory->faulted();
-  if (memory_gone) break_ring("guest memory has been taken away under the queue");
+  if (memory->faulted()) break_ring(kMemoryGone);
 }
 
 // "The ring is stopped and its error descriptor signalled": the driver has to reset the device.
+// Memory that has gone reads as zeroes, which may look like any other mistake: it comes first.
 void BlkQueue::State::break_ring(const char* reason) {
+  memory_gone |= memory->faulted();
+  if (memory_gone) reason = kMemoryGone;
   if (std::exchange(is_broken, true)) return;
   if (log::peer_line_allowed())
     log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);

@@ -60,7 +60,6 @@ class HoldingDisk final : public blockdev::BlockNode {
   explicit HoldingDisk(std::size_t size_bytes) : bytes_(size_bytes) {
     size_bytes_ = size_bytes;
     name_ = "holding";
-    limits_.transfer_bytes_max = size_bytes;
   }
 
   void hold(bool hold) { hold_ = hold; }

@@ -59,7 +59,6 @@ class MemoryNode final : public blockdev::BlockNode {
   explicit MemoryNode(std::size_t size_bytes, bool read_only = false) : disk(size_bytes) {
     size_bytes_ = size_bytes;
     name_ = "memory";
-    limits_.transfer_bytes_max = size_bytes;
     limits_.optimal_alignment_bytes = 4096;
     limits_.read_only = read_only;
     limits_.can_discard = true;
