@@ -1,0 +1,72 @@
+#!/usr/bin/python3
+"""How many system calls the server makes per request, counted by strace. Prints TAP.
+
+Counts and not times: they are the same on a slow machine. Bounds are those that docs/benchmarks.md states; a loop that
+forgot to batch, to suppress notifications, or to look before it sleeps would go beyond them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+from harness import Folder, Report, Server, run  # noqa: E402
+
+MIB = 1 << 20
+# Engine, cache, depth -> most calls per request. With one request in flight the server waits for it and is waited for:
+# submit, wait and read of the wake-up, interrupt, wait and read of the kick. With many the calls are shared.
+BOUNDS = {
+    ("native", "none", 1): 6, ("native", "none", 32): 1,
+    ("io_uring", "none", 1): 6, ("io_uring", "none", 32): 1,
+    ("threads", "none", 1): 10, ("threads", "none", 32): 5,
+    ("threads", "writeback", 32): 2,
+}
+
+
+def counted_run(options, folder, engine, cache, depth, seconds):
+    """One server from start to end; returns (system calls, requests, the table of calls)."""
+    image, counts = folder / "disk.img", folder / "counts"
+    image.write_bytes(b"x" * MIB)
+    wrapper = ["strace", "-f", "-qq", "-c", "-o", str(counts)]
+    with Server(options.vblk, [image, "--aio", engine, "--cache", cache], folder / "s", folder / "log", wrapper) as server:
+        status, output = run(options.vblk, "bench", "--socket-path", server.socket, "--iodepth", depth, "--runtime", seconds,
+                             "--ramp_time", 0, "--output-format", "json")
+        server.stop()
+    if status != 0:
+        raise RuntimeError(output)
+    # The last line: % time, seconds, usecs/call, calls, [errors], "total".
+    calls = int(counts.read_text().splitlines()[-1].split()[3])
+    return calls, json.loads(output)["jobs"][0]["read"]["total_ios"], counts.read_text()
+
+
+def calls_per_request(options, folder, engine, cache, depth):
+    """From a short and a long run: what starting and stopping take is in both."""
+    few_calls, few_requests, _ = counted_run(options, folder, engine, cache, depth, 0.2)
+    calls, requests, table = counted_run(options, folder, engine, cache, depth, 1.5)
+    more = max(1, requests - few_requests)
+    return (calls - few_calls) / more, more, table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
+    options = parser.parse_args()
+    options.vblk = options.vblk.resolve()
+    report = Report()
+    for (engine, cache, depth), bound in BOUNDS.items():
+        with Folder() as folder:
+            name = f"{engine}, {cache}, depth {depth}"
+            try:
+                per_request, requests, counts = calls_per_request(options, folder, engine, cache, depth)
+            except RuntimeError as error:
+                report.check(f"{name}: runs", False, error)
+                continue
+            print(f"# {name}: {per_request:.2f} per request, {requests} requests", flush=True)
+            report.check(f"{name}: at most {bound} system calls per request, of a thousand or more",
+                         requests >= 1000 and per_request <= bound, f"{per_request:.2f} for {requests} requests\n{counts}")
+    report.exit()
+
+
+if __name__ == "__main__":
+    main()
