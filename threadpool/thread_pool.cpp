@@ -36,6 +36,9 @@ constexpr std::chrono::milliseconds kGuardPeriod{1};
 // Who wakes: a submitter, after its push. Either the submitter sees the announcement, or the worker
 // sees the push (both have a full fence in between), so a submitter may rely on workers that it
 // sees running: each looks at the queue once more before it sleeps.
+// Not every worker on which a submitter relied keeps that promise: one may turn out to run what
+// takes long, and the guard may leave for a work of its own. Such a worker looks after what still
+// waits first, just as a submitter does (provide_workers).
 struct ThreadPool::State {
   explicit State(ThreadPoolOptions pool_options) : options(std::move(pool_options)) {}
 
@@ -43,18 +46,22 @@ struct ThreadPool::State {
   Work* take();
   void refill();
   void work_until_stopped();
-  void sleep(WakeWord::Ticket ticket);
-  void sleep_on_guard(WakeWord::Ticket ticket);
+  bool sleep(WakeWord::Ticket ticket);
+  void sleep_on_guard();
+  [[nodiscard]] std::size_t waiting() const;
   [[nodiscard]] std::size_t running_workers() const;
+  void run(Work& work);
   void run_measured(Work& work);
   [[nodiscard]] std::size_t missing_workers() const;
+  bool provide_workers();
   bool start_threads(std::size_t count);
   bool start_thread();
 
   const ThreadPoolOptions options;
   WorkQueue queue{kQueueCapacity};
   WakeWord wake;
-  std::atomic<bool> stopping{false};
+  WakeWord wake_guard;  // the guard's own: who is woken for a work should be somebody else
+  std::atomic<bool> stopping{false};  // set under the mutex: no thread starts after it
   std::atomic<std::size_t> thread_count{0};
   std::atomic<std::size_t> away{0};  // workers that run what takes long
   std::atomic<std::int64_t> service_time_ns{kServiceTimeAtStartNs};
@@ -110,52 +117,73 @@ Work* ThreadPool::State::take() {
 }
 
 void ThreadPool::State::work_until_stopped() {
+  bool was_guard = false;
   for (;;) {
-    while (Work* const work = take()) run_measured(*work);
-    const WakeWord::Ticket ticket = wake.prepare();
-    if (Work* const work = take()) {
+    Work* work = take();
+    if (work == nullptr) {
+      const WakeWord::Ticket ticket = wake.prepare();
+      work = take();
+      if (work == nullptr && !stopping.load(std::memory_order_acquire)) {
+        was_guard = sleep(ticket);
+        continue;
+      }
       wake.cancel();
-      run_measured(*work);
-      continue;
+      if (work == nullptr) return;
     }
-    if (stopping.load(std::memory_order_acquire)) return wake.cancel();
-    sleep(ticket);
+    if (std::exchange(was_guard, false)) provide_workers();
+    run(*work);
   }
+}
+
+std::size_t ThreadPool::State::waiting() const {
+  return queue.size() + overflow_size.load(std::memory_order_relaxed);
 }
 
 std::size_t ThreadPool::State::running_workers() const {
   const std::size_t threads_now = thread_count.load(std::memory_order_relaxed);
-  const std::size_t not_running = wake.sleepers() + away.load(std::memory_order_relaxed);
+  const std::size_t not_running =
+      wake.sleepers() + wake_guard.sleepers() + away.load(std::memory_order_relaxed);
   return threads_now > not_running ? threads_now - not_running : 0;
 }
 
-// One sleeper is on guard while others run; where nobody runs, nobody is disturbed.
-void ThreadPool::State::sleep(WakeWord::Ticket ticket) {
-  if (running_workers() > 0 && !guarded.exchange(true, std::memory_order_acq_rel)) {
-    sleep_on_guard(ticket);
-    guarded.store(false, std::memory_order_release);
-  } else {
+// One sleeper is on guard while others run; where nobody runs, nobody is disturbed. True if it was
+// on guard.
+bool ThreadPool::State::sleep(WakeWord::Ticket ticket) {
+  if (running_workers() == 0 || guarded.exchange(true, std::memory_order_seq_cst)) {
     wake.sleep(ticket);
+    return false;
+  }
+  wake.cancel();
+  sleep_on_guard();
+  guarded.store(false, std::memory_order_seq_cst);
+  return true;
+}
+
+void ThreadPool::State::sleep_on_guard() {
+  // A submitter may have counted on waking it before it went on guard.
+  bool overlooked = true;
+  for (;;) {
+    const std::uint64_t taken = queue.taken();
+    const WakeWord::Ticket ticket = wake_guard.prepare();
+    if (running_workers() == 0 || (overlooked && waiting() > 0) ||
+        stopping.load(std::memory_order_acquire)) {
+      return wake_guard.cancel();
+    }
+    overlooked = false;
+    if (!wake_guard.sleep(ticket, kGuardPeriod)) return;
+    if (waiting() > 0 && queue.taken() == taken) return;
   }
 }
 
-void ThreadPool::State::sleep_on_guard(WakeWord::Ticket ticket) {
-  for (;;) {
-    const std::uint64_t taken = queue.taken();
-    if (!wake.sleep(ticket, kGuardPeriod)) return;
-    if (queue.size() > 0 && queue.taken() == taken) return;
-    ticket = wake.prepare();
-    if (running_workers() == 0 || stopping.load(std::memory_order_acquire)) return wake.cancel();
-  }
+void ThreadPool::State::run(Work& work) {
+  if (!work.takes_long) return run_measured(work);
+  away.fetch_add(1, std::memory_order_seq_cst);
+  provide_workers();
+  work.run(work);
+  away.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void ThreadPool::State::run_measured(Work& work) {
-  if (work.takes_long) {
-    away.fetch_add(1, std::memory_order_relaxed);
-    work.run(work);
-    away.fetch_sub(1, std::memory_order_relaxed);
-    return;
-  }
   const auto begin = Clock::now();
   work.run(work);
   const std::int64_t took_ns = std::chrono::nanoseconds(Clock::now() - begin).count();
@@ -166,19 +194,38 @@ void ThreadPool::State::run_measured(Work& work) {
 
 // How many more workers the works that wait now are worth.
 std::size_t ThreadPool::State::missing_workers() const {
-  const std::size_t queued = queue.size() + overflow_size.load(std::memory_order_relaxed);
+  const std::size_t queued = waiting();
+  if (queued == 0) return 0;
   const std::size_t running = running_workers();
   const auto wake_cost_ns = static_cast<std::size_t>(options.wake_cost.count());
   const auto service_ns = static_cast<std::size_t>(service_time_ns.load(std::memory_order_relaxed));
   std::size_t wanted = running + queued;
   if (wake_cost_ns > 0) wanted = std::max<std::size_t>(1, queued * service_ns / wake_cost_ns);
-  // Nobody waits without a guard.
-  if (!guarded.load(std::memory_order_acquire)) wanted = std::max(wanted, running + 1);
+  // Nobody waits without a guard: one more than those who take what waits.
+  if (!guarded.load(std::memory_order_seq_cst))
+    wanted = std::max(wanted, std::max<std::size_t>(running, 1) + 1);
   return wanted > running ? std::min(wanted - running, queued) : 0;
+}
+
+// False if there is no thread at all, and none can be had.
+bool ThreadPool::State::provide_workers() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  std::size_t missing = missing_workers();
+  if (missing == 0) return true;
+  const std::size_t to_wake = std::min(missing, wake.sleepers());
+  if (wake.wake(to_wake)) wakeups.fetch_add(1, std::memory_order_relaxed);
+  missing -= to_wake;
+  if (missing == 0) return true;
+  if (thread_count.load(std::memory_order_relaxed) < options.max_threads)
+    return start_threads(missing);
+  // Everybody else runs: there is nothing to guard any more.
+  if (wake_guard.wake(1)) wakeups.fetch_add(1, std::memory_order_relaxed);
+  return true;
 }
 
 bool ThreadPool::State::start_threads(std::size_t count) {
   const std::lock_guard lock(mutex);
+  if (stopping.load(std::memory_order_relaxed)) return true;
   count = std::min(count, options.max_threads - threads.size());
   for (; count > 0 && start_thread(); --count) {
   }
@@ -207,8 +254,12 @@ ThreadPool::ThreadPool(ThreadPoolOptions options)
 }
 
 ThreadPool::~ThreadPool() {
-  state_->stopping.store(true, std::memory_order_release);
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stopping.store(true, std::memory_order_release);
+  }
   state_->wake.wake(kMaxThreads);
+  state_->wake_guard.wake(1);
   for (auto& thread : state_->threads) thread.join();
 }
 
@@ -220,13 +271,7 @@ void ThreadPool::submit(WorkList& batch) {
   state.works.fetch_add(count, std::memory_order_relaxed);
   state.put(batch);
 
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  const std::size_t missing = state.missing_workers();
-  const std::size_t to_wake = std::min(missing, state.wake.sleepers());
-  if (state.wake.wake(to_wake)) state.wakeups.fetch_add(1, std::memory_order_relaxed);
-  const std::size_t threads = state.thread_count.load(std::memory_order_relaxed);
-  if (missing == to_wake || threads == state.options.max_threads) return;
-  if (state.start_threads(missing - to_wake)) return;
+  if (state.provide_workers()) return;
   // The kernel gives no thread at all: better late than never.
   while (Work* const work = state.take()) state.run_measured(*work);
 }

@@ -141,8 +141,7 @@ class Poker {
       return text + fmt::format(" first={} same={}", static_cast<unsigned>(data[0]), same);
     }
     if (command == "flush") return timed(command, [&] { return driver_.flush(); });
-    if (command == "discard")
-      return timed(command, [&] { return driver_.discard(sector, count); });
+    if (command == "discard") return timed(command, [&] { return driver_.discard(sector, count); });
     if (command == "zeroes")
       return timed(command, [&] { return driver_.write_zeroes(sector, count, value != 0); });
     return "unknown command";
@@ -169,8 +168,7 @@ class Poker {
     unsigned value = 0;
     words >> value;
     const std::array<std::byte, 1> bytes{static_cast<std::byte>(value)};
-    const auto written =
-        driver_.frontend().write_config(virtio::kBlkConfigWriteback, bytes);
+    const auto written = driver_.frontend().write_config(virtio::kBlkConfigWriteback, bytes);
     return written ? "writeback set" : "writeback error: " + written.error().message;
   }
 

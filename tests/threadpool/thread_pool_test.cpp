@@ -240,21 +240,42 @@ TEST(ThreadPool, lets_nothing_wait_behind_a_work_that_blocks_unexpectedly) {
   }
 }
 
-TEST(ThreadPool, lets_nothing_wait_behind_what_takes_long) {
-  Gate gate;
-  ThreadPool pool({.max_threads = 3, .wake_cost = std::chrono::seconds(1)});
-  run_short_works(pool);
-  BlockedWork slow[2];
-  WorkList batch;
-  for (auto& work : slow) {
-    work.gate = &gate;
-    work.takes_long = true;
-    batch.push_back(work);
+// All of a batch blocks unexpectedly, and nothing is submitted afterwards that would wake anybody.
+TEST(ThreadPool, lets_no_work_wait_behind_another_of_its_batch_that_blocks) {
+  for (int round = 0; round < 20; ++round) {
+    Gate gate;
+    ThreadPool pool({.max_threads = 4, .wake_cost = std::chrono::seconds(1)});
+    run_short_works(pool);
+    BlockedWork blocked[3];
+    WorkList batch;
+    for (auto& work : blocked) {
+      work.gate = &gate;
+      batch.push_back(work);
+    }
     pool.submit(batch);
+    gate.wait_for_arrivals(3);
+    run_short_works(pool);
+    gate.open();
   }
-  gate.wait_for_arrivals(2);
-  run_short_works(pool);
-  gate.open();
+}
+
+TEST(ThreadPool, lets_nothing_wait_behind_what_takes_long) {
+  for (int round = 0; round < 20; ++round) {
+    Gate gate;
+    ThreadPool pool({.max_threads = 3, .wake_cost = std::chrono::seconds(1)});
+    run_short_works(pool);
+    BlockedWork slow[2];
+    WorkList batch;
+    for (auto& work : slow) {
+      work.gate = &gate;
+      work.takes_long = true;
+      batch.push_back(work);
+      pool.submit(batch);
+    }
+    gate.wait_for_arrivals(2);
+    run_short_works(pool);
+    gate.open();
+  }
 }
 
 TEST(ThreadPool, takes_more_works_than_its_ring_has_room_for_in_their_order) {
