@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cassert>
+#include <cstdint>
+#include <memory>
 #include <mutex>
 #include <pthread.h>
 #include <system_error>
@@ -23,6 +25,7 @@ using Clock = std::chrono::steady_clock;
 constexpr std::size_t kThreadNameLengthMax = 15;
 // Works in the ring; what is beyond waits in a list under a lock. 64 KiB.
 constexpr std::size_t kQueueCapacity = 4096;
+constexpr std::size_t kCacheLineBytes = 64;
 // Before anything has been measured every work gets a worker, as one on a slow disk should.
 constexpr std::int64_t kServiceTimeAtStartNs = 1'000'000;
 // A new measurement changes the mean by a sixteenth of the difference.
@@ -32,45 +35,59 @@ constexpr std::chrono::milliseconds kGuardPeriod{1};
 
 }  // namespace
 
-// Who may sleep: a worker that has announced itself as a sleeper and then found the queue empty.
+// Who sleeps: a worker that has announced itself as a sleeper and then found the queue empty.
 // Who wakes: a submitter, after its push. Either the submitter sees the announcement, or the worker
-// sees the push (both have a full fence in between), so a submitter may rely on workers that it
-// sees running: each looks at the queue once more before it sleeps.
-// Not every worker on which a submitter relied keeps that promise: one may turn out to run what
-// takes long, and the guard may leave for a work of its own. Such a worker looks after what still
-// waits first, just as a submitter does (provide_workers).
+// sees the push: both have a full fence in between.
+// Why no work is forgotten: after a push, as many workers as works wait have been woken or started
+// by this very call, and each takes one or finds none left; or the guard is on duty, which needs
+// nobody's help to find a work that is not taken, and goes off duty only after it has announced
+// that and found the queue empty. Counts of who runs decide what is fast, never what is right: they
+// may be wrong at any time.
 struct ThreadPool::State {
-  explicit State(ThreadPoolOptions pool_options) : options(std::move(pool_options)) {}
+  explicit State(ThreadPoolOptions pool_options)
+      : options(std::move(pool_options)),
+        workers(std::make_unique<Worker[]>(options.max_threads)) {}
+
+  // What a worker is at. Whoever sets kAway counts it in `away`, and the worker counts itself out.
+  enum class Activity : std::uint8_t { kNone, kRunning, kAway };
+  struct alignas(kCacheLineBytes) Worker {
+    std::atomic<Activity> activity{Activity::kNone};
+  };
 
   void put(WorkList& batch);
   Work* take();
   void refill();
-  void work_until_stopped();
-  bool sleep(WakeWord::Ticket ticket);
-  void sleep_on_guard();
+  void work_until_stopped(Worker& worker);
   [[nodiscard]] std::size_t waiting() const;
   [[nodiscard]] std::size_t running_workers() const;
-  void run(Work& work);
+  void run(Work& work, Worker& worker);
   void run_measured(Work& work);
-  [[nodiscard]] std::size_t missing_workers() const;
+  [[nodiscard]] std::size_t missing_workers(std::size_t queued) const;
   bool provide_workers();
-  bool start_threads(std::size_t count);
-  bool start_thread();
+  std::size_t wake_workers(std::size_t count);
+  void call_guard();
+  void guard_until_stopped();
+  void count_running_as_away();
+  std::size_t start_workers(std::size_t count);
+  template <typename Body>
+  bool start_thread(Body body);
 
   const ThreadPoolOptions options;
+  const std::unique_ptr<Worker[]> workers;  // of which `worker_count` exist
   WorkQueue queue{kQueueCapacity};
   WakeWord wake;
-  WakeWord wake_guard;  // the guard's own: who is woken for a work should be somebody else
+  WakeWord wake_guard;
   std::atomic<bool> stopping{false};  // set under the mutex: no thread starts after it
-  std::atomic<std::size_t> thread_count{0};
-  std::atomic<std::size_t> away{0};  // workers that run what takes long
+  std::atomic<std::size_t> worker_count{0};
+  std::atomic<std::size_t> away{0};  // workers at what takes long: nothing is to wait for them
   std::atomic<std::int64_t> service_time_ns{kServiceTimeAtStartNs};
   std::atomic<std::size_t> overflow_size{0};
-  std::atomic<bool> guarded{false};  // a sleeper is on guard
+  std::atomic<bool> guarded{false};  // the guard is on duty, or called to it
 
   std::mutex mutex;  // of what follows: nothing of it is touched for a work in the steady state
   WorkList overflow;
-  std::vector<std::thread> threads;
+  std::vector<std::thread> threads;  // the workers, and the guard once it is needed
+  bool has_guard{false};
 
   std::atomic<std::uint64_t> batches{0};
   std::atomic<std::uint64_t> works{0};
@@ -116,22 +133,18 @@ Work* ThreadPool::State::take() {
   return queue.pop();
 }
 
-void ThreadPool::State::work_until_stopped() {
-  bool was_guard = false;
+void ThreadPool::State::work_until_stopped(Worker& worker) {
   for (;;) {
-    Work* work = take();
-    if (work == nullptr) {
-      const WakeWord::Ticket ticket = wake.prepare();
-      work = take();
-      if (work == nullptr && !stopping.load(std::memory_order_acquire)) {
-        was_guard = sleep(ticket);
-        continue;
-      }
-      wake.cancel();
-      if (work == nullptr) return;
+    while (Work* const work = take()) run(*work, worker);
+    const WakeWord::Ticket ticket = wake.prepare();
+    Work* const work = take();
+    if (work == nullptr && !stopping.load(std::memory_order_acquire)) {
+      wake.sleep(ticket);
+      continue;
     }
-    if (std::exchange(was_guard, false)) provide_workers();
-    run(*work);
+    wake.cancel();
+    if (work == nullptr) return;
+    run(*work, worker);
   }
 }
 
@@ -140,47 +153,23 @@ std::size_t ThreadPool::State::waiting() const {
 }
 
 std::size_t ThreadPool::State::running_workers() const {
-  const std::size_t threads_now = thread_count.load(std::memory_order_relaxed);
-  const std::size_t not_running =
-      wake.sleepers() + wake_guard.sleepers() + away.load(std::memory_order_relaxed);
-  return threads_now > not_running ? threads_now - not_running : 0;
+  const std::size_t existing = worker_count.load(std::memory_order_relaxed);
+  const std::size_t not_running = wake.sleepers() + away.load(std::memory_order_relaxed);
+  return existing > not_running ? existing - not_running : 0;
 }
 
-// One sleeper is on guard while others run; where nobody runs, nobody is disturbed. True if it was
-// on guard.
-bool ThreadPool::State::sleep(WakeWord::Ticket ticket) {
-  if (running_workers() == 0 || guarded.exchange(true, std::memory_order_seq_cst)) {
-    wake.sleep(ticket);
-    return false;
+void ThreadPool::State::run(Work& work, Worker& worker) {
+  if (work.takes_long) {
+    worker.activity.store(Activity::kAway, std::memory_order_relaxed);
+    away.fetch_add(1, std::memory_order_relaxed);
+    provide_workers();  // for those who counted on this one
+    work.run(work);
+  } else {
+    worker.activity.store(Activity::kRunning, std::memory_order_relaxed);
+    run_measured(work);
   }
-  wake.cancel();
-  sleep_on_guard();
-  guarded.store(false, std::memory_order_seq_cst);
-  return true;
-}
-
-void ThreadPool::State::sleep_on_guard() {
-  // A submitter may have counted on waking it before it went on guard.
-  bool overlooked = true;
-  for (;;) {
-    const std::uint64_t taken = queue.taken();
-    const WakeWord::Ticket ticket = wake_guard.prepare();
-    if (running_workers() == 0 || (overlooked && waiting() > 0) ||
-        stopping.load(std::memory_order_acquire)) {
-      return wake_guard.cancel();
-    }
-    overlooked = false;
-    if (!wake_guard.sleep(ticket, kGuardPeriod)) return;
-    if (waiting() > 0 && queue.taken() == taken) return;
-  }
-}
-
-void ThreadPool::State::run(Work& work) {
-  if (!work.takes_long) return run_measured(work);
-  away.fetch_add(1, std::memory_order_seq_cst);
-  provide_workers();
-  work.run(work);
-  away.fetch_sub(1, std::memory_order_relaxed);
+  if (worker.activity.exchange(Activity::kNone, std::memory_order_relaxed) == Activity::kAway)
+    away.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void ThreadPool::State::run_measured(Work& work) {
@@ -192,65 +181,122 @@ void ThreadPool::State::run_measured(Work& work) {
   service_time_ns.store(mean + (took_ns - mean) / kServiceTimeWeight, std::memory_order_relaxed);
 }
 
-// How many more workers the works that wait now are worth.
-std::size_t ThreadPool::State::missing_workers() const {
-  const std::size_t queued = waiting();
-  if (queued == 0) return 0;
+// How many more workers `queued` works are worth.
+std::size_t ThreadPool::State::missing_workers(std::size_t queued) const {
   const std::size_t running = running_workers();
   const auto wake_cost_ns = static_cast<std::size_t>(options.wake_cost.count());
   const auto service_ns = static_cast<std::size_t>(service_time_ns.load(std::memory_order_relaxed));
   std::size_t wanted = running + queued;
   if (wake_cost_ns > 0) wanted = std::max<std::size_t>(1, queued * service_ns / wake_cost_ns);
-  // Nobody waits without a guard: one more than those who take what waits.
-  if (!guarded.load(std::memory_order_seq_cst))
-    wanted = std::max(wanted, std::max<std::size_t>(running, 1) + 1);
   return wanted > running ? std::min(wanted - running, queued) : 0;
 }
 
-// False if there is no thread at all, and none can be had.
+// False if there is no worker at all, and none can be had.
 bool ThreadPool::State::provide_workers() {
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  std::size_t missing = missing_workers();
-  if (missing == 0) return true;
-  const std::size_t to_wake = std::min(missing, wake.sleepers());
-  if (wake.wake(to_wake)) wakeups.fetch_add(1, std::memory_order_relaxed);
-  missing -= to_wake;
-  if (missing == 0) return true;
-  if (thread_count.load(std::memory_order_relaxed) < options.max_threads)
-    return start_threads(missing);
-  // Everybody else runs: there is nothing to guard any more.
-  if (wake_guard.wake(1)) wakeups.fetch_add(1, std::memory_order_relaxed);
-  return true;
+  const std::size_t queued = waiting();
+  if (queued == 0) return true;
+  const std::size_t missing = missing_workers(queued);
+  const std::size_t asleep = std::min(missing, wake.sleepers());
+  std::size_t provided = wake_workers(asleep);
+  if (missing > asleep) provided += start_workers(missing - asleep);
+  const std::size_t existing = worker_count.load(std::memory_order_relaxed);
+  // Where nobody sleeps and nobody can be started, every worker looks again or never will.
+  const bool can_provide_more = wake.sleepers() > 0 || existing < options.max_threads;
+  if (provided < queued && can_provide_more) call_guard();
+  return existing > 0;
 }
 
-bool ThreadPool::State::start_threads(std::size_t count) {
+// How many were asleep and are not any more.
+std::size_t ThreadPool::State::wake_workers(std::size_t count) {
+  if (count == 0) return 0;
+  wakeups.fetch_add(1, std::memory_order_relaxed);
+  return wake.wake(count);
+}
+
+void ThreadPool::State::call_guard() {
+  if (guarded.exchange(true, std::memory_order_seq_cst)) return;
+  wakeups.fetch_add(1, std::memory_order_relaxed);
+  if (wake_guard.wake(1) > 0) return;
   const std::lock_guard lock(mutex);
-  if (stopping.load(std::memory_order_relaxed)) return true;
-  count = std::min(count, options.max_threads - threads.size());
-  for (; count > 0 && start_thread(); --count) {
-  }
-  return !threads.empty();
+  if (has_guard || stopping.load(std::memory_order_relaxed)) return;
+  has_guard = start_thread([this] { guard_until_stopped(); });
+  // Out of threads: works depend on the workers that there are.
+  if (!has_guard) guarded.store(false, std::memory_order_seq_cst);
 }
 
-bool ThreadPool::State::start_thread() {
-  thread_count.fetch_add(1, std::memory_order_relaxed);
-  try {
-    threads.emplace_back([this] {
-      pthread_setname_np(pthread_self(), options.name.substr(0, kThreadNameLengthMax).c_str());
-      work_until_stopped();
-    });
-  } catch (const std::system_error&) {
-    thread_count.fetch_sub(1, std::memory_order_relaxed);
-    return false;  // out of threads: those that exist do the work
+void ThreadPool::State::guard_until_stopped() {
+  while (!stopping.load(std::memory_order_acquire)) {
+    const std::uint64_t taken = queue.taken();
+    wake_guard.sleep(wake_guard.prepare(), kGuardPeriod);
+    if (queue.taken() != taken) continue;
+    if (const std::size_t stuck = waiting(); stuck > 0) {
+      count_running_as_away();
+      const std::size_t asleep = std::min(stuck, wake.sleepers());
+      wake_workers(asleep);
+      if (stuck > asleep) start_workers(stuck - asleep);
+      continue;
+    }
+    // Nothing has happened for a period: off duty.
+    const WakeWord::Ticket ticket = wake_guard.prepare();
+    guarded.store(false, std::memory_order_seq_cst);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (waiting() > 0 || stopping.load(std::memory_order_acquire)) {
+      wake_guard.cancel();
+      guarded.store(true, std::memory_order_seq_cst);
+    } else {
+      wake_guard.sleep(ticket);
+    }
   }
-  return true;
+}
+
+// None of them has taken a work for a whole period: until they do, they are of no use to others.
+void ThreadPool::State::count_running_as_away() {
+  const std::size_t existing = worker_count.load(std::memory_order_relaxed);
+  for (std::size_t i = 0; i < existing; ++i) {
+    auto expected = Activity::kRunning;
+    if (workers[i].activity.compare_exchange_strong(expected, Activity::kAway,
+                                                    std::memory_order_relaxed)) {
+      away.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+}
+
+// Returns how many it has started: fewer than `count` where the bound or the kernel says so.
+std::size_t ThreadPool::State::start_workers(std::size_t count) {
+  if (worker_count.load(std::memory_order_relaxed) == options.max_threads) return 0;
+  const std::lock_guard lock(mutex);
+  if (stopping.load(std::memory_order_relaxed)) return 0;
+  std::size_t started = 0;
+  for (; started < count && worker_count.load(std::memory_order_relaxed) < options.max_threads;
+       ++started) {
+    Worker& worker = workers[worker_count.fetch_add(1, std::memory_order_relaxed)];
+    if (start_thread([this, &worker] { work_until_stopped(worker); })) continue;
+    worker_count.fetch_sub(1, std::memory_order_relaxed);
+    break;  // out of threads: those that exist do the work
+  }
+  return started;
+}
+
+// With the mutex held.
+template <typename Body>
+bool ThreadPool::State::start_thread(Body body) {
+  try {
+    threads.emplace_back([this, body] {
+      pthread_setname_np(pthread_self(), options.name.substr(0, kThreadNameLengthMax).c_str());
+      body();
+    });
+    return true;
+  } catch (const std::system_error&) {
+    return false;
+  }
 }
 
 ThreadPool::ThreadPool(ThreadPoolOptions options)
     : state_(std::make_unique<State>(std::move(options))) {
   assert(state_->options.max_threads >= 1 && state_->options.max_threads <= kMaxThreads);
   assert(state_->options.min_threads <= state_->options.max_threads);
-  if (state_->options.min_threads > 0) state_->start_threads(state_->options.min_threads);
+  state_->start_workers(state_->options.min_threads);
 }
 
 ThreadPool::~ThreadPool() {
@@ -280,7 +326,7 @@ ThreadPoolStatistics ThreadPool::statistics() const {
   return {.batches = state_->batches.load(std::memory_order_relaxed),
           .works = state_->works.load(std::memory_order_relaxed),
           .wakeups = state_->wakeups.load(std::memory_order_relaxed),
-          .threads = state_->thread_count.load(std::memory_order_relaxed),
+          .threads = state_->worker_count.load(std::memory_order_relaxed),
           .service_time =
               std::chrono::nanoseconds(state_->service_time_ns.load(std::memory_order_relaxed))};
 }

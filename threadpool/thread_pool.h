@@ -9,8 +9,8 @@
 // service time S starts after about queued * S / running. A worker is woken while that is longer
 // than waking one takes. So works that block for long, as on a slow disk, get a worker each, and
 // short ones keep few workers busy instead of putting many to sleep and waking them again. The mean
-// can be wrong about a work that runs now, so one sleeper stays on guard meanwhile: if nothing that
-// waits is taken for a millisecond, it takes it.
+// can be wrong about a work that runs now, so a thread of its own stays on guard while works wait:
+// if nothing was taken for a millisecond, it gets them workers.
 // docs/decisions/0003-when-to-wake-a-worker.md.
 #pragma once
 

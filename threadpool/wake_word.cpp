@@ -38,15 +38,16 @@ bool WakeWord::sleep(Ticket ticket, std::optional<std::chrono::nanoseconds> time
   return timed_out;
 }
 
-bool WakeWord::wake(std::size_t count) noexcept {
+std::size_t WakeWord::wake(std::size_t count) noexcept {
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (count == 0 || sleepers_.load(std::memory_order_seq_cst) == 0) return false;
+  if (count == 0 || sleepers_.load(std::memory_order_seq_cst) == 0) return 0;
   word_.fetch_add(1, std::memory_order_seq_cst);
   const auto most = static_cast<int>(std::min<std::size_t>(count, INT_MAX));
   const std::int64_t woken =
       ::syscall(SYS_futex, &word_, FUTEX_WAKE_PRIVATE, most, nullptr, nullptr, 0);
-  if (woken > 0) sleepers_.fetch_sub(static_cast<std::uint32_t>(woken), std::memory_order_relaxed);
-  return true;
+  if (woken <= 0) return 0;
+  sleepers_.fetch_sub(static_cast<std::uint32_t>(woken), std::memory_order_relaxed);
+  return static_cast<std::size_t>(woken);
 }
 
 }  // namespace vblk::threadpool

@@ -30,9 +30,10 @@ class WakeWord {
   bool sleep(Ticket ticket,
              std::optional<std::chrono::nanoseconds> timeout = std::nullopt) noexcept;
 
-  // Ends the sleep of at most `count` sleepers, by one system call, or none where nobody sleeps.
-  // True if it made the call. A full fence comes first.
-  bool wake(std::size_t count) noexcept;
+  // Ends the sleep of at most `count` sleepers, by one system call, or none where nobody has
+  // announced itself. Returns how many slept; who was about to sleep does not, and is not counted.
+  // A full fence comes first.
+  std::size_t wake(std::size_t count) noexcept;
   // Threads that have announced themselves and have not been woken since: who is on the way back
   // from sleep counts no more.
   [[nodiscard]] std::size_t sleepers() const noexcept {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
 #include <poll.h>
 #include <set>
@@ -188,30 +189,33 @@ void run_short_works(ThreadPool& pool) {
 }
 
 TEST(ThreadPool, wakes_no_worker_for_a_short_work_while_another_runs) {
-  Gate gate;
+  struct Round {
+    Gate gate;
+    BlockedWork first;
+    std::atomic<int> count{0};
+    CountedWork second;
+  };
+  std::deque<Round> rounds;  // outlives the pool: a worker may still be inside when a round ends
   ThreadPool pool({.min_threads = 4, .max_threads = 4, .wake_cost = std::chrono::seconds(1)});
   run_short_works(pool);
   EXPECT_LT(pool.statistics().service_time, std::chrono::milliseconds(1));
-  BlockedWork running;
-  running.gate = &gate;
-  WorkList batch;
-  batch.push_back(running);
-  pool.submit(batch);
-  gate.wait_for_arrivals(1);
-  // The first few may wake one, until a sleeper is on guard.
-  std::atomic<int> count{0};
-  CountedWork work;
-  work.count = &count;
+  // Now and then the guard is called, or a millisecond passes and it wakes somebody.
   int without_call = 0;
-  for (int i = 1; i <= 2000 && without_call < 10; ++i) {
+  for (int i = 0; i < 2000 && without_call < 10; ++i) {
+    Round& round = rounds.emplace_back();
+    round.first.gate = &round.gate;
+    round.second.count = &round.count;
+    WorkList batch;
+    batch.push_back(round.first);
+    pool.submit(batch);
+    round.gate.wait_for_arrivals(1);
     const auto wakeups = pool.statistics().wakeups;
-    batch.push_back(work);
+    batch.push_back(round.second);
     pool.submit(batch);
     without_call += pool.statistics().wakeups == wakeups ? 1 : 0;
-    while (count != i) std::this_thread::yield();
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    round.gate.open();
+    while (round.count == 0) std::this_thread::yield();
   }
-  gate.open();
   EXPECT_EQ(without_call, 10);
 }
 

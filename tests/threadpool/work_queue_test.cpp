@@ -1,6 +1,7 @@
 // The queue and the sleep below the pool.
 #include "threadpool/work_queue.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -59,12 +60,12 @@ TEST(WorkQueue, hands_each_work_to_one_thread_at_a_time) {
   EXPECT_EQ(queue.size(), kWorks);
 }
 
-TEST(WakeWord, makes_no_call_where_nobody_sleeps) {
+TEST(WakeWord, keeps_whoever_has_announced_itself_from_falling_asleep) {
   WakeWord word;
-  EXPECT_FALSE(word.wake(1));
+  EXPECT_EQ(word.wake(1), 0U);
   const auto ticket = word.prepare();
   EXPECT_EQ(word.sleepers(), 1U);
-  EXPECT_TRUE(word.wake(1)) << "announced";
+  EXPECT_EQ(word.wake(1), 0U) << "announced, not asleep";
   EXPECT_FALSE(word.sleep(ticket)) << "the ticket is old: no sleep";
   EXPECT_EQ(word.sleepers(), 0U);
 }
@@ -87,11 +88,17 @@ TEST(WakeWord, wakes_several_by_one_call) {
     });
   }
   // Announced is not asleep yet, so some calls find nobody.
+  std::size_t woken = 0;
+  std::size_t most = 0;
   while (awake < 3) {
-    if (word.sleepers() > 0) word.wake(2);
+    const std::size_t now = word.sleepers() > 0 ? word.wake(2) : 0;
+    woken += now;
+    most = std::max(most, now);
     std::this_thread::yield();
   }
   for (auto& thread : threads) thread.join();
+  EXPECT_LE(woken, 3U);
+  EXPECT_LE(most, 2U);
   EXPECT_EQ(word.sleepers(), 0U);
 }
 
