@@ -25,6 +25,7 @@
 #include <string_view>
 #include <vector>
 
+#include "aio/error.h"
 #include "aio/io_request.h"
 
 namespace vblk::aio {
@@ -39,6 +40,9 @@ struct EngineStatistics {
   std::uint64_t reap_calls{0};    // reap() calls that found at least one completion
   std::uint64_t completed{0};
   std::uint64_t page_cache_hits{0};  // of those: reads that the owner found in the page cache
+  // Of `submitted`, on io_uring: by a registered file, from or to a registered buffer.
+  std::uint64_t registered_files{0};
+  std::uint64_t registered_buffers{0};
 };
 
 class Engine {
@@ -53,6 +57,15 @@ class Engine {
   // Whether this kernel and this engine do `kind` asynchronously; queue() takes no other kind
   // (asserted). EngineSet routes the rest elsewhere.
   [[nodiscard]] virtual bool supports(IoKind kind) const = 0;
+
+  // Advice: requests on this descriptor, or with buffers in this range, will come until it is taken
+  // back. An engine that can make them cheaper prepares for them. Calls nest. The error says why
+  // they will be no cheaper; they are carried out all the same. What is unregistered may be closed
+  // or unmapped once no request that uses it is in flight.
+  virtual Expected<void> register_file(int /*fd*/) { return {}; }
+  virtual void unregister_file(int /*fd*/) {}
+  virtual Expected<void> register_memory(const iovec& /*range*/) { return {}; }
+  virtual void unregister_memory(const iovec& /*range*/) {}
 
   virtual void queue(IoRequest& request) = 0;
   virtual void submit() = 0;

@@ -205,6 +205,32 @@ EngineSet::EngineSet(std::unique_ptr<Engine> engine) {
 
 EngineSet::~EngineSet() = default;
 
+Expected<void> EngineSet::register_file(int fd) {
+  Expected<void> outcome;
+  for (const auto& engine : engines_) {
+    auto registered = engine->register_file(fd);
+    if (outcome) outcome = std::move(registered);
+  }
+  return outcome;
+}
+
+void EngineSet::unregister_file(int fd) {
+  for (const auto& engine : engines_) engine->unregister_file(fd);
+}
+
+Expected<void> EngineSet::register_memory(const iovec& range) {
+  Expected<void> outcome;
+  for (const auto& engine : engines_) {
+    auto registered = engine->register_memory(range);
+    if (outcome) outcome = std::move(registered);
+  }
+  return outcome;
+}
+
+void EngineSet::unregister_memory(const iovec& range) {
+  for (const auto& engine : engines_) engine->unregister_memory(range);
+}
+
 void EngineSet::submit() {
   for (const auto& engine : engines_) engine->submit();
 }

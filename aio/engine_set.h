@@ -66,7 +66,11 @@ class EngineSet {
                                : engine_of_kind_[static_cast<std::size_t>(request.kind)];
     engine->queue(request);
   }
-  // The calls of Engine, on every engine of the set.
+  // The calls of Engine, on every engine of the set. Of several errors the first.
+  Expected<void> register_file(int fd);
+  void unregister_file(int fd);
+  Expected<void> register_memory(const iovec& range);
+  void unregister_memory(const iovec& range);
   void submit();
   std::size_t reap();
   [[nodiscard]] bool prepare_to_sleep();

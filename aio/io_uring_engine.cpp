@@ -17,6 +17,7 @@
 
 #include "aio/blocking_io.h"
 #include "aio/event_fd.h"
+#include "aio/io_uring_tables.h"
 
 namespace vblk::aio {
 
@@ -55,6 +56,21 @@ constexpr std::array kAttempts{
     SetupAttempt{
         0, "this kernel has no COOP_TASKRUN (Linux 5.19): completions interrupt the I/O thread"},
 };
+
+// linux/io_uring.h of Linux 6.15: newer than Debian 12's headers.
+constexpr int kOpReadvFixed = 60;
+constexpr int kOpWritevFixed = 61;
+
+struct TransferOperations {
+  int single;
+  int single_fixed;  // "fixed": from or to a registered buffer
+  int vectored;
+  int vectored_fixed;
+};
+constexpr TransferOperations kReads{IORING_OP_READ, IORING_OP_READ_FIXED, IORING_OP_READV,
+                                    kOpReadvFixed};
+constexpr TransferOperations kWrites{IORING_OP_WRITE, IORING_OP_WRITE_FIXED, IORING_OP_WRITEV,
+                                     kOpWritevFixed};
 
 bool is_allowed(const SetupAttempt& attempt, const IoUringLimits& limits) {
   if (attempt.flags == kDeferTaskrun) return limits.allow_defer_taskrun;
@@ -113,38 +129,61 @@ struct IoUringEngine::State {
   unsigned depth{0};
   unsigned max_batch{0};
   bool has_fallocate{false};
+  bool has_vectored_fixed{false};
+  RegisteredFiles files;
+  RegisteredBuffers buffers;
   threadpool::WorkList waiting;  // not in the submission ring yet
   unsigned in_ring{0};           // from being filled in to its completion: at most `depth`, so the
                                  // completion ring (twice as long) cannot overflow
 
-  void prepare(io_uring_sqe& entry, const IoRequest& request) const;
+  void probe(const IoUringLimits& limits);
+  void prepare(io_uring_sqe& entry, const IoRequest& request, EngineStatistics& statistics) const;
+  // Whether the buffers are registered.
+  bool prepare_transfer(io_uring_sqe& entry, const IoRequest& request) const;
   [[nodiscard]] bool kernel_wants_entry() const;
 };
 
-void IoUringEngine::State::prepare(io_uring_sqe& entry, const IoRequest& request) const {
+void IoUringEngine::State::probe(const IoUringLimits& limits) {
+  io_uring_probe* const probe = io_uring_get_probe_ring(&ring);
+  if (probe == nullptr) return;
+  has_fallocate =
+      limits.allow_fallocate && io_uring_opcode_supported(probe, IORING_OP_FALLOCATE) != 0;
+  has_vectored_fixed = limits.allow_vectored_fixed &&
+                       io_uring_opcode_supported(probe, kOpReadvFixed) != 0 &&
+                       io_uring_opcode_supported(probe, kOpWritevFixed) != 0;
+  io_uring_free_probe(probe);
+}
+
+// Reads and writes alike. A single buffer spares the kernel the copy of the iovec array, a
+// registered one the pinning of its pages.
+bool IoUringEngine::State::prepare_transfer(io_uring_sqe& entry, const IoRequest& request) const {
+  const auto& operations = request.kind == IoKind::kRead ? kReads : kWrites;
+  const iovec* const iov = next_iov(request);
+  const unsigned iov_count = next_iov_count(request);
   const std::uint64_t offset = request.transfer.offset_bytes();
-  iovec* const iov =
-      request.kind == IoKind::kRead || request.kind == IoKind::kWrite ? next_iov(request) : nullptr;
-  const unsigned iov_count = iov != nullptr ? next_iov_count(request) : 0;
-  // A single buffer spares the kernel the copy of the iovec array. What does not fit 32 bits comes
-  // back short.
-  const auto length = static_cast<unsigned>(
-      iov_count == 1 ? std::min<std::size_t>(iov->iov_len, std::numeric_limits<int>::max()) : 0);
+  const int buffer = iov_count == 1 || has_vectored_fixed ? buffers.find({iov, iov_count}) : -1;
+  const bool fixed = buffer >= 0;
+  if (iov_count == 1) {
+    // What does not fit 32 bits comes back short.
+    const auto length =
+        static_cast<unsigned>(std::min<std::size_t>(iov->iov_len, std::numeric_limits<int>::max()));
+    const int operation = fixed ? operations.single_fixed : operations.single;
+    io_uring_prep_rw(operation, &entry, request.fd, iov->iov_base, length, offset);
+  } else {
+    const int operation = fixed ? operations.vectored_fixed : operations.vectored;
+    io_uring_prep_rw(operation, &entry, request.fd, iov, iov_count, offset);
+  }
+  if (fixed) entry.buf_index = static_cast<std::uint16_t>(buffer);
+  if (request.kind == IoKind::kWrite) entry.rw_flags = request.write_through ? RWF_DSYNC : 0;
+  return fixed;
+}
+
+void IoUringEngine::State::prepare(io_uring_sqe& entry, const IoRequest& request,
+                                   EngineStatistics& statistics) const {
   switch (request.kind) {
     case IoKind::kRead:
-      if (iov_count == 1) {
-        io_uring_prep_read(&entry, request.fd, iov->iov_base, length, offset);
-      } else {
-        io_uring_prep_readv(&entry, request.fd, iov, iov_count, offset);
-      }
-      break;
     case IoKind::kWrite:
-      if (iov_count == 1) {
-        io_uring_prep_write(&entry, request.fd, iov->iov_base, length, offset);
-      } else {
-        io_uring_prep_writev(&entry, request.fd, iov, iov_count, offset);
-      }
-      entry.rw_flags = request.write_through ? RWF_DSYNC : 0;
+      if (prepare_transfer(entry, request)) ++statistics.registered_buffers;
       break;
     case IoKind::kFlush:
       io_uring_prep_fsync(&entry, request.fd, IORING_FSYNC_DATASYNC);
@@ -152,8 +191,14 @@ void IoUringEngine::State::prepare(io_uring_sqe& entry, const IoRequest& request
     case IoKind::kDiscard:
     case IoKind::kWriteZeroes:
       io_uring_prep_fallocate(&entry, request.fd, fallocate_mode(request),
-                              static_cast<off_t>(offset), static_cast<off_t>(request.length_bytes));
+                              static_cast<off_t>(request.transfer.offset_bytes()),
+                              static_cast<off_t>(request.length_bytes));
       break;
+  }
+  if (const int file = files.find(request.fd); file >= 0) {
+    entry.fd = file;
+    entry.flags |= IOSQE_FIXED_FILE;
+    ++statistics.registered_files;
   }
 }
 
@@ -170,18 +215,15 @@ Expected<std::unique_ptr<IoUringEngine>> IoUringEngine::create(const EngineOptio
   int result = -EINVAL;
   for (const auto& attempt : kAttempts) {
     if (!is_allowed(attempt, limits)) continue;
-    note = attempt.note;
+    if (attempt.flags == kDeferTaskrun && !options.io_uring.defer_taskrun) continue;
+    note = options.io_uring.defer_taskrun ? attempt.note : nullptr;
     result = io_uring_queue_init(options.queue_depth, &state->ring, attempt.flags);
     if (result != -EINVAL) break;
   }
   if (result < 0) return setup_error(-result);
   state->depth = options.queue_depth;
   state->max_batch = options.max_batch;
-  if (io_uring_probe* const probe = io_uring_get_probe_ring(&state->ring); probe != nullptr) {
-    state->has_fallocate =
-        limits.allow_fallocate && io_uring_opcode_supported(probe, IORING_OP_FALLOCATE) != 0;
-    io_uring_free_probe(probe);
-  }
+  state->probe(limits);
   std::unique_ptr<IoUringEngine> engine(new IoUringEngine(std::move(state)));
   auto event_fd = make_event_fd("the io_uring engine");
   if (!event_fd) return std::unexpected(std::move(event_fd.error()));
@@ -191,8 +233,28 @@ Expected<std::unique_ptr<IoUringEngine>> IoUringEngine::create(const EngineOptio
   }
   engine->wake_up();
   if (note != nullptr) engine->notes_.emplace_back(note);
+  engine->make_tables(options.io_uring, limits);
   return engine;
 }
+
+// Without them requests are carried out all the same.
+void IoUringEngine::make_tables(const IoUringFeatures& features, const IoUringLimits& limits) {
+  State& state = *state_;
+  const auto note_refusal = [this](const Expected<void>& made) {
+    if (!made) notes_.push_back(made.error().message);
+  };
+  if (features.registered_files && limits.allow_tables)
+    note_refusal(state.files.create(state.ring));
+  if (features.registered_buffers && limits.allow_tables)
+    note_refusal(state.buffers.create(state.ring));
+}
+
+Expected<void> IoUringEngine::register_file(int fd) { return state_->files.add(fd); }
+void IoUringEngine::unregister_file(int fd) { state_->files.remove(fd); }
+Expected<void> IoUringEngine::register_memory(const iovec& range) {
+  return state_->buffers.add(range);
+}
+void IoUringEngine::unregister_memory(const iovec& range) { state_->buffers.remove(range); }
 
 IoUringEngine::IoUringEngine(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
@@ -223,7 +285,7 @@ void IoUringEngine::fill_ring() {
     io_uring_sqe* const entry = io_uring_get_sqe(&state.ring);
     if (entry == nullptr) return;
     auto& request = static_cast<IoRequest&>(*state.waiting.pop_front());
-    state.prepare(*entry, request);
+    state.prepare(*entry, request, statistics_);
     io_uring_sqe_set_data(entry, &request);
     ++state.in_ring;
   }

@@ -9,6 +9,9 @@
 //   IORING_SETUP_SINGLE_ISSUER | DEFER_TASKRUN   Linux 6.1, else COOP_TASKRUN
 //   IORING_SETUP_COOP_TASKRUN | TASKRUN_FLAG     Linux 5.19, else plain
 //   IORING_OP_FALLOCATE                          Linux 5.6, else not supported(): the pool does it
+//   sparse tables of files and buffers           Linux 5.19, else none are registered
+//   IORING_OP_READV_FIXED, WRITEV_FIXED          Linux 6.15, else a registered buffer serves
+//                                                requests with one iovec only
 #pragma once
 
 #include <cstdint>
@@ -26,6 +29,8 @@ struct IoUringLimits {
   bool allow_defer_taskrun{true};
   bool allow_coop_taskrun{true};
   bool allow_fallocate{true};
+  bool allow_tables{true};
+  bool allow_vectored_fixed{true};
 };
 
 class IoUringEngine final : public Engine {
@@ -40,6 +45,10 @@ class IoUringEngine final : public Engine {
   [[nodiscard]] std::string_view name() const override { return "io_uring"; }
   // Discard means PUNCH_HOLE here; BLKDISCARD is not an operation of the ring (EngineSet knows).
   [[nodiscard]] bool supports(IoKind kind) const override;
+  Expected<void> register_file(int fd) override;
+  void unregister_file(int fd) override;
+  Expected<void> register_memory(const iovec& range) override;
+  void unregister_memory(const iovec& range) override;
   void queue(IoRequest& request) override;
   void submit() override;
   std::size_t reap() override;
@@ -50,6 +59,7 @@ class IoUringEngine final : public Engine {
  private:
   struct State;
   explicit IoUringEngine(std::unique_ptr<State> state);
+  void make_tables(const IoUringFeatures& features, const IoUringLimits& limits);
   void fill_ring();
 
   std::unique_ptr<State> state_;

@@ -41,6 +41,11 @@ class BlockNode {
   // For messages: the path, or "null".
   [[nodiscard]] const std::string& name() const { return name_; }
 
+  // An I/O thread announces that it will submit requests, and takes that back when none is in
+  // flight. Calls nest. For what engines do better if they know before. Loop thread of `context`.
+  virtual void attach(IoContext& /*context*/) {}
+  virtual void detach(IoContext& /*context*/) {}
+
   // Carries out `request` on the calling I/O thread with what `context` lends. Never fails by
   // itself: every outcome arrives through request.complete(). Errors decided at the gate: EINVAL
   // (beyond the end, a change that is not whole sectors, lengths that do not add up), EROFS (change

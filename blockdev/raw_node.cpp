@@ -58,6 +58,18 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
   limits_.write_zeroes_may_unmap = options_.discard && !file_->read_only();
 }
 
+void RawNode::attach(IoContext& context) {
+  for (const int fd : {file_->fd(), file_->buffered_fd()}) {
+    const auto registered = context.engines().register_file(fd);
+    if (!registered && log::peer_line_allowed())
+      log::info("'{}': {}", name_, registered.error().message);
+  }
+}
+
+void RawNode::detach(IoContext& context) {
+  for (const int fd : {file_->fd(), file_->buffered_fd()}) context.engines().unregister_file(fd);
+}
+
 void RawNode::do_submit(BlockRequest& request, IoContext& /*context*/) {
   request.io.parent = &request;
   if (options_.ignore_flush) request.write_through = false;

@@ -33,6 +33,9 @@ class RawNode final : public BlockNode {
  public:
   RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options);
 
+  void attach(IoContext& context) override;
+  void detach(IoContext& context) override;
+
  protected:
   void do_submit(BlockRequest& request, IoContext& context) override;
 

@@ -75,7 +75,10 @@ program_options::options_description serve_description() {
        "most worker threads per I/O thread, 1 to 1024")                                        //
       ("aio-max-batch", value<std::string>()->default_value("32")->value_name("N"),            //
        "most requests in one submission to the kernel, 1 to 1024")                             //
-      ("poll-max-us", value<std::string>()->default_value("0")->value_name("US"),              //
+      ("io-uring", value<std::string>()->value_name("FEATURE=on|off,..."),                     //
+       "what the io_uring engine uses: defer-taskrun (on), registered-files (on), "
+       "registered-buffers (off: pins all guest memory, never with a balloon)")    //
+      ("poll-max-us", value<std::string>()->default_value("0")->value_name("US"),  //
        "longest that an I/O thread goes on looking for work before it sleeps, while load makes "
        "that "
        "pay; 0 to 10000, 0: it sleeps at once")                                           //
@@ -191,6 +194,10 @@ Expected<void> take_device(const program_options::variables_map& map, ServeOptio
   take(parse_number(map, "thread-pool-max", 1, 1024), options.engine.max_threads, error);
   take(parse_number(map, "aio-max-batch", 1, 1024), options.engine.max_batch, error);
   take(aio::AioSelection::parse(map["aio"].as<std::string>()), options.aio, error);
+  if (map.contains("io-uring")) {
+    take(aio::IoUringFeatures::parse(map["io-uring"].as<std::string>()), options.engine.io_uring,
+         error);
+  }
   if (error) return std::unexpected(std::move(*error));
   if (options.iothread_count > device.queue_count) {
     return usage_error(

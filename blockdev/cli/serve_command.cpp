@@ -134,6 +134,8 @@ json::object engine_counters(const aio::Engine& engine) {
           {"reap-calls", statistics.reap_calls},
           {"completed", statistics.completed},
           {"page-cache-hits", statistics.page_cache_hits},
+          {"registered-files", statistics.registered_files},
+          {"registered-buffers", statistics.registered_buffers},
           {"notes", json::value_from(engine.notes())}};
 }
 

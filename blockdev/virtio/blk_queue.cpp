@@ -84,6 +84,41 @@ void signal(int fd) {
 
 }  // namespace
 
+// Tells the I/O thread what a queue will use, so that its engines can prepare for it, and takes it
+// back in time: before the memory may be unmapped.
+class Attachment {
+ public:
+  Attachment(blockdev::IoContext& context, blockdev::BlockNode& node, const GuestMemory& memory)
+      : context_(context), node_(node), memory_(memory) {}
+  // To be called once. May throw: what has been announced by then is taken back all the same.
+  void announce() {
+    for (const auto& region : memory_.regions()) {
+      const auto registered = context_.engines().register_memory(range_of(*region));
+      if (registered || !log::peer_line_allowed()) continue;
+      log::warning("{}; requests pin it one by one", registered.error().message);
+    }
+    node_.attach(context_);
+    attached_ = true;
+  }
+  ~Attachment() {
+    if (attached_) node_.detach(context_);
+    for (const auto& region : memory_.regions())
+      context_.engines().unregister_memory(range_of(*region));
+  }
+  Attachment(const Attachment&) = delete;
+  Attachment& operator=(const Attachment&) = delete;
+
+ private:
+  static iovec range_of(const MemoryRegion& region) {
+    return {.iov_base = region.host(), .iov_len = region.size_bytes()};
+  }
+
+  blockdev::IoContext& context_;
+  blockdev::BlockNode& node_;
+  const GuestMemory& memory_;
+  bool attached_{false};
+};
+
 // One request in flight: everything it needs, made when the queue starts.
 struct BlkQueue::Slot : blockdev::BlockRequest {
   State* queue{nullptr};
@@ -112,7 +147,8 @@ struct BlkQueue::State {
         ring(layout, *memory),
         index(queue_index),
         iovecs(layout.size, room_per_slot(layout.size)),
-        slots(layout.size) {
+        slots(layout.size),
+        attachment(io_context, blk_device.node(), *memory) {
     for (std::size_t i = 0; i < slots.size(); ++i) {
       slots[i].queue = this;
       slots[i].head = static_cast<std::uint16_t>(i);
@@ -137,6 +173,7 @@ struct BlkQueue::State {
   const std::uint16_t index;
   IovecArena iovecs;
   std::vector<Slot> slots;  // by head index; never resized
+  Attachment attachment;
   std::size_t in_flight{0};
   // No count that is ever reached: the first look is at the memory itself, which may have gone
   // before this queue started.
@@ -187,6 +224,7 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
                            setup.used_address));
   try {
     auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup.index);
+    state->attachment.announce();
     std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
     queue->set_call_fd(setup.call_fd);
     queue->set_error_fd(setup.error_fd);

@@ -177,7 +177,7 @@ INSTANTIATE_TEST_SUITE_P(
     Fallbacks, OlderKernel,
     testing::Values(IoUringLimits{}, IoUringLimits{.allow_defer_taskrun = false},
                     IoUringLimits{.allow_defer_taskrun = false, .allow_coop_taskrun = false},
-                    IoUringLimits{.allow_fallocate = false}));
+                    IoUringLimits{.allow_fallocate = false}, IoUringLimits{.allow_tables = false}));
 
 }  // namespace
 }  // namespace vblk::aio

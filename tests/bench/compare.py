@@ -22,18 +22,22 @@ from pathlib import Path
 MIB = 1 << 20
 ENGINES = ("native", "io_uring", "threads")
 QSD = "qemu-storage-daemon"
+WITHOUT = "vblk without the feature"
+FEATURES = ("defer-taskrun", "registered-files", "registered-buffers")
 
 
 class Cell:
-    """One comparison: a workload on an engine of both servers, or of one and fio."""
+    """One comparison: a workload on an engine of both servers, of one and fio, or with and without a feature."""
 
-    def __init__(self, group, title, engine, workload, disk="disk", cache="none", fio=False):
+    def __init__(self, group, title, engine, workload, disk="disk", cache="none", fio=False, feature=None):
         self.group, self.title, self.engine, self.workload = group, title, engine, workload
-        self.disk, self.cache, self.fio = disk, cache, fio
+        self.disk, self.cache, self.fio, self.feature = disk, cache, fio, feature
+        self.reference = WITHOUT if feature else QSD
         self.rounds = []  # one dictionary per round: side -> measurement
 
-    def ratio(self, name, ours="vblk", theirs=QSD):
-        """Median, lowest and highest of ours / theirs over the rounds."""
+    def ratio(self, name, ours="vblk", theirs=None):
+        """Median, lowest and highest of ours / theirs over the rounds; theirs: the reference, unless it is named."""
+        theirs = theirs or self.reference
         ratios = [entry[ours][name] / entry[theirs][name] for entry in self.rounds
                   if theirs in entry and entry[theirs].get(name) and entry[ours].get(name)]
         return (statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
@@ -66,6 +70,11 @@ def all_cells(quick):
     for depth in (1, 32):
         add("page cache", f"4k random read, all hits, depth {depth}", "threads",
             {"rw": "randread", "bs": 4096, "iodepth": depth}, disk="cached", cache="writeback")
+    if not quick:
+        for feature in FEATURES:
+            for size, name, depth in ((4096, "4k", 1), (4096, "4k", 32), (MIB, "1M", 8)):
+                add("io_uring with / without a feature", f"{feature}: {name} random read, depth {depth}", "io_uring",
+                    {"rw": "randread", "bs": size, "iodepth": depth}, feature=feature)
     return cells
 
 
@@ -112,12 +121,13 @@ class Disks:
         subprocess.run(["rm", "-rf", self.folder])
 
 
-def vblk_command(vblk, cell, disks, socket):
+def vblk_command(vblk, cell, side, disks, socket):
     if cell.disk == "null":
         return [vblk, "serve", "--format", "null", "--size", "1G", "--socket-path", socket, "--log-level", "warning"]
     path = disks.cached if cell.disk == "cached" else disks.disk
+    feature = ["--io-uring", f"{cell.feature}={'off' if side == WITHOUT else 'on'}"] if cell.feature else []
     return [vblk, "serve", path, "--socket-path", socket, "--aio", cell.engine, "--cache", cell.cache,
-            "--log-level", "warning"]
+            "--log-level", "warning", *feature]
 
 
 def qsd_command(cell, disks, socket):
@@ -166,7 +176,8 @@ def measure_fio(cell, disks, seconds):
 
 
 def sides(cell, have_qsd, have_fio):
-    return ["vblk"] + ([QSD] if have_qsd else []) + (["fio"] if cell.fio and have_fio else [])
+    reference = [cell.reference] if cell.feature or have_qsd else []
+    return ["vblk", *reference] + (["fio"] if cell.fio and have_fio else [])
 
 
 def run_rounds(options, cells, disks, have_qsd, have_fio):
@@ -186,8 +197,8 @@ def run_rounds(options, cells, disks, have_qsd, have_fio):
                 if side == "fio":
                     cell.rounds[-1][side] = measure_fio(cell, disks, options.seconds)
                 else:
-                    command = (vblk_command(options.vblk, cell, disks, socket) if side == "vblk"
-                               else qsd_command(cell, disks, socket))
+                    command = (qsd_command(cell, disks, socket) if side == QSD
+                               else vblk_command(options.vblk, cell, side, disks, socket))
                     cell.rounds[-1][side] = measure_server(options.vblk, command, socket, cell, options.seconds, seed)
                 done += 1
     print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr)
@@ -212,8 +223,8 @@ def print_table(cells, have_qsd):
         print(f"| {cell.title} | {number(cell.median('vblk', 'iops'), 0)} | {number(cell.median('vblk', 'cpu'), 2)} | "
               f"{number(cell.median('vblk', 'switches'), 2)} | " +
               " | ".join(spread(cell.ratio(name)) for name in ("iops", "cpu", "p50", "p99")) + " |")
-    print(f"\nRatios are vblk / {QSD}, median (lowest-highest) of the rounds: above 1 is better for IOPS, below 1 for the rest."
-          if have_qsd else "\nNo ratios: qemu-storage-daemon is not installed.")
+    print(f"\nRatios are vblk / {QSD} where nothing else is said, median (lowest-highest) of the rounds: above 1 is better "
+          "for IOPS, below 1 for the rest." if have_qsd else f"\nNo ratios to {QSD}: it is not installed.")
     against_fio = [(cell, cell.ratio("iops", theirs="fio")) for cell in cells if cell.fio]
     if any(ratio for _, ratio in against_fio):
         print("\nIOPS of vblk / IOPS of fio on the bare disk with the same engine\n")

@@ -70,6 +70,7 @@ def test_bad_options(report, vblk):
                 ("no socket", [image], "socket"),
                 ("unknown engine", [image, *at, "--aio", "warp"], "warp"),
                 ("unknown kind of operation", [image, *at, "--aio", "reed=threads"], "reed"),
+                ("unknown feature of io_uring", [image, *at, "--io-uring", "sqpoll=on"], "sqpoll"),
                 ("unknown cache mode", [image, *at, "--cache", "some"], "some"),
                 ("unknown format", [image, *at, "--format", "vhd"], "vhd"),
                 ("unknown option", [image, *at, "--turbo"], "turbo"),
@@ -211,6 +212,27 @@ def test_manual_page(report, vblk):
     report.check("the manual page has the commands of ctl --help", in_help and in_help == in_man, f"{in_help} {in_man}")
 
 
+def test_io_uring_features(report, vblk):
+    """What is switched on is used for every request, and what is switched off for none."""
+    counters = ("registered-files", "registered-buffers")
+    for features, files, buffers in (("registered-files=on,registered-buffers=on", True, True),
+                                     ("registered-buffers=off", True, False),
+                                     ("registered-files=off,defer-taskrun=off", False, False)):
+        with Folder() as folder:
+            image, monitor = folder / "disk.img", folder / "m"
+            make_sparse(image, MIB)
+            arguments = [image, "--aio", "io_uring", "--io-uring", features, "--monitor", monitor]
+            with Server(vblk, arguments, folder / "s", folder / "log"):
+                status, text = run(vblk, "bench", "--socket-path", folder / "s", "--rw", "randwrite", "--iodepth", 4,
+                                   "--runtime", 0.2, "--ramp_time", 0)
+                report.check(f"a disk with --io-uring {features} works", status == 0, text)
+                _, text = run(vblk, "ctl", monitor, "query-aio")
+                engine = json.loads(text)["iothreads"][0]["engines"][0]
+                used = {name: engine[name] / max(engine["submitted"], 1) for name in counters}
+                report.check(f"--io-uring {features} is what the requests use",
+                             used == {"registered-files": files, "registered-buffers": buffers}, text)
+
+
 def test_monitor(report, vblk):
     with Folder() as folder:
         image, monitor = folder / "disk.img", folder / "m"
@@ -326,7 +348,8 @@ def main():
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
-    for test in (test_answers, test_manual_page, test_conventions, test_monitor, test_bench, test_bad_images, test_bad_options,
+    for test in (test_answers, test_manual_page, test_conventions, test_monitor, test_io_uring_features,
+                 test_bench, test_bad_images, test_bad_options,
                  test_bad_sockets, test_short_of_descriptors, test_refused_engines, test_locks, test_end_of_life):
         try:
             test(report, vblk)
