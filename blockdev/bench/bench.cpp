@@ -99,8 +99,10 @@ json::value as_json(const BenchOptions& options, const Measurement& measurement)
           {"mean", latencies.mean_ns()},
           {"percentile", std::move(percentiles)}}}}}};
   if (options.server != 0) {
+    const auto& punts = measurement.punts_per_operation;
     job["backend"] = {{"cpu_us_per_io", measurement.cpu_us_per_operation},
-                      {"context_switches_per_io", measurement.context_switches_per_operation}};
+                      {"context_switches_per_io", measurement.context_switches_per_operation},
+                      {"io_uring_punts_per_io", punts ? json::value(*punts) : json::value()}};
   }
   return {{"jobs", json::array{std::move(job)}}};
 }
@@ -126,8 +128,12 @@ void print_text(const BenchOptions& options, const Measurement& measurement) {
   }
   fmt::print(" ({} samples)\n", latencies.total());
   if (options.server != 0) {
-    fmt::print("  backend   {:.2f} us of CPU and {:.2f} context switches per operation\n",
-               measurement.cpu_us_per_operation, measurement.context_switches_per_operation);
+    const auto& punts = measurement.punts_per_operation;
+    fmt::print(
+        "  backend   {:.2f} us of CPU, {:.2f} context switches and {} io_uring punts per "
+        "operation\n",
+        measurement.cpu_us_per_operation, measurement.context_switches_per_operation,
+        punts ? fmt::format("{:.2f}", *punts) : "n/a");
   }
 }
 

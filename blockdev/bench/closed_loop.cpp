@@ -9,6 +9,7 @@
 
 #include "blockdev/bench/noise.h"
 #include "blockdev/bench/process_usage.h"
+#include "blockdev/bench/tracepoint_counter.h"
 #include "blockdev/virtio/blk_wire.h"
 
 namespace vblk::bench {
@@ -171,6 +172,7 @@ Expected<Measurement> LoadGenerator::run(const Workload& workload, std::chrono::
                   measurement.latencies);
   if (auto warm = loop.run(warm_up); !warm) return std::unexpected(std::move(warm.error()));
 
+  const TracepointCounter punts(server_, "io_uring/io_uring_queue_async_work");
   const ProcessUsage before = usage_of(server_);
   const auto elapsed = loop.run(time);
   if (!elapsed) return std::unexpected(elapsed.error());
@@ -183,6 +185,8 @@ Expected<Measurement> LoadGenerator::run(const Workload& workload, std::chrono::
       std::chrono::duration<double, std::micro>(after.cpu_time - before.cpu_time).count() / count;
   measurement.context_switches_per_operation =
       static_cast<double>(context_switches_between(before, after)) / count;
+  measurement.punts_per_operation = punts.count().transform(
+      [count](std::uint64_t value) { return static_cast<double>(value) / count; });
   return measurement;
 }
 

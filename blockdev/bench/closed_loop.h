@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <sys/types.h>
 #include <vector>
@@ -49,6 +50,9 @@ struct Measurement {
   double operations_per_second{0};
   double cpu_us_per_operation{0};  // of the server
   double context_switches_per_operation{0};
+  // What io_uring handed to kernel workers (io-wq) because it would have blocked. Nothing where the
+  // kernel does not let us count (tracepoint_counter.h).
+  std::optional<double> punts_per_operation;
   LatencyHistogram latencies;
 };
 

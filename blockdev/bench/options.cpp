@@ -31,24 +31,25 @@ constexpr std::size_t kBuffersBytesMax = std::size_t{1} << 30;
 
 program_options::options_description describe() {
   program_options::options_description description("Options");
-  description.add_options()                                                                     //
-      ("socket-path", value<std::string>()->value_name("PATH"), "the backend's socket")         //
-      ("rw", value<std::string>()->default_value("randread")->value_name("KIND"),               //
-       "read, write, randread or randwrite")                                                    //
-      ("bs", value<std::string>()->default_value("4k")->value_name("SIZE"),                     //
-       "bytes per request, a multiple of 512 up to 4M")                                         //
-      ("iodepth", value<unsigned>()->default_value(1)->value_name("N"),                         //
-       "requests in flight, 1 to 1024")                                                         //
-      ("fsync", value<unsigned>()->default_value(0)->value_name("N"),                           //
-       "flush after every N writes of each of the iodepth lanes; counts with the last "         //
-       "of them as one operation")                                                              //
-      ("size", value<std::string>()->value_name("SIZE"),                                        //
-       "use so many bytes from the start of the disk (default: all)")                           //
-      ("runtime", value<double>()->default_value(5)->value_name("S"), "seconds to measure")     //
-      ("ramp_time", value<double>()->default_value(0.5)->value_name("S"),                       //
-       "seconds before that, not counted")                                                      //
-      ("pid", value<int>()->default_value(0)->value_name("PID"),                                //
-       "the backend's process: report its CPU time and context switches")                       //
+  description.add_options()                                                                  //
+      ("socket-path", value<std::string>()->value_name("PATH"), "the backend's socket")      //
+      ("rw", value<std::string>()->default_value("randread")->value_name("KIND"),            //
+       "read, write, randread or randwrite")                                                 //
+      ("bs", value<std::string>()->default_value("4k")->value_name("SIZE"),                  //
+       "bytes per request, a multiple of 512 up to 4M")                                      //
+      ("iodepth", value<unsigned>()->default_value(1)->value_name("N"),                      //
+       "requests in flight, 1 to 1024")                                                      //
+      ("fsync", value<unsigned>()->default_value(0)->value_name("N"),                        //
+       "flush after every N writes of each of the iodepth lanes; counts with the last "      //
+       "of them as one operation")                                                           //
+      ("size", value<std::string>()->value_name("SIZE"),                                     //
+       "use so many bytes from the start of the disk (default: all)")                        //
+      ("runtime", value<double>()->default_value(5)->value_name("S"), "seconds to measure")  //
+      ("ramp_time", value<double>()->default_value(0.5)->value_name("S"),                    //
+       "seconds before that, not counted")                                                   //
+      ("pid", value<int>()->default_value(0)->value_name("PID"),                             //
+       "the backend's process: report its CPU time, context switches and, for root, io_uring punts "
+       "to kernel workers")                                                                     //
       ("seed", value<std::uint64_t>()->value_name("N"), "of the offsets (default: a new one)")  //
       ("output-format", value<std::string>()->default_value("normal")->value_name("FORMAT"),    //
        "normal or json")                                                                        //

@@ -320,8 +320,17 @@ def test_bench(report, vblk):
             report.check("bench reports what it did, by fio's names",
                          write.get("total_ios", 0) > 0 and write["lat_ns"]["N"] == write["total_ios"] and
                          abs(write["bw_bytes"] - write["iops"] * 8192) < 1 and job["backend"]["cpu_us_per_io"] > 0, output)
+            punts = job.get("backend", {}).get("io_uring_punts_per_io", "missing")
+            can_count = os.access("/sys/kernel/tracing/events/io_uring/io_uring_queue_async_work/id", os.R_OK)
+            report.check("bench counts no io_uring punts of the threads engine", punts == (0 if can_count else None), punts)
             status, output = run(vblk, "bench", "--socket-path", server.socket, "--size", "2M", "--runtime", 0.1)
             report.check("bench refuses more than the disk has", status == 1 and str(MIB) in output, output)
+        with Server(vblk, [image, "--aio", "io_uring"], folder / "s", folder / "log") as server:
+            _, output = run(vblk, "bench", "--socket-path", server.socket, "--pid", server.pid(), "--rw", "randwrite",
+                            "--fsync", 1, "--runtime", 0.3, "--output-format", "json")
+            punts = json.loads(output)["jobs"][0]["backend"]["io_uring_punts_per_io"]
+            report.check("bench counts a punt for each flush that io_uring carries out",
+                         punts >= 0.9 if can_count else punts is None, punts)
 
 
 def test_conventions(report, vblk):
