@@ -52,10 +52,10 @@ void IoContext::drain() {
   }
 }
 
-bool IoContext::poll() {
+std::size_t IoContext::poll() {
   const std::size_t deferred = run_deferred();
   engines_->submit();
-  return engines_->reap() + deferred > 0;
+  return engines_->reap() + deferred;
 }
 
 bool IoContext::prepare_to_sleep() {

@@ -34,7 +34,7 @@ class IoContext final : public Poller {
   // Loop thread; blocks it. For shutdown and tests: a running loop makes progress by itself.
   void drain();
 
-  bool poll() override;
+  std::size_t poll() override;
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;
 

@@ -33,6 +33,11 @@ namespace {
 // most.
 constexpr unsigned kCyclesPerAsioPoll = 64;
 
+// Cycles in which others had work and a poller had none, before it rests. A queue that gets a
+// request now and then is kicked for it when it rests: so not few. It is looked at in vain in each:
+// so not many.
+constexpr std::uint64_t kBusyCyclesBeforeRest = 64;
+
 // A window that starts, or has shrunk, below this is none: a look at every ring takes longer.
 constexpr std::chrono::nanoseconds kPollWindowMin{4000};
 
@@ -121,7 +126,6 @@ struct FdWatchState {
   std::move_only_function<void()> on_readable;
   bool closed{false};
   OperationMemory memory;
-  bool waiting{false};
 };
 
 }  // namespace
@@ -130,21 +134,38 @@ struct IoLoop::State {
   explicit State(IoLoopOptions loop_options) : options(loop_options) {}
 
   bool cycle();
+  std::size_t poll_active(PollStage stage);
+  std::size_t look_at_resting(std::size_t count_max);
+  void rest_idle();
+  void rest(Poller& poller);
+  void end_rest(Poller& poller);
+  void leave_resting(Poller& poller);
   [[nodiscard]] bool keep_polling();
   void sleep();
+  [[nodiscard]] bool prepare_to_sleep();
+  void rest_all();
+  void wake_up(PollStage stage, std::size_t count);
   void adapt_window(std::chrono::nanoseconds slept);
   void arm_watches();
   void arm(const std::shared_ptr<FdWatchState>& watch);
-  void compact_pollers();
+  void compact_active();
   void run_asio_ready();
 
   IoLoopOptions options;
   WaitProbe probe;
   asio::io_context io{1};  // one thread runs it; others only post
   asio::executor_work_guard<asio::io_context::executor_type> guard{io.get_executor()};
-  std::vector<Poller*> pollers[2];  // by PollStage; nullptr where removed during a cycle
-  bool pollers_removed{false};
+  std::vector<Poller*>& active_in(PollStage stage) {
+    return active[static_cast<std::size_t>(stage)];
+  }
+
+  std::vector<Poller*> active[2];  // by PollStage; nullptr where removed, or put to rest
+  bool active_has_gaps{false};
+  std::vector<Poller*> resting;
+  std::size_t next_resting{0};  // to be looked at
+  std::uint64_t busy_cycles{0};
   std::vector<std::shared_ptr<FdWatchState>> watches;
+  std::vector<std::shared_ptr<FdWatchState>> unarmed;  // of those; room for all
   std::atomic<bool> posted{false};
   std::atomic<bool> stopping{false};
   std::atomic<std::thread::id> owner;
@@ -154,26 +175,91 @@ struct IoLoop::State {
   IoLoopStatistics statistics;
 };
 
-// One look at everything. Pollers may be added or removed by what they do.
+// One look at everything that may have work. Pollers may be added or removed by what they do.
 bool IoLoop::State::cycle() {
-  bool progress = false;
-  for (auto& stage : pollers) {
-    for (std::size_t i = 0; i < stage.size(); ++i) {
-      if (stage[i] != nullptr) progress |= stage[i]->poll();
-    }
-  }
-  for (auto& stage : pollers) {
+  const std::size_t seen = poll_active(PollStage::kDispatch);
+  const std::size_t dispatched = seen + look_at_resting(seen + 1);
+  const bool progress = dispatched + poll_active(PollStage::kEngine) > 0;
+  if (progress) ++busy_cycles;
+  for (auto& stage : active) {
     for (std::size_t i = 0; i < stage.size(); ++i) {
       if (stage[i] != nullptr) stage[i]->settle();
     }
   }
-  if (pollers_removed) compact_pollers();
+  if (progress) rest_idle();
+  if (active_has_gaps) compact_active();
   return progress;
 }
 
-void IoLoop::State::compact_pollers() {
-  for (auto& stage : pollers) std::erase(stage, nullptr);
-  pollers_removed = false;
+std::size_t IoLoop::State::poll_active(PollStage stage) {
+  auto& pollers = active_in(stage);
+  std::size_t done = 0;
+  for (std::size_t i = 0; i < pollers.size(); ++i) {
+    if (pollers[i] == nullptr) continue;
+    const std::size_t done_here = pollers[i]->poll();
+    done += done_here;
+    if (done_here > 0 && pollers[i] != nullptr) pollers[i]->last_busy_cycle_ = busy_cycles;
+  }
+  return done;
+}
+
+std::size_t IoLoop::State::look_at_resting(std::size_t count_max) {
+  std::size_t done = 0;
+  for (std::size_t count = std::min(count_max, resting.size()); count > 0 && !resting.empty();
+       --count) {
+    const std::size_t index = next_resting < resting.size() ? next_resting : 0;
+    Poller* const poller = resting[index];
+    const std::size_t done_here = poller->poll();
+    done += done_here;
+    next_resting = index + 1;
+    // It may have left, or been woken, while it worked.
+    if (done_here > 0 && index < resting.size() && resting[index] == poller) end_rest(*poller);
+  }
+  return done;
+}
+
+void IoLoop::State::rest_idle() {
+  auto& pollers = active_in(PollStage::kDispatch);
+  for (std::size_t i = 0; i < pollers.size(); ++i) {
+    Poller* const poller = pollers[i];
+    if (poller == nullptr || busy_cycles - poller->last_busy_cycle_ < kBusyCyclesBeforeRest)
+      continue;
+    poller->last_busy_cycle_ = busy_cycles;
+    if (poller->prepare_to_sleep()) {
+      rest(*poller);
+      pollers[i] = nullptr;
+      active_has_gaps = true;
+    } else {
+      poller->wake_up();
+    }
+  }
+}
+
+// The caller takes it off the active ones.
+void IoLoop::State::rest(Poller& poller) {
+  poller.resting_index_ = resting.size();
+  resting.push_back(&poller);
+}
+
+void IoLoop::State::end_rest(Poller& poller) {
+  leave_resting(poller);
+  poller.last_busy_cycle_ = busy_cycles;
+  active_in(PollStage::kDispatch).push_back(&poller);
+  poller.wake_up();
+}
+
+void IoLoop::State::leave_resting(Poller& poller) {
+  const std::size_t index = std::exchange(poller.resting_index_, Poller::kNotResting);
+  Poller* const last = resting.back();
+  resting.pop_back();
+  if (last == &poller) return;
+  resting[index] = last;
+  last->resting_index_ = index;
+}
+
+void IoLoop::State::compact_active() {
+  for (auto& stage : active) std::erase(stage, nullptr);
+  active_has_gaps = false;
 }
 
 void IoLoop::State::run_asio_ready() {
@@ -186,18 +272,17 @@ void IoLoop::State::run_asio_ready() {
 // Waits are armed just before a sleep, after the pollers have drained their descriptors: arming a
 // descriptor that is still readable would end the next sleep at once.
 void IoLoop::State::arm_watches() {
-  for (const auto& watch : watches) {
-    if (!watch->waiting) arm(watch);
-  }
+  for (const auto& watch : unarmed) arm(watch);
+  unarmed.clear();
 }
 
 void IoLoop::State::arm(const std::shared_ptr<FdWatchState>& watch) {
-  watch->waiting = true;
   watch->descriptor.async_wait(
       asio::posix::stream_descriptor::wait_read,
       asio::bind_allocator(OperationAllocator<void>(watch->memory),
-                           [watch](const boost::system::error_code& error) {
-                             watch->waiting = false;
+                           [this, watch](const boost::system::error_code& error) {
+                             if (watch->closed) return;
+                             unarmed.push_back(watch);
                              if (!error) watch->run_callback();
                            }));
 }
@@ -230,36 +315,53 @@ void IoLoop::State::adapt_window(std::chrono::nanoseconds slept) {
 }
 
 void IoLoop::State::sleep() {
-  std::size_t prepared[2] = {0, 0};
-  bool may_sleep = true;
-  for (std::size_t stage = 0; stage < 2 && may_sleep; ++stage) {
-    for (std::size_t i = 0; i < pollers[stage].size() && may_sleep; ++i) {
-      may_sleep = pollers[stage][i] == nullptr || pollers[stage][i]->prepare_to_sleep();
-      prepared[stage] = i + 1;
+  if (!prepare_to_sleep()) return;
+  rest_all();
+  arm_watches();
+  posted.store(false, std::memory_order_relaxed);
+  ++statistics.sleeps;
+  if (options.poll_max.count() > 0) {
+    const auto begin = Clock::now();
+    io.run_one();
+    adapt_window(Clock::now() - begin);
+  } else {
+    io.run_one();
+  }
+  // A handler may have added or removed pollers: wake_up() of one that was never asleep is harmless
+  // by contract.
+  wake_up(PollStage::kEngine, active_in(PollStage::kEngine).size());
+  if (active_has_gaps) compact_active();
+}
+
+// False: one of them has work, and all are awake again.
+bool IoLoop::State::prepare_to_sleep() {
+  for (const PollStage stage : {PollStage::kDispatch, PollStage::kEngine}) {
+    const auto& pollers = active_in(stage);
+    for (std::size_t i = 0; i < pollers.size(); ++i) {
+      if (pollers[i] == nullptr || pollers[i]->prepare_to_sleep()) continue;
+      wake_up(stage, i + 1);
+      if (stage == PollStage::kEngine)
+        wake_up(PollStage::kDispatch, active_in(PollStage::kDispatch).size());
+      return false;
     }
   }
-  if (may_sleep) {
-    arm_watches();
-    posted.store(false, std::memory_order_relaxed);
-    ++statistics.sleeps;
-    if (options.poll_max.count() > 0) {
-      const auto begin = Clock::now();
-      io.run_one();
-      adapt_window(Clock::now() - begin);
-    } else {
-      io.run_one();
-    }
+  return true;
+}
+
+void IoLoop::State::rest_all() {
+  auto& pollers = active_in(PollStage::kDispatch);
+  for (Poller* const poller : pollers) {
+    if (poller != nullptr) rest(*poller);
   }
-  // A handler may have added or removed pollers: those that are there are awake now, and wake_up()
-  // of one that was never asleep is harmless by contract.
-  for (std::size_t stage = 0; stage < 2; ++stage) {
-    const std::size_t count =
-        may_sleep ? pollers[stage].size() : std::min(prepared[stage], pollers[stage].size());
-    for (std::size_t i = 0; i < count; ++i) {
-      if (pollers[stage][i] != nullptr) pollers[stage][i]->wake_up();
-    }
+  pollers.clear();
+}
+
+// The first `count` of a stage.
+void IoLoop::State::wake_up(PollStage stage, std::size_t count) {
+  const auto& pollers = active_in(stage);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (pollers[i] != nullptr) pollers[i]->wake_up();
   }
-  if (pollers_removed) compact_pollers();
 }
 
 IoLoop::IoLoop(IoLoopOptions options) : state_(std::make_unique<State>(options)) {}
@@ -313,24 +415,35 @@ bool IoLoop::is_loop_thread() const { return state_->owner.load() == std::this_t
 const IoLoopStatistics& IoLoop::statistics() const { return state_->statistics; }
 
 void IoLoop::add_poller(Poller& poller, PollStage stage) {
-  state_->pollers[static_cast<std::size_t>(stage)].push_back(&poller);
+  poller.last_busy_cycle_ = state_->busy_cycles;
+  state_->active_in(stage).push_back(&poller);
+  // Going to rest, and coming back, is no place to allocate.
+  auto& dispatch = state_->active_in(PollStage::kDispatch);
+  const std::size_t count_max = dispatch.size() + state_->resting.size();
+  dispatch.reserve(count_max);
+  state_->resting.reserve(count_max);
 }
 
-// Only marks the place: the loop may be walking the list right now.
+// Of the active ones it only marks the place: the loop may be walking the list right now.
 void IoLoop::remove_poller(Poller& poller) {
-  for (auto& stage : state_->pollers)
+  if (poller.resting_index_ != Poller::kNotResting) return state_->leave_resting(poller);
+  for (auto& stage : state_->active)
     std::replace(stage.begin(), stage.end(), &poller, static_cast<Poller*>(nullptr));
-  state_->pollers_removed = true;
+  state_->active_has_gaps = true;
 }
+
+void IoLoop::end_rest(Poller& poller) { state_->end_rest(poller); }
 
 namespace {
 
 class FdWatch final : public IoLoop::Watch {
  public:
-  FdWatch(std::shared_ptr<FdWatchState> state, std::vector<std::shared_ptr<FdWatchState>>& registry)
-      : state_(std::move(state)), registry_(registry) {}
+  using Registry = std::vector<std::shared_ptr<FdWatchState>>;
+  FdWatch(std::shared_ptr<FdWatchState> state, Registry& registry, Registry& unarmed)
+      : state_(std::move(state)), registry_(registry), unarmed_(unarmed) {}
   ~FdWatch() override {
     std::erase(registry_, state_);
+    std::erase(unarmed_, state_);
     state_->closed = true;
     state_->on_readable = nullptr;
     state_->descriptor.release();  // the descriptor is the caller's; a pending wait is aborted
@@ -338,7 +451,8 @@ class FdWatch final : public IoLoop::Watch {
 
  private:
   std::shared_ptr<FdWatchState> state_;
-  std::vector<std::shared_ptr<FdWatchState>>& registry_;
+  Registry& registry_;
+  Registry& unarmed_;
 };
 
 class TimerWatch final : public IoLoop::Watch {
@@ -371,7 +485,9 @@ std::unique_ptr<IoLoop::Watch> IoLoop::watch(int fd, std::move_only_function<voi
   state->descriptor.assign(fd, error);
   if (error) return nullptr;
   state_->watches.push_back(state);
-  return std::make_unique<FdWatch>(std::move(state), state_->watches);
+  state_->unarmed.reserve(state_->watches.size());
+  state_->unarmed.push_back(state);
+  return std::make_unique<FdWatch>(std::move(state), state_->watches, state_->unarmed);
 }
 
 std::unique_ptr<IoLoop::Watch> IoLoop::call_after(std::chrono::nanoseconds delay,

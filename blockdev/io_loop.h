@@ -5,15 +5,21 @@
 // window has passed, does it ask every poller to prepare for sleep (turn notifications on and look
 // once more) and sleep in Asio, which waits for kick eventfds, engine fds, timers and posted work.
 //
-//   state      driver notifications   system calls
+//   loop       driver notifications   system calls
 //   polling    suppressed             none of its own
 //   sleeping   on                     one wait; woken by an fd, a timer or post()
+//
+// A request must not cost more because there are other queues. So a poller that a sleep has found
+// without work, or that had none in many busy cycles, rests: it stays prepared for sleep, and is
+// left out of cycles and sleeps until wake(). While the loop is busy it looks at resting pollers in
+// turn, at as many as it has done things, so that none waits long for a look at its descriptor.
 //
 // Thread: everything runs on the thread inside run(), except post() and stop(), which any thread
 // may call.
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -28,19 +34,28 @@ class Poller {
   Poller(const Poller&) = delete;
   Poller& operator=(const Poller&) = delete;
 
-  // Does what can be done now; true if anything was done.
-  virtual bool poll() = 0;
+  // Does what can be done now; how many things that were. May come between prepare_to_sleep() and
+  // wake_up().
+  virtual std::size_t poll() = 0;
   // End of a cycle: publish what the cycle's polls have gathered (used rings, interrupts).
   virtual void settle() {}
-  // Turns notifications on, then looks again; false means there is work: do not sleep.
+  // Turns notifications on, then looks again; false means there is work: do not sleep. A notified
+  // poller of the dispatch stage says so by IoLoop::wake().
   [[nodiscard]] virtual bool prepare_to_sleep() = 0;
   // Back from sleep (or the sleep was called off): suppress notifications again. Harmless where
   // prepare_to_sleep() was not called before.
   virtual void wake_up() = 0;
+
+ private:
+  // The loop's own.
+  friend class IoLoop;
+  static constexpr std::size_t kNotResting = ~std::size_t{0};
+  std::size_t resting_index_{kNotResting};
+  std::uint64_t last_busy_cycle_{0};
 };
 
 // The order in which a cycle polls: dispatch first, so that engines submit one batch for all
-// queues.
+// queues. Only dispatch pollers rest.
 enum class PollStage : std::uint8_t { kDispatch, kEngine };
 
 struct IoLoopOptions {
@@ -80,6 +95,11 @@ class IoLoop {
   // Registers a poller until remove_poller(). Loop thread, or before run().
   void add_poller(Poller& poller, PollStage stage);
   void remove_poller(Poller& poller);
+  // Has a poller that rests polled, and settled, again: there is work for it, or something to
+  // publish. Nothing for one that does not rest. Loop thread.
+  void wake(Poller& poller) {
+    if (poller.resting_index_ != Poller::kNotResting) end_rest(poller);
+  }
 
   // Wakes the loop whenever `fd` becomes readable. Watched until the returned handle dies (loop
   // thread). The fd stays the caller's. `on_readable` runs on the loop thread before the next cycle
@@ -99,6 +119,8 @@ class IoLoop {
                                                   std::move_only_function<void()> function);
 
  private:
+  void end_rest(Poller& poller);
+
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -166,8 +166,11 @@ struct BlkQueue::State {
   void watch_kicks();
   [[nodiscard]] BlkRequestLimits limits() const;
 
+  void wake() { context.loop().wake(*poller); }
+
   BlkDevice& device;
   blockdev::IoContext& context;
+  blockdev::Poller* poller{nullptr};  // the queue itself, as the loop knows it
   std::shared_ptr<const GuestMemory> memory;
   Virtqueue ring;
   const std::uint16_t index;
@@ -239,6 +242,7 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
 }
 
 BlkQueue::BlkQueue(std::unique_ptr<State> state) : state_(std::move(state)) {
+  state_->poller = this;
   state_->context.loop().add_poller(*this, blockdev::PollStage::kDispatch);
 }
 
@@ -252,6 +256,7 @@ void BlkQueue::stop(std::move_only_function<void()> stopped) {
   state_->stopping = true;
   state_->kick_watch.reset();
   state_->stopped = std::move(stopped);
+  state_->wake();
 }
 
 void BlkQueue::set_call_fd(int fd) {
@@ -269,6 +274,8 @@ void BlkQueue::set_kick_fd(int fd) {
   make_non_blocking(fd);
   state_->kick_fd = fd;
   state_->watch_kicks();
+  // Buffers may have come that another descriptor was kicked for.
+  state_->wake();
 }
 
 void BlkQueue::State::watch_kicks() {
@@ -278,9 +285,10 @@ void BlkQueue::State::watch_kicks() {
     const auto bytes = ::read(kick_fd, &value, sizeof value);
     if (bytes > 0) {
       ++statistics.kicks;
+      wake();
     } else if (bytes == 0 || errno != EAGAIN) {
-      kick_watch.reset();  // its other end is gone; the ring is still looked at whenever the loop
-                           // is awake
+      kick_watch.reset();  // its other end is gone; the ring is still looked at now and then while
+                           // the loop is awake
     }
   });
   // A ring that is never looked at again would hang the guest without a word.
@@ -292,12 +300,12 @@ std::size_t BlkQueue::in_flight() const { return state_->in_flight; }
 std::uint16_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
 const BlkQueueStatistics& BlkQueue::statistics() const { return state_->statistics; }
 
-bool BlkQueue::poll() {
-  if (state_->stopping || state_->is_broken) return false;
+std::size_t BlkQueue::poll() {
+  if (state_->stopping || state_->is_broken) return 0;
   state_->check_memory();
   unsigned count = 0;
   while (count < kPopsPerPoll && !state_->is_broken && state_->pop_one()) ++count;
-  return count > 0;
+  return count;
 }
 
 void BlkQueue::settle() {
@@ -453,6 +461,7 @@ void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data
   if (status == kBlkSUnsupp) ++statistics.unsupported;
   slot.busy = false;
   --in_flight;
+  wake();  // to be settled
   ring.push_used(slot.head, used_length(slot.writable_bytes, data_bytes));
 }
 

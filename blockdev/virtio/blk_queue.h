@@ -72,7 +72,7 @@ class BlkQueue final : public blockdev::Poller {
   [[nodiscard]] std::uint16_t next_avail() const;
   [[nodiscard]] const BlkQueueStatistics& statistics() const;
 
-  bool poll() override;
+  std::size_t poll() override;
   void settle() override;
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;

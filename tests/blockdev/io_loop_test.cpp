@@ -56,12 +56,10 @@ class RingLikePoller final : public Poller {
       ASSERT_EQ(::write(kick_fd_, &one, sizeof one), static_cast<ssize_t>(sizeof one));
     }
   }
-  bool poll() override {
+  std::size_t poll() override {
     ++polls;
     const std::uint64_t available = available_.load();
-    const bool progress = available != taken.load();
-    taken.store(available);
-    return progress;
+    return available - taken.exchange(available);
   }
   void settle() override { ++settles; }
   bool prepare_to_sleep() override {
@@ -123,7 +121,7 @@ TEST(IoLoop, never_misses_work_published_while_it_falls_asleep) {
     RunningLoop loop(IoLoopOptions{.poll_max = poll_max});
     RingLikePoller poller;
     loop->add_poller(poller, PollStage::kDispatch);
-    auto watch = loop->watch(poller.kick_fd(), [] {});
+    auto watch = loop->watch(poller.kick_fd(), [&] { loop->wake(poller); });
     ASSERT_NE(watch, nullptr);
     loop.start();
     for (std::uint64_t i = 1; i <= 20000; ++i) {
@@ -144,7 +142,7 @@ IoLoopStatistics load_statistics(std::chrono::microseconds poll_max, int count,
   RunningLoop loop(IoLoopOptions{.poll_max = poll_max});
   RingLikePoller poller;
   loop->add_poller(poller, PollStage::kDispatch);
-  auto watch = loop->watch(poller.kick_fd(), [] {});
+  auto watch = loop->watch(poller.kick_fd(), [&] { loop->wake(poller); });
   loop.start();
   for (int i = 0; i < count; ++i) {
     std::this_thread::sleep_for(gap);
@@ -184,7 +182,7 @@ TEST(IoLoop, uses_no_processor_time_when_idle) {
   RunningLoop loop(IoLoopOptions{.poll_max = 100us});
   RingLikePoller poller;
   loop->add_poller(poller, PollStage::kDispatch);
-  auto watch = loop->watch(poller.kick_fd(), [] {});
+  auto watch = loop->watch(poller.kick_fd(), [&] { loop->wake(poller); });
   loop.start();
   poller.publish();
   wait_until([&] { return poller.taken.load() == 1; });
@@ -202,9 +200,9 @@ TEST(IoLoop, settles_after_all_polls_of_a_cycle_and_polls_dispatch_before_engine
   struct Recorder final : Poller {
     Recorder(std::vector<int>& log, int poll_mark, int settle_mark)
         : log_(log), poll_mark_(poll_mark), settle_mark_(settle_mark) {}
-    bool poll() override {
+    std::size_t poll() override {
       if (!done_) log_.push_back(poll_mark_);
-      return !std::exchange(done_, true);
+      return std::exchange(done_, true) ? 0 : 1;
     }
     void settle() override {
       if (!std::exchange(settled_, true)) log_.push_back(settle_mark_);
@@ -235,10 +233,10 @@ TEST(IoLoop, settles_after_all_polls_of_a_cycle_and_polls_dispatch_before_engine
 TEST(IoLoop, a_poller_may_remove_itself_while_it_is_polled) {
   struct OneShot final : Poller {
     explicit OneShot(IoLoop& loop) : loop_(loop) {}
-    bool poll() override {
+    std::size_t poll() override {
       ++count;
       loop_.remove_poller(*this);
-      return true;
+      return 1;
     }
     bool prepare_to_sleep() override { return true; }
     void wake_up() override {}
