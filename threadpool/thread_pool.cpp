@@ -69,6 +69,7 @@ struct ThreadPool::State {
   void guard_until_stopped();
   void count_running_as_away();
   std::size_t start_workers(std::size_t count);
+  void start_guard();
   template <typename Body>
   bool start_thread(Body body);
 
@@ -86,7 +87,7 @@ struct ThreadPool::State {
 
   std::mutex mutex;  // of what follows: nothing of it is touched for a work in the steady state
   WorkList overflow;
-  std::vector<std::thread> threads;  // the workers, and the guard once it is needed
+  std::vector<std::thread> threads;  // the workers and the guard
   bool has_guard{false};
 
   std::atomic<std::uint64_t> batches{0};
@@ -219,10 +220,15 @@ void ThreadPool::State::call_guard() {
   wakeups.fetch_add(1, std::memory_order_relaxed);
   if (wake_guard.wake(1) > 0) return;
   const std::lock_guard lock(mutex);
-  if (has_guard || stopping.load(std::memory_order_relaxed)) return;
-  has_guard = start_thread([this] { guard_until_stopped(); });
+  if (stopping.load(std::memory_order_relaxed)) return;
+  start_guard();
   // Out of threads: works depend on the workers that there are.
   if (!has_guard) guarded.store(false, std::memory_order_seq_cst);
+}
+
+// With the mutex held. No-op if there is one.
+void ThreadPool::State::start_guard() {
+  if (!has_guard) has_guard = start_thread([this] { guard_until_stopped(); });
 }
 
 void ThreadPool::State::guard_until_stopped() {
@@ -275,6 +281,9 @@ std::size_t ThreadPool::State::start_workers(std::size_t count) {
     worker_count.fetch_sub(1, std::memory_order_relaxed);
     break;  // out of threads: those that exist do the work
   }
+  // One worker alone needs no guard. With the first of several, so that none starts later, in the
+  // steady state.
+  if (started > 0 && options.max_threads > 1) start_guard();
   return started;
 }
 
