@@ -56,6 +56,14 @@ Piece next_piece(const AlignmentRules& rules, std::uint64_t offset_bytes, std::u
   return {PieceRoute::kEdge, end_bytes - offset_bytes};
 }
 
+BlockRange enclosing_blocks(const AlignmentRules& rules, std::uint64_t offset_bytes,
+                            std::uint64_t end_bytes, std::uint64_t length_bytes_max) {
+  assert(offset_bytes < end_bytes && offset_bytes < rules.direct_end);
+  const std::uint64_t begin = round_down(offset_bytes, rules.offset_bytes);
+  const std::uint64_t end = round_up(std::min(end_bytes, rules.direct_end), rules.offset_bytes);
+  return {begin, std::min(end - begin, length_bytes_max)};
+}
+
 std::span<iovec> take_iov(BlockRequest& request, std::uint64_t length_bytes) {
   PieceProgress& pieces = request.pieces;
   const std::uint32_t first = pieces.iov_first;

@@ -8,10 +8,12 @@
 //        edge          direct, bounced if the           edge
 //                      guest's memory is not aligned
 //
-// Edges go through the page cache, by a second descriptor of the file without O_DIRECT: the kernel
-// writes exactly these bytes and serialises them with their neighbours, so there is no
-// read-modify-write here, no lock between queues, and a file never grows to a whole block. Why:
-// docs/decisions/0001-edges-through-the-page-cache.md.
+// Edges of writes go through the page cache, by a second descriptor of the file without O_DIRECT:
+// the kernel writes exactly these bytes and serialises them with their neighbours, so there is no
+// read-modify-write here, no lock between queues, and a file never grows to a whole block. Edges of
+// reads are read directly, as whole blocks into a bounce buffer, so that reads bring nothing into
+// the page cache that could go stale there. Only what lies beyond the last whole block of the file
+// is read through the page cache. Why: docs/decisions/0001-edges-through-the-page-cache.md.
 //
 // One page of the file is either written by edges or directly, never by both. A page that an edge
 // has made dirty while a direct write to its other half is in flight would later be written back
@@ -59,6 +61,17 @@ struct Piece {
 // The first piece of [offset_bytes, end_bytes), which is not empty.
 [[nodiscard]] Piece next_piece(const AlignmentRules& rules, std::uint64_t offset_bytes,
                                std::uint64_t end_bytes);
+
+// Whole blocks of a file.
+struct BlockRange {
+  std::uint64_t offset_bytes;
+  std::uint64_t length_bytes;
+};
+
+// The blocks around [offset_bytes, end_bytes), which begins before direct_end: up to direct_end,
+// and up to `length_bytes_max` of them, which is a multiple of a block.
+[[nodiscard]] BlockRange enclosing_blocks(const AlignmentRules& rules, std::uint64_t offset_bytes,
+                                          std::uint64_t end_bytes, std::uint64_t length_bytes_max);
 
 // Walks a request's iovec array piece by piece. The array is used up on the way.
 //

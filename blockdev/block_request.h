@@ -24,7 +24,8 @@ struct PieceProgress {
   std::uint32_t iov_first{0};    // first iovec that is not used up
   iovec iov_rest{};              // what the piece leaves of its last iovec
   bool has_iov_rest{false};
-  std::byte* bounce{nullptr};  // the piece goes through this buffer
+  std::byte* bounce{nullptr};          // the piece goes through this buffer
+  std::uint64_t bounce_skip_bytes{0};  // what the buffer holds before the piece
   iovec bounce_iov{};
 };
 

@@ -225,25 +225,24 @@ bool RawNode::step_data(BlockRequest& request, std::uint64_t offset_bytes,
   }
   const Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
                                       : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
-  request.io.offset_bytes = offset_bytes;
   request.io.write_through = request.write_through;
   const std::span<const iovec> rest(request.iov + pieces.iov_first,
                                     request.iov_count - pieces.iov_first);
-  if (piece.route == PieceRoute::kDirect && !fits_memory(rules_, rest)) {
-    pieces.piece_bytes = std::min<std::uint64_t>(piece.length_bytes, BouncePool::kBufferBytes);
-    BouncePool& pool = request.context->bounce_pool();
-    if (std::byte* const buffer = pool.try_acquire(); buffer != nullptr) {
-      start_bounce(request, buffer);
-      return true;
-    }
-    request.bounce_waiter.parent = &request;
-    request.bounce_waiter.ready = [](BouncePool::Waiter& waiter, std::byte* buffer) {
-      BlockRequest& waiting = *static_cast<BlockRequest::BounceWaiter&>(waiter).parent;
-      node_of(waiting).start_bounce(waiting, buffer);
-    };
-    pool.wait(request.bounce_waiter);
+  const bool memory_is_unaligned = piece.route == PieceRoute::kDirect && !fits_memory(rules_, rest);
+  const bool is_direct_read = request.operation == BlockOperation::kRead && file_->direct() &&
+                              offset_bytes < rules_.direct_end;
+  if (is_direct_read && (piece.route == PieceRoute::kEdge || memory_is_unaligned)) {
+    bounce(request, offset_bytes, end_bytes,
+           enclosing_blocks(rules_, offset_bytes, end_bytes, BouncePool::kBufferBytes));
     return true;
   }
+  if (memory_is_unaligned) {
+    const std::uint64_t length =
+        std::min<std::uint64_t>(piece.length_bytes, BouncePool::kBufferBytes);
+    bounce(request, offset_bytes, offset_bytes + length, {offset_bytes, length});
+    return true;
+  }
+  request.io.offset_bytes = offset_bytes;
   pieces.piece_bytes = piece.length_bytes;
   const auto taken = take_iov(request, piece.length_bytes);
   request.io.length_bytes = piece.length_bytes;
@@ -258,6 +257,27 @@ bool RawNode::step_data(BlockRequest& request, std::uint64_t offset_bytes,
   return true;
 }
 
+// Transfers `blocks` by way of a bounce buffer, once there is one. Of them [offset_bytes,
+// end_bytes) is wanted, as far as they reach.
+void RawNode::bounce(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes,
+                     BlockRange blocks) {
+  PieceProgress& pieces = request.pieces;
+  pieces.bounce_skip_bytes = offset_bytes - blocks.offset_bytes;
+  pieces.piece_bytes =
+      std::min(end_bytes, blocks.offset_bytes + blocks.length_bytes) - offset_bytes;
+  request.io.offset_bytes = blocks.offset_bytes;
+  request.io.length_bytes = blocks.length_bytes;
+  BouncePool& pool = request.context->bounce_pool();
+  if (std::byte* const buffer = pool.try_acquire(); buffer != nullptr)
+    return start_bounce(request, buffer);
+  request.bounce_waiter.parent = &request;
+  request.bounce_waiter.ready = [](BouncePool::Waiter& waiter, std::byte* buffer) {
+    BlockRequest& waiting = *static_cast<BlockRequest::BounceWaiter&>(waiter).parent;
+    node_of(waiting).start_bounce(waiting, buffer);
+  };
+  pool.wait(request.bounce_waiter);
+}
+
 void RawNode::start_bounce(BlockRequest& request, std::byte* buffer) {
   PieceProgress& pieces = request.pieces;
   pieces.bounce = buffer;
@@ -266,21 +286,20 @@ void RawNode::start_bounce(BlockRequest& request, std::byte* buffer) {
     gather(source, buffer);
     finish_iov(request, source);
   }
-  pieces.bounce_iov = {buffer, pieces.piece_bytes};
-  request.io.length_bytes = pieces.piece_bytes;
+  pieces.bounce_iov = {buffer, request.io.length_bytes};
   request.io.iov = &pieces.bounce_iov;
   request.io.iov_count = 1;
   queue_io(request, request.operation, file_->fd(), [](aio::IoRequest& io, int error) {
     BlockRequest& transfer = parent_of(io);
-    std::byte* const bounce = std::exchange(transfer.pieces.bounce, nullptr);
+    std::byte* const bounced = std::exchange(transfer.pieces.bounce, nullptr);
     if (transfer.operation == BlockOperation::kRead && error == 0) {
       const auto target = take_iov(transfer, transfer.pieces.piece_bytes);
-      scatter(bounce, target);
+      scatter(bounced + transfer.pieces.bounce_skip_bytes, target);
       finish_iov(transfer, target);
     }
     BouncePool& pool = transfer.context->bounce_pool();
     node_of(transfer).piece_done(transfer, error);
-    pool.release(bounce);
+    pool.release(bounced);
   });
 }
 

@@ -3,7 +3,8 @@
 // The fast path (an aligned request on O_DIRECT, any request in the buffered modes) is one engine
 // request with the caller's own iovecs. Everything else goes piece by piece, slower and right:
 //
-//   unaligned, under O_DIRECT         edges buffered, body direct, bounced if memory is unaligned
+//   unaligned write, under O_DIRECT   edges buffered, body direct, bounced if memory is unaligned
+//   unaligned read, under O_DIRECT    direct, of the whole blocks around it, bounced
 //   read beyond the end of the file   zeroes: the guest sees the size rounded up to whole sectors
 //   write zeroes                      by the kernel as far as it can, otherwise writes of zeroes
 //   write zeroes, write-through       then a flush
@@ -51,6 +52,8 @@ class RawNode final : public BlockNode {
   void step_zeroes(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
   void zero_by_kernel(BlockRequest& request, std::uint64_t length_bytes);
   void zero_by_writing(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes);
+  void bounce(BlockRequest& request, std::uint64_t offset_bytes, std::uint64_t end_bytes,
+              BlockRange blocks);
   void start_bounce(BlockRequest& request, std::byte* buffer);
   void piece_done(BlockRequest& request, int error);
   void finish_pieces(BlockRequest& request, int error);

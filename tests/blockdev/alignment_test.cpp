@@ -53,6 +53,19 @@ TEST(Alignment, cuts_head_body_and_tail) {
   EXPECT_EQ(piece(40960, 49152), std::pair(kEdge, std::uint64_t{8192})) << "from direct_end";
 }
 
+TEST(Alignment, blocks_enclose_a_range_up_to_the_last_whole_one) {
+  const auto blocks = [](std::uint64_t offset, std::uint64_t end) {
+    const BlockRange range = enclosing_blocks(kBlocks, offset, end, 16384);
+    return std::pair(range.offset_bytes, range.length_bytes);
+  };
+  using Range = std::pair<std::uint64_t, std::uint64_t>;
+  EXPECT_EQ(blocks(0, 4096), Range(0, 4096));
+  EXPECT_EQ(blocks(1, 3), Range(0, 4096));
+  EXPECT_EQ(blocks(4095, 4097), Range(0, 8192));
+  EXPECT_EQ(blocks(4096, 40000), Range(4096, 16384)) << "no more than asked for";
+  EXPECT_EQ(blocks(40000, 50000), Range(36864, 4096)) << "nothing from direct_end on";
+}
+
 // The pieces of any request are not empty, follow one another without a gap, end where the request
 // ends, and the direct ones fit the file.
 TEST(Alignment, pieces_cover_any_request_exactly) {
