@@ -26,8 +26,9 @@ NO_ENGINES = {"blockdev/virtio", "blockdev/vhost_user", "blockdev/driver"}
 DRIVER_MAY_SEE = re.compile(
     r"^(blockdev/driver/|blockdev/vhost_user/(protocol|socket)\.h|blockdev/virtio/(blk_wire|split_ring|\w*endian)\.h"
     r"|aio/(error|event_fd)\.h|blockdev/(log|byte_size)\.h)")
-# Libraries that one file alone may include.
-SINGLE = {"libaio.h": "aio/native_engine.cpp", "liburing.h": "aio/io_uring_engine.cpp"}
+# Libraries that few files may include.
+CONFINED = {"libaio.h": {"aio/native_engine.cpp"},
+            "liburing.h": {"aio/io_uring_engine.cpp", "aio/io_uring_tables.cpp"}}
 THREADPOOL_SYSTEM = re.compile(r"^([a-z_]+|linux/futex\.h|sys/\w+\.h|unistd\.h|pthread\.h)$")
 
 
@@ -39,8 +40,8 @@ def violations(path, text):
     """What is wrong with the includes of one file; `path` is relative to the root."""
     folder, found = folder_of(path), []
     for kind, name in re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', text, re.MULTILINE):
-        if name in SINGLE and path != SINGLE[name]:
-            found.append(f"{name} is for {SINGLE[name]} alone")
+        if name in CONFINED and path not in CONFINED[name]:
+            found.append(f"{name} is for {' and '.join(sorted(CONFINED[name]))} alone")
         if kind == "<":
             if folder == "threadpool" and not THREADPOOL_SYSTEM.match(name):
                 found.append(f"<{name}>: threadpool/ is on the standard library only")
