@@ -143,22 +143,13 @@ Expected<std::shared_ptr<const GuestMemory>> GuestMemory::create(
   return memory;
 }
 
-// Most guests have one to three regions, and nearly all buffers lie in the largest; a binary search
-// keeps five hundred bearable.
+// Most guests have one to three regions; a binary search keeps five hundred bearable.
 const MemoryRegion* GuestMemory::find(std::uint64_t guest_address) const {
   const auto above = std::ranges::upper_bound(
       regions_, guest_address, {}, [](const auto& region) { return region->guest_address(); });
   if (above == regions_.begin()) return nullptr;
   const MemoryRegion& region = **std::prev(above);
   return guest_address - region.guest_address() < region.size_bytes() ? &region : nullptr;
-}
-
-std::byte* GuestMemory::translate(std::uint64_t guest_address, std::uint64_t length_bytes) const {
-  const MemoryRegion* const region = find(guest_address);
-  if (region == nullptr) return nullptr;
-  const std::uint64_t offset_bytes = guest_address - region->guest_address();
-  if (length_bytes > region->size_bytes() - offset_bytes) return nullptr;
-  return region->host() + offset_bytes;
 }
 
 std::byte* GuestMemory::translate_user(std::uint64_t user_address,
@@ -170,25 +161,33 @@ std::byte* GuestMemory::translate_user(std::uint64_t user_address,
   return nullptr;
 }
 
-std::size_t GuestMemory::translate(std::uint64_t guest_address, std::uint64_t length_bytes,
-                                   std::span<iovec> room) const {
+bool GuestMemory::faulted() const {
+  return std::ranges::any_of(regions_, [](const auto& region) { return region->faulted(); });
+}
+
+bool AddressTranslator::look_up(std::uint64_t guest_address) {
+  const MemoryRegion* const region = memory_.find(guest_address);
+  if (region == nullptr) return false;
+  begin_ = region->guest_address();
+  size_bytes_ = region->size_bytes();
+  host_ = region->host();
+  return true;
+}
+
+std::size_t AddressTranslator::split(std::uint64_t guest_address, std::uint64_t length_bytes,
+                                     std::span<iovec> room) {
   std::size_t count = 0;
   while (length_bytes > 0) {
-    const MemoryRegion* const region = find(guest_address);
-    if (region == nullptr || count == room.size()) return 0;
-    const std::uint64_t offset_bytes = guest_address - region->guest_address();
-    const std::uint64_t bytes = std::min(length_bytes, region->size_bytes() - offset_bytes);
-    room[count++] = {.iov_base = region->host() + offset_bytes, .iov_len = bytes};
+    if (count == room.size() || !look_up(guest_address)) return 0;
+    const std::uint64_t offset_bytes = guest_address - begin_;
+    const std::uint64_t bytes = std::min(length_bytes, size_bytes_ - offset_bytes);
+    room[count++] = {.iov_base = host_ + offset_bytes, .iov_len = bytes};
     length_bytes -= bytes;
     // Only an end at 2^64 wraps to 0, and what would go on there has no end left to lie in.
     guest_address += bytes;
     if (guest_address == 0 && length_bytes > 0) return 0;
   }
   return count;
-}
-
-bool GuestMemory::faulted() const {
-  return std::ranges::any_of(regions_, [](const auto& region) { return region->faulted(); });
 }
 
 }  // namespace vblk::virtio

@@ -66,15 +66,12 @@ class GuestMemory {
   static Expected<std::shared_ptr<const GuestMemory>> create(
       std::vector<std::shared_ptr<const MemoryRegion>> regions);
 
-  // Host pointer for [guest_address, +length_bytes), or nullptr unless it lies in one region whole.
-  [[nodiscard]] std::byte* translate(std::uint64_t guest_address, std::uint64_t length_bytes) const;
-  // The same for a frontend virtual address (vhost-user gives ring addresses so).
+  // The region that `guest_address` lies in, or nullptr.
+  [[nodiscard]] const MemoryRegion* find(std::uint64_t guest_address) const;
+  // Host pointer for a range of frontend virtual addresses (vhost-user gives ring addresses so), or
+  // nullptr unless it lies in one region whole.
   [[nodiscard]] std::byte* translate_user(std::uint64_t user_address,
                                           std::uint64_t length_bytes) const;
-  // Splits a guest range that may cross adjacent regions into at most `room.size()` iovecs. Returns
-  // how many, or 0 if any byte lies outside or room runs out. `length_bytes` is not 0.
-  std::size_t translate(std::uint64_t guest_address, std::uint64_t length_bytes,
-                        std::span<iovec> room) const;
 
   // Whether any region has faulted. Any thread.
   [[nodiscard]] bool faulted() const;
@@ -85,9 +82,48 @@ class GuestMemory {
 
  private:
   GuestMemory() = default;
-  [[nodiscard]] const MemoryRegion* find(std::uint64_t guest_address) const;
 
   std::vector<std::shared_ptr<const MemoryRegion>> regions_;  // sorted by guest address
+};
+
+// Guest addresses to host pointers, for one thread. Remembers the region of the last one, in which
+// nearly every next one lies. `memory` must outlive it.
+class AddressTranslator {
+ public:
+  explicit AddressTranslator(const GuestMemory& memory) : memory_(memory) {}
+
+  // Host pointer for [guest_address, +length_bytes), or nullptr unless it lies in one region whole.
+  [[nodiscard]] std::byte* translate(std::uint64_t guest_address, std::uint64_t length_bytes) {
+    if (is_in_last_region(guest_address, length_bytes)) return host_ + (guest_address - begin_);
+    return look_up(guest_address) && is_in_last_region(guest_address, length_bytes)
+               ? host_ + (guest_address - begin_)
+               : nullptr;
+  }
+  // Splits a guest range that may cross adjacent regions into at most `room.size()` iovecs. Returns
+  // how many, or 0 if any byte lies outside or room runs out. `length_bytes` is not 0.
+  [[nodiscard]] std::size_t translate(std::uint64_t guest_address, std::uint64_t length_bytes,
+                                      std::span<iovec> room) {
+    if (!is_in_last_region(guest_address, length_bytes) || room.empty())
+      return split(guest_address, length_bytes, room);
+    room[0] = {.iov_base = host_ + (guest_address - begin_), .iov_len = length_bytes};
+    return 1;
+  }
+
+ private:
+  [[nodiscard]] bool is_in_last_region(std::uint64_t guest_address,
+                                       std::uint64_t length_bytes) const {
+    // Below the region this wraps to more than its size.
+    const std::uint64_t offset_bytes = guest_address - begin_;
+    return offset_bytes < size_bytes_ && length_bytes <= size_bytes_ - offset_bytes;
+  }
+  // Makes the region of `guest_address` the last one; false if there is none.
+  bool look_up(std::uint64_t guest_address);
+  std::size_t split(std::uint64_t guest_address, std::uint64_t length_bytes, std::span<iovec> room);
+
+  const GuestMemory& memory_;
+  std::uint64_t begin_{0};  // of the last region, in guest addresses
+  std::uint64_t size_bytes_{0};
+  std::byte* host_{nullptr};
 };
 
 }  // namespace vblk::virtio

@@ -36,7 +36,7 @@ struct Virtqueue::Walk {
 
 Virtqueue::Virtqueue(const Layout& layout, const GuestMemory& memory)
     : layout_(layout),
-      memory_(memory),
+      translator_(memory),
       next_avail_(layout.next_avail),
       avail_index_(layout.next_avail),
       used_index_(load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset)),
@@ -120,7 +120,7 @@ bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
     return broken(
         "an indirect table whose length is no multiple of 16, zero, or beyond 1024 entries");
   const std::byte* const table =
-      memory_.translate(descriptor.guest_address, descriptor.length_bytes);
+      translator_.translate(descriptor.guest_address, descriptor.length_bytes);
   if (table == nullptr) return broken("an indirect table outside guest memory");
   std::size_t index = 0;
   for (std::size_t steps = 0;; ++steps) {
@@ -136,23 +136,27 @@ bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
   }
 }
 
+// Where the status byte would lie if the chain ended with this descriptor; nullptr outside memory.
+std::byte* Virtqueue::last_byte(const Descriptor& descriptor) {
+  std::uint64_t address = 0;
+  const bool wraps =
+      __builtin_add_overflow(descriptor.guest_address, descriptor.length_bytes - 1U, &address);
+  return wraps ? nullptr : translator_.translate(address, 1);
+}
+
 // Translates one descriptor into the room. What cannot be translated marks the chain, and the walk
 // goes on to find the status byte.
-void Virtqueue::add(const Descriptor& descriptor, Walk& state) const {
+void Virtqueue::add(const Descriptor& descriptor, Walk& state) {
   const bool writable = (descriptor.flags & kDescFWrite) != 0;
   if (descriptor.length_bytes == 0) return;
-  std::uint64_t last_address = 0;
-  const bool wraps =
-      __builtin_add_overflow(descriptor.guest_address, descriptor.length_bytes - 1U, &last_address);
-  std::byte* const last_byte = wraps ? nullptr : memory_.translate(last_address, 1);
-  if (writable) state.last_writable_byte = last_byte;
+  const std::size_t count = translator_.translate(descriptor.guest_address, descriptor.length_bytes,
+                                                  state.room.subspan(state.used_count));
+  if (writable) state.last_writable_byte = last_byte(descriptor);
   // "The driver MUST place any device-writable descriptor elements after any device-readable ones."
   if (!writable && state.used_count > state.readable_count) {
     state.problem = "a device-readable descriptor follows a device-writable one";
     return;
   }
-  const std::size_t count = memory_.translate(descriptor.guest_address, descriptor.length_bytes,
-                                              state.room.subspan(state.used_count));
   if (count == 0) {
     state.problem = "a descriptor points outside guest memory, or the chain has too many pieces";
     return;

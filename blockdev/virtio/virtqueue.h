@@ -84,11 +84,12 @@ class Virtqueue {
   bool broken(const char* reason);
   bool walk(Walk& walk);
   bool walk_indirect(const Descriptor& descriptor, Walk& walk);
-  void add(const Descriptor& descriptor, Walk& walk) const;
+  void add(const Descriptor& descriptor, Walk& walk);
+  [[nodiscard]] std::byte* last_byte(const Descriptor& descriptor);
   [[nodiscard]] std::uint16_t load_avail_index() const;
 
   const Layout layout_;
-  const GuestMemory& memory_;
+  AddressTranslator translator_;
   std::uint16_t next_avail_;
   std::uint16_t avail_index_;  // the driver's index as last read
   std::uint16_t used_index_;

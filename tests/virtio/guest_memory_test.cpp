@@ -76,48 +76,51 @@ std::shared_ptr<const MemoryRegion> wrapped(std::byte* host, std::uint64_t guest
   return MemoryRegion::wrap(host, guest, size, guest + 0x1000'0000);
 }
 
-TEST(GuestMemory, translates_only_what_lies_in_one_region) {
+TEST(AddressTranslator, translates_only_what_lies_in_one_region) {
   std::vector<std::byte> storage(3000);
   const auto memory = GuestMemory::create({wrapped(storage.data() + 1000, 5000, 1000),
                                            wrapped(storage.data(), 1000, 1000)})
                           .value();
-  EXPECT_EQ(memory->translate(1000, 1000), storage.data());
-  EXPECT_EQ(memory->translate(1999, 1), storage.data() + 999);
-  EXPECT_EQ(memory->translate(5500, 500), storage.data() + 1500);
-  EXPECT_EQ(memory->translate(999, 1), nullptr);
-  EXPECT_EQ(memory->translate(2000, 1), nullptr);
-  EXPECT_EQ(memory->translate(1000, 1001), nullptr);
-  EXPECT_EQ(memory->translate(5500, kMax), nullptr);
-  EXPECT_EQ(memory->translate(kMax, 1), nullptr);
+  AddressTranslator translator(*memory);
+  EXPECT_EQ(translator.translate(1000, 1000), storage.data());
+  EXPECT_EQ(translator.translate(1999, 1), storage.data() + 999);
+  EXPECT_EQ(translator.translate(5500, 500), storage.data() + 1500);
+  EXPECT_EQ(translator.translate(999, 1), nullptr);
+  EXPECT_EQ(translator.translate(2000, 1), nullptr);
+  EXPECT_EQ(translator.translate(1000, 1001), nullptr);
+  EXPECT_EQ(translator.translate(5500, kMax), nullptr);
+  EXPECT_EQ(translator.translate(kMax, 1), nullptr);
   EXPECT_EQ(memory->translate_user(0x1000'0000 + 5500, 500), storage.data() + 1500);
   EXPECT_EQ(memory->translate_user(0x1000'0000 + 5500, 501), nullptr);
   EXPECT_EQ(memory->translate_user(5500, 1), nullptr);
   EXPECT_EQ(memory->translate_user(kMax, kMax), nullptr);
 }
 
-TEST(GuestMemory, splits_a_range_where_regions_meet) {
+TEST(AddressTranslator, splits_a_range_where_regions_meet) {
   std::vector<std::byte> storage(3000);
   const auto memory = GuestMemory::create({wrapped(storage.data() + 2000, 2000, 1000),
                                            wrapped(storage.data(), 1000, 1000)})
                           .value();
+  AddressTranslator translator(*memory);
   std::array<iovec, 3> room{};
-  ASSERT_EQ(memory->translate(1900, 200, room), 2U);
+  ASSERT_EQ(translator.translate(1900, 200, room), 2U);
   EXPECT_EQ(room[0].iov_base, storage.data() + 900);
   EXPECT_EQ(room[0].iov_len, 100U);
   EXPECT_EQ(room[1].iov_base, storage.data() + 2000);
   EXPECT_EQ(room[1].iov_len, 100U);
-  EXPECT_EQ(memory->translate(1900, 200, std::span(room).first(1)), 0U) << "no room";
-  EXPECT_EQ(memory->translate(1900, 1101, room), 0U) << "beyond the end";
-  EXPECT_EQ(memory->translate(1000, 1, std::span(room).first(0)), 0U);
+  EXPECT_EQ(translator.translate(1900, 200, std::span(room).first(1)), 0U) << "no room";
+  EXPECT_EQ(translator.translate(1900, 1101, room), 0U) << "beyond the end";
+  EXPECT_EQ(translator.translate(1000, 1, std::span(room).first(0)), 0U);
 }
 
-TEST(GuestMemory, takes_a_region_at_the_very_end_of_the_address_space) {
+TEST(AddressTranslator, takes_a_region_at_the_very_end_of_the_address_space) {
   std::vector<std::byte> storage(4096);
   const auto memory = GuestMemory::create({wrapped(storage.data(), kMax - 4095, 4096)}).value();
-  EXPECT_EQ(memory->translate(kMax, 1), storage.data() + 4095);
+  AddressTranslator translator(*memory);
+  EXPECT_EQ(translator.translate(kMax, 1), storage.data() + 4095);
   std::array<iovec, 2> room{};
-  EXPECT_EQ(memory->translate(kMax, 1, room), 1U);
-  EXPECT_EQ(memory->translate(kMax, 2, room), 0U);
+  EXPECT_EQ(translator.translate(kMax, 1, room), 1U);
+  EXPECT_EQ(translator.translate(kMax, 2, room), 0U);
 }
 
 TEST(GuestMemory, refuses_overlaps_and_too_many_regions) {

@@ -149,7 +149,7 @@ class TestMemory {
   [[nodiscard]] std::shared_ptr<const GuestMemory> shared() const { return memory_; }
   // A pointer to one byte; the next may lie in the other region.
   [[nodiscard]] std::byte* at(std::uint64_t guest_address) const {
-    return memory_->translate(guest_address, 1);
+    return AddressTranslator(*memory_).translate(guest_address, 1);
   }
   void write(std::uint64_t guest_address, std::span<const std::byte> bytes) const {
     for (std::size_t i = 0; i < bytes.size(); ++i) *at(guest_address + i) = bytes[i];
