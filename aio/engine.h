@@ -80,11 +80,27 @@ class Engine {
 
   // Requests queued and not completed yet.
   [[nodiscard]] std::size_t in_flight() const { return in_flight_; }
+  // Whether the caller may look for completions without sleeping. False: the kernel carries out
+  // something in a thread of this processor, and looking would hold that up.
+  [[nodiscard]] virtual bool is_worth_looking() const { return true; }
   [[nodiscard]] const EngineStatistics& statistics() const { return statistics_; }
   // One line per thing the user should know: a missing kernel feature, a limit that was lowered.
   [[nodiscard]] const std::vector<std::string>& notes() const { return notes_; }
 
  protected:
+  // The first and the last thing that every engine does with a request.
+  void accept(IoRequest& request) {
+    request.engine = this;
+    ++in_flight_;
+    ++statistics_.requests;
+  }
+  // The request may be gone afterwards.
+  void finish(IoRequest& request, int error) {
+    --in_flight_;
+    ++statistics_.completed;
+    request.complete(request, error);
+  }
+
   std::size_t in_flight_{0};
   EngineStatistics statistics_;
   std::vector<std::string> notes_;

@@ -256,6 +256,11 @@ std::size_t EngineSet::in_flight() const {
   return count;
 }
 
+bool EngineSet::is_worth_looking() const {
+  return std::ranges::all_of(engines_,
+                             [](const auto& engine) { return engine->is_worth_looking(); });
+}
+
 void EngineSet::drain() {
   while (in_flight() > 0) {
     submit();

@@ -76,6 +76,7 @@ class EngineSet {
   [[nodiscard]] bool prepare_to_sleep();
   void wake_up();
   [[nodiscard]] std::size_t in_flight() const;
+  [[nodiscard]] bool is_worth_looking() const;
   // Blocks until nothing is in flight, running completions on this thread.
   void drain();
 

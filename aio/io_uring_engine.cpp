@@ -270,11 +270,9 @@ bool IoUringEngine::supports(IoKind kind) const {
 
 void IoUringEngine::queue(IoRequest& request) {
   assert(supports(request.kind));
-  request.engine = this;
+  accept(request);
   request.transfer.begin(request);
   state_->waiting.push_back(request);
-  ++in_flight_;
-  ++statistics_.requests;
 }
 
 // Moves at most one batch of waiting requests into the submission ring.
@@ -328,10 +326,8 @@ std::size_t IoUringEngine::reap() {
     } else {
       error = request.transfer.error();
     }
-    --in_flight_;
-    ++statistics_.completed;
     ++count;
-    request.complete(request, error);
+    finish(request, error);
   }
   if (seen > 0) ++statistics_.reap_calls;
   return count;

@@ -79,6 +79,12 @@ bool probe_fdsync(io_context_t context) {
   return taken;
 }
 
+// Linux carries these out in a work queue of the processor that submitted them.
+bool needs_kernel_worker(const IoRequest& request) {
+  return request.kind == IoKind::kFlush ||
+         (request.kind == IoKind::kWrite && request.write_through);
+}
+
 }  // namespace
 
 struct NativeEngine::State {
@@ -93,6 +99,7 @@ struct NativeEngine::State {
   std::vector<iocb*> batch;       // room for one io_submit
   threadpool::WorkList failed;    // refused by io_submit; completed by reap(), never from submit()
   unsigned kernel_in_flight{0};
+  unsigned on_kernel_workers{0};  // of those in flight, queued ones included
 
   [[nodiscard]] AioRing* ring() const { return reinterpret_cast<AioRing*>(context); }
   [[nodiscard]] bool has_completions() const;
@@ -201,11 +208,10 @@ bool NativeEngine::supports(IoKind kind) const {
 
 void NativeEngine::queue(IoRequest& request) {
   assert(supports(request.kind));
-  request.engine = this;
+  if (needs_kernel_worker(request)) ++state_->on_kernel_workers;
+  accept(request);
   request.transfer.begin(request);
   state_->waiting.push_back(request);
-  ++in_flight_;
-  ++statistics_.requests;
 }
 
 void NativeEngine::submit() {
@@ -268,15 +274,20 @@ void NativeEngine::submit_batch() {
   state.waiting = taken_off;
 }
 
+void NativeEngine::end(IoRequest& request, int error) {
+  if (needs_kernel_worker(request)) --state_->on_kernel_workers;
+  finish(request, error);
+}
+
+bool NativeEngine::is_worth_looking() const { return state_->on_kernel_workers == 0; }
+
 std::size_t NativeEngine::reap() {
   State& state = *state_;
   std::size_t count = 0;
   while (threadpool::Work* const work = state.failed.pop_front()) {
     auto& request = static_cast<IoRequest&>(*work);
-    --in_flight_;
-    ++statistics_.completed;
     ++count;
-    request.complete(request, static_cast<int>(request.result));
+    end(request, static_cast<int>(request.result));
   }
   const std::size_t kernel_completions = state.take_completions([&](iocb* control, long result) {
     auto& request = *static_cast<IoRequest*>(control->data);
@@ -287,10 +298,8 @@ std::size_t NativeEngine::reap() {
       state.waiting.push_back(request);
       return;
     }
-    --in_flight_;
-    ++statistics_.completed;
     ++count;
-    request.complete(request, request.transfer.error());
+    end(request, request.transfer.error());
   });
   if (kernel_completions > 0 || count > 0) ++statistics_.reap_calls;
   return count;

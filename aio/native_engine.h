@@ -30,6 +30,7 @@ class NativeEngine final : public Engine {
   void submit() override;
   std::size_t reap() override;
   [[nodiscard]] int completion_fd() const override;
+  [[nodiscard]] bool is_worth_looking() const override;
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;
 
@@ -37,7 +38,7 @@ class NativeEngine final : public Engine {
   struct State;
   explicit NativeEngine(std::unique_ptr<State> state);
   void submit_batch();
-  void finish_kernel_io(void* iocb, long result);
+  void end(IoRequest& request, int error);
   void fail_front(int error);
 
   std::unique_ptr<State> state_;

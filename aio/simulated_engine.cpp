@@ -25,11 +25,9 @@ SimulatedEngine::~SimulatedEngine() {
 }
 
 void SimulatedEngine::queue(IoRequest& request) {
-  request.engine = this;
+  accept(request);
   request.transfer.begin(request);
   queued_.push_back({&request, 0, disk_.completed_writes()});
-  ++in_flight_;
-  ++statistics_.requests;
 }
 
 void SimulatedEngine::submit() {
@@ -67,10 +65,8 @@ std::size_t SimulatedEngine::reap() {
       pending_.push_back(pending);
       continue;
     }
-    --in_flight_;
-    ++statistics_.completed;
     ++count;
-    request.complete(request, request.transfer.error());
+    finish(request, request.transfer.error());
   }
   if (count > 0) ++statistics_.reap_calls;
   return count;

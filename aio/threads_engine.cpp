@@ -37,13 +37,11 @@ ThreadsEngine::~ThreadsEngine() {
 }
 
 void ThreadsEngine::queue(IoRequest& request) {
+  accept(request);
   request.run = run_on_worker;
-  request.engine = this;
   request.takes_long = request.kind != IoKind::kRead && request.kind != IoKind::kWrite;
   batch_may_be_cached_ |= request.may_be_cached;
   batch_.push_back(request);
-  ++in_flight_;
-  ++statistics_.requests;
 }
 
 void ThreadsEngine::submit() {
@@ -99,10 +97,8 @@ std::size_t ThreadsEngine::reap() {
   std::size_t count = 0;
   while (threadpool::Work* const work = finished_.pop_front()) {
     auto& request = static_cast<IoRequest&>(*work);
-    --in_flight_;
-    ++statistics_.completed;
     ++count;
-    request.complete(request, static_cast<int>(request.result));
+    finish(request, static_cast<int>(request.result));
   }
   return count;
 }

@@ -140,6 +140,26 @@ TEST(EngineSet, says_what_to_do_when_there_is_no_io_uring) {
   EXPECT_NE(message.find("no io_uring"), std::string::npos) << message;
 }
 
+TEST(EngineSet, is_not_to_be_looked_at_while_the_kernel_needs_the_processor_for_a_flush) {
+  for (const EngineName name : {EngineName::kThreads, EngineName::kNative}) {
+    AioSelection selection;
+    selection.engine_of_kind.fill(name);
+    const auto set = EngineSet::create(selection, {});
+    ASSERT_TRUE(set) << set.error().message;
+    const int fd = ::memfd_create("vblk-test", MFD_CLOEXEC);
+    IoRequest flush;
+    flush.kind = IoKind::kFlush;
+    flush.fd = fd;
+    flush.complete = [](IoRequest& /*request*/, int error) { EXPECT_EQ(error, 0); };
+    EXPECT_TRUE((*set)->is_worth_looking());
+    (*set)->queue(flush);
+    EXPECT_EQ((*set)->is_worth_looking(), name != EngineName::kNative);
+    (*set)->drain();
+    EXPECT_TRUE((*set)->is_worth_looking());
+    ::close(fd);
+  }
+}
+
 // A kernel that is older, as far as the engine can tell.
 class OlderKernel : public testing::TestWithParam<IoUringLimits> {};
 
