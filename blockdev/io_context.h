@@ -35,6 +35,7 @@ class IoContext final : public Poller {
   void drain();
 
   std::size_t poll() override;
+  [[nodiscard]] bool is_worth_looking() const override { return engines_->is_worth_looking(); }
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;
 

@@ -21,6 +21,8 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 
+#include "blockdev/poll_policy.h"
+
 namespace vblk::blockdev {
 
 namespace asio = boost::asio;
@@ -38,8 +40,8 @@ constexpr unsigned kCyclesPerAsioPoll = 64;
 // so not many.
 constexpr std::uint64_t kBusyCyclesBeforeRest = 64;
 
-// A window that starts, or has shrunk, below this is none: a look at every ring takes longer.
-constexpr std::chrono::nanoseconds kPollWindowMin{4000};
+// Handlers that run before requests are looked at again, however many are posted meanwhile.
+constexpr unsigned kHandlersPerAsioPoll = 64;
 
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -131,7 +133,7 @@ struct FdWatchState {
 }  // namespace
 
 struct IoLoop::State {
-  explicit State(IoLoopOptions loop_options) : options(loop_options) {}
+  explicit State(const IoLoopOptions& options) : poll_policy(options.poll_max) {}
 
   bool cycle();
   std::size_t poll_active(PollStage stage);
@@ -140,18 +142,18 @@ struct IoLoop::State {
   void rest(Poller& poller);
   void end_rest(Poller& poller);
   void leave_resting(Poller& poller);
+  [[nodiscard]] bool is_worth_looking() const;
   [[nodiscard]] bool keep_polling();
   void sleep();
   [[nodiscard]] bool prepare_to_sleep();
   void rest_all();
   void wake_up(PollStage stage, std::size_t count);
-  void adapt_window(std::chrono::nanoseconds slept);
+  void note_progress();
   void arm_watches();
   void arm(const std::shared_ptr<FdWatchState>& watch);
   void compact_active();
   void run_asio_ready();
 
-  IoLoopOptions options;
   WaitProbe probe;
   asio::io_context io{1};  // one thread runs it; others only post
   asio::executor_work_guard<asio::io_context::executor_type> guard{io.get_executor()};
@@ -170,8 +172,9 @@ struct IoLoop::State {
   std::atomic<bool> stopping{false};
   std::atomic<std::thread::id> owner;
   unsigned cycles_since_asio{0};
+  PollPolicy poll_policy;
   bool polling{false};
-  Clock::time_point poll_until;
+  Clock::time_point poll_begin;
   IoLoopStatistics statistics;
 };
 
@@ -266,7 +269,10 @@ void IoLoop::State::run_asio_ready() {
   cycles_since_asio = 0;
   posted.store(false, std::memory_order_relaxed);
   // The exchange of data is Asio's own (its queue is locked); the flag only says when to look.
-  io.poll();
+  for (unsigned i = 0; i < kHandlersPerAsioPoll; ++i) {
+    if (io.poll_one() == 0) return;
+  }
+  posted.store(true, std::memory_order_relaxed);  // there may be more
 }
 
 // Waits are armed just before a sleep, after the pollers have drained their descriptors: arming a
@@ -287,31 +293,32 @@ void IoLoop::State::arm(const std::shared_ptr<FdWatchState>& watch) {
                            }));
 }
 
-// Whether to look again instead of sleeping. Asked when a cycle found nothing.
-bool IoLoop::State::keep_polling() {
-  if (statistics.poll_window.count() == 0) return false;
-  const auto now = Clock::now();
-  if (!polling) {
-    polling = true;
-    poll_until = now + statistics.poll_window;
-  }
-  if (now < poll_until) {
-    cpu_relax();
-    return true;
-  }
-  polling = false;
-  return false;
+bool IoLoop::State::is_worth_looking() const {
+  return std::ranges::all_of(
+      active[static_cast<std::size_t>(PollStage::kEngine)],
+      [](const Poller* poller) { return poller == nullptr || poller->is_worth_looking(); });
 }
 
-void IoLoop::State::adapt_window(std::chrono::nanoseconds slept) {
-  auto& window = statistics.poll_window;
-  if (slept <= options.poll_max) {
-    window =
-        std::min<std::chrono::nanoseconds>(std::max(2 * window, kPollWindowMin), options.poll_max);
-  } else {
-    window /= 2;
-    if (window < kPollWindowMin) window = {};
+// Whether to look again instead of sleeping. Asked when a cycle found nothing.
+bool IoLoop::State::keep_polling() {
+  if (!polling) {
+    if (!is_worth_looking() || !poll_policy.looks_now()) return false;
+    polling = true;
+    poll_begin = Clock::now();
+    ++statistics.polls;
+  } else if (Clock::now() - poll_begin >= poll_policy.window()) {
+    polling = false;
+    poll_policy.saw_nothing();
+    return false;
   }
+  cpu_relax();
+  return true;
+}
+
+void IoLoop::State::note_progress() {
+  if (!std::exchange(polling, false)) return;
+  ++statistics.polls_won;
+  poll_policy.saw_work(Clock::now() - poll_begin);
 }
 
 void IoLoop::State::sleep() {
@@ -320,13 +327,7 @@ void IoLoop::State::sleep() {
   arm_watches();
   posted.store(false, std::memory_order_relaxed);
   ++statistics.sleeps;
-  if (options.poll_max.count() > 0) {
-    const auto begin = Clock::now();
-    io.run_one();
-    adapt_window(Clock::now() - begin);
-  } else {
-    io.run_one();
-  }
+  io.run_one();
   // A handler may have added or removed pollers: wake_up() of one that was never asleep is harmless
   // by contract.
   wake_up(PollStage::kEngine, active_in(PollStage::kEngine).size());
@@ -378,7 +379,7 @@ void IoLoop::run() {
       state.run_asio_ready();
     }
     if (progress) {
-      if (std::exchange(state.polling, false)) ++state.statistics.polls_won;
+      state.note_progress();
       continue;
     }
     if (state.stopping.load(std::memory_order_acquire)) break;

@@ -1,9 +1,10 @@
 // The loop of one I/O thread: user-space polling in front, Boost.Asio behind.
 //
 // A cycle polls everything that can be looked at in user space (avail rings, completion rings),
-// and repeats while there is progress. Only when a whole cycle found nothing, and the busy-poll
-// window has passed, does it ask every poller to prepare for sleep (turn notifications on and look
-// once more) and sleep in Asio, which waits for kick eventfds, engine fds, timers and posted work.
+// and repeats while there is progress. Only when a whole cycle found nothing, and the time for
+// looking on has passed, does it ask every poller to prepare for sleep (turn notifications on and
+// look once more) and sleep in Asio, which waits for kick eventfds, engine fds, timers and posted
+// work.
 //
 //   loop       driver notifications   system calls
 //   polling    suppressed             none of its own
@@ -39,6 +40,9 @@ class Poller {
   virtual std::size_t poll() = 0;
   // End of a cycle: publish what the cycle's polls have gathered (used rings, interrupts).
   virtual void settle() {}
+  // Whether what it waits for may come within the time that a loop would look for it. Asked before
+  // the loop does.
+  [[nodiscard]] virtual bool is_worth_looking() const { return true; }
   // Turns notifications on, then looks again; false means there is work: do not sleep. A notified
   // poller of the dispatch stage says so by IoLoop::wake().
   [[nodiscard]] virtual bool prepare_to_sleep() = 0;
@@ -59,17 +63,16 @@ class Poller {
 enum class PollStage : std::uint8_t { kDispatch, kEngine };
 
 struct IoLoopOptions {
-  // Longest that a loop without progress goes on looking before it sleeps; 0: it sleeps at once.
-  // Within that the window follows the load: it grows while sleeps turn out so short that looking
-  // would have seen the work, and shrinks while they turn out longer, until the loop only sleeps.
+  // Longest that a loop without progress goes on looking before it sleeps, where that pays
+  // (poll_policy.h); 0: it sleeps at once.
   std::chrono::microseconds poll_max{0};
 };
 
 // Counters since the loop was made; loop thread.
 struct IoLoopStatistics {
   std::uint64_t sleeps{0};
-  std::uint64_t polls_won{0};  // busy-polls that saw work before their window had passed
-  std::chrono::nanoseconds poll_window{0};  // now
+  std::uint64_t polls{0};      // times that it looked on before it slept
+  std::uint64_t polls_won{0};  // those that saw work before their time had passed
 };
 
 class IoLoop {

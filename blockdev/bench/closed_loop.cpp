@@ -19,6 +19,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kCompletionTimeout{30'000};
+// Requests that are made visible together, so that a backend which is awake can start on them while
+// the next are prepared.
+constexpr unsigned kRequestsPerKick = 8;
 
 // Nothing is allocated while it runs.
 class ClosedLoop {
@@ -53,11 +56,11 @@ class ClosedLoop {
     const auto begin = Clock::now();
     end_ = begin + time;
     for (Lane& lane : lanes_) start(lane, begin);
-    driver_.kick(0);
+    kick();
     while (in_flight_ > 0) {
       if (auto count = driver_.wait(0, kCompletionTimeout); !count)
         return std::unexpected(std::move(count.error()));
-      driver_.kick(0);
+      kick();
     }
     if (error_) return std::unexpected(std::move(*error_));
     return stopped_ - begin;
@@ -91,11 +94,15 @@ class ClosedLoop {
   }
 
   void submit(Lane& lane) {
-    if (driver_.submit(0, lane.io)) {
-      ++in_flight_;
-    } else {
-      fail(ErrorKind::kExhausted, "the queue is too small for the depth");
-    }
+    if (!driver_.submit(0, lane.io))
+      return fail(ErrorKind::kExhausted, "the queue is too small for the depth");
+    ++in_flight_;
+    if (++submitted_since_kick_ == kRequestsPerKick) kick();
+  }
+
+  void kick() {
+    submitted_since_kick_ = 0;
+    driver_.kick(0);
   }
 
   void completed(Lane& lane) {
@@ -144,6 +151,7 @@ class ClosedLoop {
   Clock::time_point end_;
   Clock::time_point stopped_;
   std::size_t in_flight_{0};
+  unsigned submitted_since_kick_{0};
   bool running_{false};
   std::optional<Error> error_;
 };

@@ -77,11 +77,10 @@ program_options::options_description serve_description() {
        "most requests in one submission to the kernel, 1 to 1024")                             //
       ("io-uring", value<std::string>()->value_name("FEATURE=on|off,..."),                     //
        "what the io_uring engine uses: defer-taskrun (on), registered-files (on), "
-       "registered-buffers (off: pins all guest memory, never with a balloon)")    //
-      ("poll-max-us", value<std::string>()->default_value("0")->value_name("US"),  //
-       "longest that an I/O thread goes on looking for work before it sleeps, while load makes "
-       "that "
-       "pay; 0 to 10000, 0: it sleeps at once")                                           //
+       "registered-buffers (off: pins all guest memory, never with a balloon)")     //
+      ("poll-max-us", value<std::string>()->default_value("32")->value_name("US"),  //
+       "longest that an I/O thread goes on looking for work before it sleeps, where that "
+       "pays; 0 to 10000, 0: it sleeps at once")                                          //
       ("monitor", value<std::string>()->value_name("PATH"),                               //
        "answer 'vblk ctl' on this Unix socket")                                           //
       ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),     //

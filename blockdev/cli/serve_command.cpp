@@ -157,8 +157,8 @@ json::value query_aio(const IoThreads& threads) {
       return json::object{{"routes", std::move(routes)},
                           {"engines", std::move(engines)},
                           {"sleeps", loop.sleeps},
-                          {"polls-won", loop.polls_won},
-                          {"poll-window-ns", loop.poll_window.count()}};
+                          {"polls", loop.polls},
+                          {"polls-won", loop.polls_won}};
     }));
   }
   return json::object{{"iothreads", std::move(answer)}};

@@ -25,9 +25,10 @@ namespace vblk::virtio {
 
 namespace {
 
-// Chains popped in one poll: enough to fill an engine's batch twice, few enough that the other
-// queues of the thread are not kept waiting.
-constexpr unsigned kPopsPerPoll = 64;
+// Chains popped in one poll: enough to share a submission to the kernel, few enough that a driver
+// which is awake gets the first ones back while the next are worked on
+// (docs/decisions/0005-look-before-sleeping.md).
+constexpr unsigned kPopsPerPoll = 8;
 
 // A chain is a ring's worth of descriptors and then an indirect table; each descriptor may be cut
 // where memory regions meet, which happens once in a while at most.

@@ -116,6 +116,30 @@ TEST(IoLoop, runs_what_was_posted_before_stop) {
 // The lost wake-up is the classic bug of such a loop: a producer that publishes just as the
 // consumer goes to sleep. Publishing one by one, each time waiting until it was seen, meets that
 // moment often.
+TEST(IoLoop, polls_on_while_functions_are_posted_without_end) {
+  RunningLoop loop;
+  RingLikePoller poller;
+  loop->add_poller(poller, PollStage::kDispatch);
+  auto watch = loop->watch(poller.kick_fd(), [&] { loop->wake(poller); });
+  std::atomic<bool> enough{false};
+  std::move_only_function<void()> post_again;
+  const auto repost = [&] {
+    if (!enough) loop->post([&] { post_again(); });
+  };
+  post_again = repost;
+  loop.start();
+  loop->post([&] { post_again(); });
+  for (int i = 0; i < 100; ++i) {
+    poller.publish();
+    wait_until([&] { return poller.taken.load() == static_cast<std::uint64_t>(i + 1); });
+  }
+  enough = true;
+  loop->run_and_wait([&] {
+    watch.reset();
+    loop->remove_poller(poller);
+  });
+}
+
 TEST(IoLoop, never_misses_work_published_while_it_falls_asleep) {
   for (const auto poll_max : {0us, 20us}) {
     RunningLoop loop(IoLoopOptions{.poll_max = poll_max});
@@ -162,19 +186,17 @@ TEST(IoLoop, polls_instead_of_sleeping_while_work_keeps_coming) {
   const auto statistics = load_statistics(1s, 300, 200us);
   EXPECT_LT(statistics.sleeps, 100U);
   EXPECT_GT(statistics.polls_won, 100U);
-  EXPECT_GE(statistics.poll_window, 200us);
 }
 
 TEST(IoLoop, gives_up_polling_where_work_comes_too_rarely_for_it) {
   const auto statistics = load_statistics(100us, 40, 10ms);
   EXPECT_GE(statistics.sleeps, 39U);
-  EXPECT_LT(statistics.poll_window, 100us);
+  EXPECT_LT(statistics.polls, 15U);
 }
 
 TEST(IoLoop, never_polls_where_that_is_turned_off) {
   const auto statistics = load_statistics(0us, 50, 100us);
-  EXPECT_EQ(statistics.polls_won, 0U);
-  EXPECT_EQ(statistics.poll_window, 0us);
+  EXPECT_EQ(statistics.polls, 0U);
   EXPECT_GE(statistics.sleeps, 1U);
 }
 

@@ -2,7 +2,8 @@
 """How many system calls the server makes per request, counted by strace. Prints TAP.
 
 Counts and not times: they are the same on a slow machine. Bounds are those that docs/benchmarks.md states; a loop that
-forgot to batch, to suppress notifications, or to look before it sleeps would go beyond them.
+forgot to batch, or to suppress notifications, would go beyond them. The server sleeps whenever it can, as on a machine
+where to look for work first does not pay.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def counted_run(options, folder, engine, cache, depth, seconds):
     image, counts = folder / "disk.img", folder / "counts"
     image.write_bytes(b"x" * MIB)
     wrapper = ["strace", "-f", "-qq", "-c", "-o", str(counts)]
-    with Server(options.vblk, [image, "--aio", engine, "--cache", cache], folder / "s", folder / "log", wrapper) as server:
+    with Server(options.vblk, [image, "--aio", engine, "--cache", cache, "--poll-max-us", "0"], folder / "s", folder / "log", wrapper) as server:
         status, output = run(options.vblk, "bench", "--socket-path", server.socket, "--iodepth", depth, "--runtime", seconds,
                              "--ramp_time", 0, "--output-format", "json")
         server.stop()
