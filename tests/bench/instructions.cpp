@@ -1,0 +1,100 @@
+// Takes requests through the device's side of the path, phase by phase, for callgrind to count:
+//
+//   dispatch   pop, parse, hand to the node
+//   submit     give the engine's batch to the kernel, or to the pool
+//   complete   take completions, push used, interrupt
+//
+// Of each case every phase is dumped under the name "CASE|PHASE|REQUESTS". The driver's side, the
+// kernel and the pool's workers are not counted. To be run by instructions.py; without callgrind it
+// does the same and counts nothing.
+#include <chrono>
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <thread>
+#include <valgrind/callgrind.h>
+
+#include <fmt/core.h>
+
+#include "blockdev/log.h"
+#include "tests/bench/request_path.h"
+
+namespace vblk::measure {
+namespace {
+
+constexpr unsigned kWarmUpRounds = 8;
+constexpr unsigned kRounds = 32;
+// For a disk to answer all requests of a round, so that no phase is spent on looking in vain.
+constexpr std::chrono::milliseconds kDiskTime{2};
+
+enum class Phase : std::uint8_t { kDispatch, kSubmit, kComplete };
+constexpr std::array kPhases{Phase::kDispatch, Phase::kSubmit, Phase::kComplete};
+constexpr const char* name_of(Phase phase) {
+  constexpr std::array kNames{"dispatch", "submit", "complete"};
+  return kNames[static_cast<std::size_t>(phase)];
+}
+
+struct Case {
+  std::string disk;  // "null", or the engine under a raw image
+  Shape shape;
+  unsigned depth;
+};
+
+// Counts what `function` does if `wanted`.
+void counted(bool wanted, const std::function<void()>& function) {
+  if (wanted) CALLGRIND_TOGGLE_COLLECT;
+  function();
+  if (wanted) CALLGRIND_TOGGLE_COLLECT;
+}
+
+void run_round(SteppedPath& path, const Case& each, std::optional<Phase> phase) {
+  path.driver().submit(0, each.shape, each.depth);
+  counted(phase == Phase::kDispatch, [&] { path.dispatch(); });
+  counted(phase == Phase::kSubmit, [&] { path.submit(); });
+  while (!path.driver().take_used(0)) {
+    if (each.disk != "null") std::this_thread::sleep_for(kDiskTime);
+    counted(phase == Phase::kComplete, [&] { path.complete(); });
+  }
+}
+
+void run_case(SteppedPath& path, const Case& each) {
+  for (unsigned i = 0; i < kWarmUpRounds; ++i) run_round(path, each, std::nullopt);
+  for (const Phase phase : kPhases) {
+    for (unsigned i = 0; i < kRounds; ++i) run_round(path, each, phase);
+    const std::string name = fmt::format("{}, {}, {} at once|{}|{}", each.disk, name_of(each.shape),
+                                         each.depth, name_of(phase), kRounds * each.depth);
+    CALLGRIND_DUMP_STATS_AT(name.c_str());
+  }
+}
+
+void run_null() {
+  const auto node = null_node();
+  SteppedPath path(*node, instant_engine());
+  for (const Shape shape : {Shape::kRead4k, Shape::kRead64k, Shape::kWrite4k, Shape::kFlush}) {
+    for (const unsigned depth : {1U, 32U}) run_case(path, {"null", shape, depth});
+  }
+}
+
+void run_raw(aio::EngineName name) {
+  const ScratchFile file;
+  const auto node = raw_node(file);
+  SteppedPath path(*node, engine(name));
+  for (const unsigned depth : {1U, 32U})
+    run_case(path, {std::string(aio::to_string(name)), Shape::kRead4k, depth});
+}
+
+}  // namespace
+}  // namespace vblk::measure
+
+int main() {
+  using namespace vblk;
+  measure::run_null();
+  for (const aio::EngineName name : aio::kAllEngineNames) {
+    try {
+      measure::run_raw(name);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s: %s\n", std::string(aio::to_string(name)).c_str(), error.what());
+    }
+  }
+  return 0;
+}
