@@ -10,6 +10,7 @@
 #include <sys/epoll.h>
 #include <system_error>
 #include <thread>
+#include <time.h>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -22,6 +23,7 @@
 #include <boost/asio/steady_timer.hpp>
 
 #include "blockdev/poll_policy.h"
+#include "blockdev/poll_trial.h"
 
 namespace vblk::blockdev {
 
@@ -42,6 +44,18 @@ constexpr std::uint64_t kBusyCyclesBeforeRest = 64;
 
 // Handlers that run before requests are looked at again, however many are posted meanwhile.
 constexpr unsigned kHandlersPerAsioPoll = 64;
+
+// An epoch of a trial has at least this much work and lasts at least so long: enough to be told
+// from another.
+constexpr std::uint64_t kEpochWork = 512;
+constexpr std::chrono::milliseconds kEpochTime{10};
+constexpr std::uint64_t kCyclesPerEpochCheck = 16;
+
+std::chrono::nanoseconds cpu_time_of_this_thread() {
+  timespec time{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+}
 
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -149,6 +163,7 @@ struct IoLoop::State {
   void rest_all();
   void wake_up(PollStage stage, std::size_t count);
   void note_progress();
+  void count_work(std::size_t work);
   void arm_watches();
   void arm(const std::shared_ptr<FdWatchState>& watch);
   void compact_active();
@@ -173,6 +188,10 @@ struct IoLoop::State {
   std::atomic<std::thread::id> owner;
   unsigned cycles_since_asio{0};
   PollPolicy poll_policy;
+  PollTrial poll_trial;
+  std::uint64_t epoch_work{0};
+  Clock::time_point epoch_begin;
+  std::chrono::nanoseconds epoch_begin_cpu_time{0};
   bool polling{false};
   Clock::time_point poll_begin;
   IoLoopStatistics statistics;
@@ -182,8 +201,12 @@ struct IoLoop::State {
 bool IoLoop::State::cycle() {
   const std::size_t seen = poll_active(PollStage::kDispatch);
   const std::size_t dispatched = seen + look_at_resting(seen + 1);
-  const bool progress = dispatched + poll_active(PollStage::kEngine) > 0;
-  if (progress) ++busy_cycles;
+  const std::size_t work = dispatched + poll_active(PollStage::kEngine);
+  const bool progress = work > 0;
+  if (progress) {
+    ++busy_cycles;
+    count_work(work);
+  }
   for (auto& stage : active) {
     for (std::size_t i = 0; i < stage.size(); ++i) {
       if (stage[i] != nullptr) stage[i]->settle();
@@ -302,7 +325,7 @@ bool IoLoop::State::is_worth_looking() const {
 // Whether to look again instead of sleeping. Asked when a cycle found nothing.
 bool IoLoop::State::keep_polling() {
   if (!polling) {
-    if (!is_worth_looking() || !poll_policy.looks_now()) return false;
+    if (!poll_trial.looks() || !is_worth_looking() || !poll_policy.looks_now()) return false;
     polling = true;
     poll_begin = Clock::now();
     ++statistics.polls;
@@ -313,6 +336,24 @@ bool IoLoop::State::keep_polling() {
   }
   cpu_relax();
   return true;
+}
+
+void IoLoop::State::count_work(std::size_t work) {
+  epoch_work += work;
+  if (epoch_work < kEpochWork || busy_cycles % kCyclesPerEpochCheck != 0 ||
+      poll_policy.window().count() == 0)
+    return;
+  const auto now = Clock::now();
+  if (now - epoch_begin < kEpochTime) return;
+  const auto cpu_time = cpu_time_of_this_thread();
+  const auto per_unit = [this](std::chrono::nanoseconds time) {
+    return static_cast<double>(time.count()) / static_cast<double>(epoch_work);
+  };
+  poll_trial.epoch_ended(
+      {.time = per_unit(now - epoch_begin), .cpu_time = per_unit(cpu_time - epoch_begin_cpu_time)});
+  epoch_work = 0;
+  epoch_begin = now;
+  epoch_begin_cpu_time = cpu_time;
 }
 
 void IoLoop::State::note_progress() {

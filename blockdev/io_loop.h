@@ -64,7 +64,7 @@ enum class PollStage : std::uint8_t { kDispatch, kEngine };
 
 struct IoLoopOptions {
   // Longest that a loop without progress goes on looking before it sleeps, where that pays
-  // (poll_policy.h); 0: it sleeps at once.
+  // (poll_policy.h, poll_trial.h); 0: it sleeps at once.
   std::chrono::microseconds poll_max{0};
 };
 

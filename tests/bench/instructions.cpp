@@ -49,9 +49,10 @@ void counted(bool wanted, const std::function<void()>& function) {
 
 void run_round(SteppedPath& path, const Case& each, std::optional<Phase> phase) {
   path.driver().submit(0, each.shape, each.depth);
-  counted(phase == Phase::kDispatch, [&] { path.dispatch(); });
-  counted(phase == Phase::kSubmit, [&] { path.submit(); });
+  // A poll takes a few requests at a time.
   while (!path.driver().take_used(0)) {
+    counted(phase == Phase::kDispatch, [&] { path.dispatch(); });
+    counted(phase == Phase::kSubmit, [&] { path.submit(); });
     if (each.disk != "null") std::this_thread::sleep_for(kDiskTime);
     counted(phase == Phase::kComplete, [&] { path.complete(); });
   }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 # By how much a case may differ from the table: other builds of libc and of the compiler's library do.
 TOLERANCE = 0.10
+TIMEOUT_S = 300
 PHASES = ("dispatch", "submit", "complete")
 
 
@@ -22,7 +23,8 @@ def count(program):
     table = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["valgrind", "--quiet", "--tool=callgrind", "--collect-atstart=no",
-                        f"--callgrind-out-file={folder}/dump", program], check=True, stdout=subprocess.DEVNULL)
+                        f"--callgrind-out-file={folder}/dump", program], check=True, stdout=subprocess.DEVNULL,
+                       timeout=TIMEOUT_S)
         # One dump for each phase, numbered; the last, of the program's end, has no trigger.
         for path in sorted(Path(folder).glob("dump.*"), key=lambda dump: int(dump.suffix[1:])):
             text = path.read_text()
