@@ -14,51 +14,26 @@
 // docs/decisions/0003-when-to-wake-a-worker.md.
 #pragma once
 
-#include <chrono>
-#include <cstddef>
-#include <cstdint>
 #include <memory>
-#include <string>
 
+#include "threadpool/pool.h"
 #include "threadpool/work.h"
 
 namespace vblk::threadpool {
 
-struct ThreadPoolOptions {
-  std::size_t min_threads{0};     // started by the constructor
-  std::size_t max_threads{64};    // QEMU's bound for one pool; 1 to kMaxThreads
-  std::string name{"vblk-pool"};  // thread name, at most 15 characters
-  // What it takes to wake a worker: the call, and the time until it runs. 0: wake one for every
-  // work.
-  std::chrono::nanoseconds wake_cost{10'000};
-};
-
-// Counters since construction; each is read without a lock and may be a moment old.
-struct ThreadPoolStatistics {
-  std::uint64_t batches{0};
-  std::uint64_t works{0};
-  std::uint64_t wakeups{0};  // calls into the kernel to wake workers
-  std::size_t threads{0};
-  std::chrono::nanoseconds service_time{0};  // mean of late, of works that do not take long
-};
-
-class ThreadPool {
+class ThreadPool final : public Pool {
  public:
-  static constexpr std::size_t kMaxThreads = 1024;
-
   // `options` out of bounds is the caller's mistake (asserted): option parsing checks first.
   explicit ThreadPool(ThreadPoolOptions options);
   // Runs everything that was submitted, then joins all threads.
-  ~ThreadPool();
-  ThreadPool(const ThreadPool&) = delete;
-  ThreadPool& operator=(const ThreadPool&) = delete;
+  ~ThreadPool() override;
 
   // Hands over every node of `batch` and leaves it empty. Starts threads where that helps and the
   // bound allows; if the kernel refuses a thread and none exists at all, the batch is run on the
   // calling thread (nothing is ever lost). Thread-safe. Nodes start in FIFO order.
-  void submit(WorkList& batch);
+  void submit(WorkList& batch) override;
 
-  [[nodiscard]] ThreadPoolStatistics statistics() const;
+  [[nodiscard]] ThreadPoolStatistics statistics() const override;
 
  private:
   struct State;

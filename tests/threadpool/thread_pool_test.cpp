@@ -2,6 +2,7 @@
 #include "threadpool/thread_pool.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <poll.h>
 #include <set>
+#include <string>
 #include <sys/eventfd.h>
 #include <thread>
 #include <unistd.h>
@@ -348,6 +350,98 @@ TEST(ThreadPool, runs_everything_before_it_is_destroyed) {
     pool.submit(batch);
   }
   EXPECT_EQ(count.load(), 1000);
+}
+
+// ---- What every kind of pool promises.
+
+class AnyPool : public testing::TestWithParam<PoolKind> {};
+
+TEST_P(AnyPool, has_a_name_that_leads_back_to_it) {
+  EXPECT_EQ(pool_kind_named(to_string(GetParam())), GetParam());
+  EXPECT_EQ(pool_kind_named("warp"), std::nullopt);
+}
+
+TEST_P(AnyPool, never_forgets_a_work_however_many_come_at_once) {
+  constexpr int kRounds = 2000;
+  const auto pool = make_pool(GetParam(), {.max_threads = 4});
+  std::atomic<int> count{0};
+  std::array<CountedWork, 16> works;
+  int expected = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    WorkList batch;
+    const int size = 1 + round % static_cast<int>(works.size());
+    for (int i = 0; i < size; ++i) {
+      works[static_cast<std::size_t>(i)].count = &count;
+      batch.push_back(works[static_cast<std::size_t>(i)]);
+    }
+    expected += size;
+    pool->submit(batch);
+    // Sometimes the workers are asleep when the next batch comes, sometimes on their way.
+    while (count.load() != expected) std::this_thread::yield();
+    if (round % 100 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(pool->statistics().works, static_cast<std::uint64_t>(expected));
+}
+
+TEST_P(AnyPool, starts_as_many_blocking_works_at_once_as_it_has_threads) {
+  Gate gate;
+  std::array<BlockedWork, 4> works;
+  const auto pool = make_pool(GetParam(), {.max_threads = 4});
+  WorkList batch;
+  for (BlockedWork& work : works) {
+    work.gate = &gate;
+    batch.push_back(work);
+  }
+  pool->submit(batch);
+  gate.wait_for_arrivals(works.size());
+  gate.open();
+}
+
+TEST_P(AnyPool, runs_everything_before_it_is_destroyed) {
+  std::atomic<int> count{0};
+  std::vector<CountedWork> works(500);
+  {
+    const auto pool = make_pool(GetParam(), {.max_threads = 3});
+    WorkList batch;
+    for (CountedWork& work : works) {
+      work.count = &count;
+      batch.push_back(work);
+    }
+    pool->submit(batch);
+    EXPECT_TRUE(batch.empty());
+  }
+  EXPECT_EQ(count.load(), 500);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllPools, AnyPool, testing::ValuesIn(kAllPoolKinds),
+                         [](const testing::TestParamInfo<PoolKind>& kind) {
+                           std::string name(to_string(kind.param));
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+// A batch of works for sleeping workers: how many calls wake them is what the kinds differ in.
+std::uint64_t wakeups_for_eight_sleepers(PoolKind kind) {
+  Gate gate;
+  std::array<BlockedWork, 8> works;
+  const auto pool = make_pool(kind, {.max_threads = works.size()});
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));  // until they sleep
+  WorkList batch;
+  for (BlockedWork& work : works) {
+    work.gate = &gate;
+    batch.push_back(work);
+  }
+  pool->submit(batch);
+  gate.wait_for_arrivals(works.size());
+  gate.open();
+  return pool->statistics().wakeups;
+}
+
+TEST(PoolKinds, wake_eight_sleepers_by_as_many_calls_as_they_say) {
+  EXPECT_LE(wakeups_for_eight_sleepers(PoolKind::kOneWord), 2U);
+  EXPECT_GE(wakeups_for_eight_sleepers(PoolKind::kWordPerWorker), 4U);
+  EXPECT_GE(wakeups_for_eight_sleepers(PoolKind::kChained), 4U);
+  EXPECT_EQ(wakeups_for_eight_sleepers(PoolKind::kCondition), 8U);
 }
 
 TEST(CompletionQueue, hands_out_what_one_producer_pushed_in_its_order) {
