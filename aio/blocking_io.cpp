@@ -38,6 +38,9 @@ long perform_once(const IoRequest& request) {
     case IoKind::kWriteZeroes:
       return ::fallocate(request.fd, fallocate_mode(request), offset,
                          static_cast<off_t>(request.length_bytes));
+    case IoKind::kWriteBehind:
+      return ::sync_file_range(request.fd, offset, static_cast<off_t>(request.length_bytes),
+                               sync_file_range_flags(request));
   }
   errno = EINVAL;
   return -1;
@@ -50,6 +53,11 @@ bool read_from_page_cache(const IoRequest& request) noexcept {
   const ssize_t count = ::preadv2(request.fd, request.iov, static_cast<int>(request.iov_count),
                                   static_cast<off_t>(request.offset_bytes), RWF_NOWAIT);
   return count >= 0 && static_cast<std::uint64_t>(count) == request.length_bytes;
+}
+
+unsigned sync_file_range_flags(const IoRequest& request) {
+  if (!request.until_written) return SYNC_FILE_RANGE_WRITE;
+  return SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 }
 
 int fallocate_mode(const IoRequest& request) {

@@ -11,6 +11,7 @@ namespace vblk::aio {
 //
 //   kRead, kWrite   preadv2, pwritev2 (RWF_DSYNC for write_through); preadv2(2)
 //   kFlush          fdatasync(2)
+//   kWriteBehind    sync_file_range(2)
 //   kDiscard        fallocate(2) PUNCH_HOLE, or BLKDISCARD on a block device
 //   kWriteZeroes    fallocate(2) PUNCH_HOLE if it may unmap, else ZERO_RANGE; both keep the size
 int perform_blocking(IoRequest& request) noexcept;
@@ -19,6 +20,8 @@ int perform_blocking(IoRequest& request) noexcept;
 // False if it has not, and nothing has happened. preadv2(2), RWF_NOWAIT.
 [[nodiscard]] bool read_from_page_cache(const IoRequest& request) noexcept;
 
+// The flags of sync_file_range(2) for kWriteBehind.
+[[nodiscard]] unsigned sync_file_range_flags(const IoRequest& request);
 // The flags of fallocate(2) for kDiscard and kWriteZeroes.
 [[nodiscard]] int fallocate_mode(const IoRequest& request);
 

@@ -1,8 +1,10 @@
 // The engine interface: queue, submit once per batch, reap once per batch.
 //
-// An engine belongs to one thread (its I/O thread), which makes every call on it. Several engines
-// may work on one file at once: each I/O thread has its own, and an EngineSet (engine_set.h) routes
-// kinds of operation to different ones. The contract every implementation keeps, tested by
+// An engine belongs to one thread (its I/O thread), which makes every call on it: the one that
+// queues first. Until then, and again when nothing is in flight any more, it may be made, told of
+// files and memory, and destroyed on any thread, by one at a time. Several engines may work on one
+// file at once: each I/O thread has its own, and an EngineSet (engine_set.h) routes kinds of
+// operation to different ones. The contract every implementation keeps, tested by
 // tests/aio/engine_contract_test.cpp on each of them:
 //
 //   queue()    takes a request. Makes no system call unless the batch bound is reached.
@@ -14,11 +16,14 @@
 //   prepare_to_sleep() / wake_up()   bracket a sleep on completion_fd(): between them a completion
 //              makes the fd readable. prepare_to_sleep() returns false if something is
 //              there to be reaped (or submitted) already.
+//   sleep()    is the shorter way for a thread that waits for nothing but this engine.
 //   ~Engine()  requires in_flight() == 0 (asserted): the owner drains first. Drain by reap() until
 //              in_flight() is 0; every accepted request always completes, with its result or an
 //              error.
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -43,6 +48,14 @@ struct EngineStatistics {
   // Of `submitted`, on io_uring: by a registered file, from or to a registered buffer.
   std::uint64_t registered_files{0};
   std::uint64_t registered_buffers{0};
+};
+
+// Of one kind of operation, since creation; as above.
+struct KindStatistics {
+  std::uint64_t queued{0};
+  std::uint64_t completed{0};
+  std::uint64_t queued_bytes{0};  // meaningless for kFlush
+  std::uint64_t depth_sum{0};     // over those queued: in flight then, itself included
 };
 
 class Engine {
@@ -77,6 +90,11 @@ class Engine {
   [[nodiscard]] virtual int completion_fd() const = 0;
   [[nodiscard]] virtual bool prepare_to_sleep() = 0;
   virtual void wake_up() = 0;
+  // Blocks until there may be something to reap, at most `timeout`, for ever if that is negative; a
+  // signal ends it too. Not between prepare_to_sleep() and wake_up(). Half the system calls of a
+  // sleep on completion_fd(), and no eventfd that has to be signalled first. False, at once: the
+  // engine cannot, or there is something to do already.
+  [[nodiscard]] virtual bool sleep(std::chrono::nanoseconds /*timeout*/) { return false; }
 
   // Requests queued and not completed yet.
   [[nodiscard]] std::size_t in_flight() const { return in_flight_; }
@@ -84,6 +102,9 @@ class Engine {
   // something in a thread of this processor, and looking would hold that up.
   [[nodiscard]] virtual bool is_worth_looking() const { return true; }
   [[nodiscard]] const EngineStatistics& statistics() const { return statistics_; }
+  [[nodiscard]] const KindStatistics& statistics_of(IoKind kind) const {
+    return kinds_[static_cast<std::size_t>(kind)];
+  }
   // One line per thing the user should know: a missing kernel feature, a limit that was lowered.
   [[nodiscard]] const std::vector<std::string>& notes() const { return notes_; }
 
@@ -93,16 +114,22 @@ class Engine {
     request.engine = this;
     ++in_flight_;
     ++statistics_.requests;
+    KindStatistics& of_kind = kinds_[static_cast<std::size_t>(request.kind)];
+    ++of_kind.queued;
+    of_kind.queued_bytes += request.length_bytes;
+    of_kind.depth_sum += of_kind.queued - of_kind.completed;
   }
   // The request may be gone afterwards.
   void finish(IoRequest& request, int error) {
     --in_flight_;
     ++statistics_.completed;
+    ++kinds_[static_cast<std::size_t>(request.kind)].completed;
     request.complete(request, error);
   }
 
   std::size_t in_flight_{0};
   EngineStatistics statistics_;
+  std::array<KindStatistics, kIoKindCount> kinds_{};
   std::vector<std::string> notes_;
 };
 

@@ -11,8 +11,8 @@
 namespace vblk::aio {
 
 // The kinds of operation that can be routed to engines one by one (`--aio read=...,flush=...`).
-enum class IoKind : std::uint8_t { kRead, kWrite, kFlush, kDiscard, kWriteZeroes };
-inline constexpr std::size_t kIoKindCount = 5;
+enum class IoKind : std::uint8_t { kRead, kWrite, kFlush, kDiscard, kWriteZeroes, kWriteBehind };
+inline constexpr std::size_t kIoKindCount = 6;
 
 // A request to an engine.
 //
@@ -31,6 +31,9 @@ struct IoRequest : threadpool::Work {
   bool write_through{false};
   // kWriteZeroes: may deallocate (PUNCH_HOLE); otherwise ZERO_RANGE keeps the space.
   bool may_unmap{false};
+  // kWriteBehind: also wait until what the page cache holds of the range has been written; that
+  // makes it no more durable. Otherwise the writing is only started.
+  bool until_written{false};
   // kDiscard: `fd` is a block device, to be discarded by BLKDISCARD instead of PUNCH_HOLE.
   bool on_block_device{false};
   // kRead: `fd` is not O_DIRECT, so the page cache may have the data already.

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <limits>
 #include <string>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 #include <utility>
@@ -46,8 +47,9 @@ struct SetupAttempt {
   const char* note;  // what the user loses by this attempt, or nullptr
 };
 
-constexpr unsigned kDeferTaskrun =
-    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+// The single issuer is the thread that enables the ring, not the one that has made it.
+constexpr unsigned kDeferTaskrun = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+                                   IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_R_DISABLED;
 constexpr unsigned kCoopTaskrun = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
 
 constexpr std::array kAttempts{
@@ -71,6 +73,12 @@ constexpr TransferOperations kReads{IORING_OP_READ, IORING_OP_READ_FIXED, IORING
                                     kOpReadvFixed};
 constexpr TransferOperations kWrites{IORING_OP_WRITE, IORING_OP_WRITE_FIXED, IORING_OP_WRITEV,
                                      kOpWritevFixed};
+
+// For sync_file_range: what does not fit becomes 0, which means up to the end of the file.
+unsigned length_of_32_bits(std::uint64_t length_bytes) {
+  return length_bytes > std::numeric_limits<unsigned>::max() ? 0
+                                                             : static_cast<unsigned>(length_bytes);
+}
 
 bool is_allowed(const SetupAttempt& attempt, const IoUringLimits& limits) {
   if (attempt.flags == kDeferTaskrun) return limits.allow_defer_taskrun;
@@ -130,6 +138,8 @@ struct IoUringEngine::State {
   unsigned max_batch{0};
   bool has_fallocate{false};
   bool has_vectored_fixed{false};
+  bool needs_enabling{false};
+  bool force_async{false};
   RegisteredFiles files;
   RegisteredBuffers buffers;
   threadpool::WorkList waiting;  // not in the submission ring yet
@@ -141,7 +151,17 @@ struct IoUringEngine::State {
   // Whether the buffers are registered.
   bool prepare_transfer(io_uring_sqe& entry, const IoRequest& request) const;
   [[nodiscard]] bool kernel_wants_entry() const;
+  void enable();
 };
+
+// The calling thread becomes the only one that may submit. io_uring_register(2),
+// IORING_REGISTER_ENABLE_RINGS; liburing 2.3 declares a function for it and has none.
+void IoUringEngine::State::enable() {
+  needs_enabling = false;
+  [[maybe_unused]] const long result =
+      ::syscall(SYS_io_uring_register, ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0);
+  assert(result == 0 && "fails for a ring only that is enabled already");
+}
 
 void IoUringEngine::State::probe(const IoUringLimits& limits) {
   io_uring_probe* const probe = io_uring_get_probe_ring(&ring);
@@ -194,6 +214,11 @@ void IoUringEngine::State::prepare(io_uring_sqe& entry, const IoRequest& request
                               static_cast<off_t>(request.transfer.offset_bytes()),
                               static_cast<off_t>(request.length_bytes));
       break;
+    case IoKind::kWriteBehind:
+      io_uring_prep_sync_file_range(&entry, request.fd, length_of_32_bits(request.length_bytes),
+                                    request.transfer.offset_bytes(),
+                                    static_cast<int>(sync_file_range_flags(request)));
+      break;
   }
   if (const int file = files.find(request.fd); file >= 0) {
     entry.fd = file;
@@ -218,11 +243,13 @@ Expected<std::unique_ptr<IoUringEngine>> IoUringEngine::create(const EngineOptio
     if (attempt.flags == kDeferTaskrun && !options.io_uring.defer_taskrun) continue;
     note = options.io_uring.defer_taskrun ? attempt.note : nullptr;
     result = io_uring_queue_init(options.queue_depth, &state->ring, attempt.flags);
+    state->needs_enabling = (attempt.flags & IORING_SETUP_R_DISABLED) != 0;
     if (result != -EINVAL) break;
   }
   if (result < 0) return setup_error(-result);
   state->depth = options.queue_depth;
   state->max_batch = options.max_batch;
+  state->force_async = options.io_uring.force_async;
   state->probe(limits);
   std::unique_ptr<IoUringEngine> engine(new IoUringEngine(std::move(state)));
   auto event_fd = make_event_fd("the io_uring engine");
@@ -234,6 +261,7 @@ Expected<std::unique_ptr<IoUringEngine>> IoUringEngine::create(const EngineOptio
   engine->wake_up();
   if (note != nullptr) engine->notes_.emplace_back(note);
   engine->make_tables(options.io_uring, limits);
+  engine->bound_kernel_workers(options.io_uring.kernel_workers);
   return engine;
 }
 
@@ -247,6 +275,16 @@ void IoUringEngine::make_tables(const IoUringFeatures& features, const IoUringLi
     note_refusal(state.files.create(state.ring));
   if (features.registered_buffers && limits.allow_tables)
     note_refusal(state.buffers.create(state.ring));
+}
+
+void IoUringEngine::bound_kernel_workers(unsigned count) {
+  if (count == 0) return;
+  std::array<unsigned, 2> bounds{count, count};  // of regular files and the like, and of others
+  const int error = -io_uring_register_iowq_max_workers(&state_->ring, bounds.data());
+  if (error != 0) {
+    notes_.push_back(fmt::format("the number of kernel workers stays what it is: {} (Linux 5.15)",
+                                 describe_errno(error)));
+  }
 }
 
 Expected<void> IoUringEngine::register_file(int fd) { return state_->files.add(fd); }
@@ -284,12 +322,14 @@ void IoUringEngine::fill_ring() {
     if (entry == nullptr) return;
     auto& request = static_cast<IoRequest&>(*state.waiting.pop_front());
     state.prepare(*entry, request, statistics_);
+    if (state.force_async) entry->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data(entry, &request);
     ++state.in_ring;
   }
 }
 
 void IoUringEngine::submit() {
+  if (state_->needs_enabling) state_->enable();
   for (;;) {
     fill_ring();
     if (io_uring_sq_ready(&state_->ring) == 0) return;
@@ -345,6 +385,19 @@ bool IoUringEngine::prepare_to_sleep() {
   // Waiting for room is waiting for completions; waiting without any in flight is work to do.
   const bool waiting = unsubmitted > 0 || !state.waiting.empty();
   return !waiting || state.in_ring > unsubmitted;
+}
+
+bool IoUringEngine::sleep(std::chrono::nanoseconds timeout) {
+  State& state = *state_;
+  // A wait with a time needs Linux 5.11; liburing would submit a request of its own before that.
+  if ((state.ring.features & IORING_FEAT_EXT_ARG) == 0) return false;
+  if (io_uring_cq_ready(&state.ring) > 0 || state.kernel_wants_entry()) return false;
+  if (state.in_ring <= io_uring_sq_ready(&state.ring)) return false;
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(timeout);
+  __kernel_timespec limit{.tv_sec = seconds.count(), .tv_nsec = (timeout - seconds).count()};
+  io_uring_cqe* completion = nullptr;
+  io_uring_wait_cqes(&state.ring, &completion, 1, timeout.count() < 0 ? nullptr : &limit, nullptr);
+  return true;
 }
 
 void IoUringEngine::wake_up() {

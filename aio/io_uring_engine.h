@@ -35,7 +35,8 @@ struct IoUringLimits {
 
 class IoUringEngine final : public Engine {
  public:
-  // The calling thread becomes the ring's only submitter.
+  // The thread of the first submit() becomes the ring's only submitter, and the only one that may
+  // register files and memory from then on.
   // Errors: kNotSupported (no io_uring in this kernel or sandbox), kPermission
   // (kernel.io_uring_disabled, seccomp), kExhausted (locked memory, descriptors).
   static Expected<std::unique_ptr<IoUringEngine>> create(const EngineOptions& options,
@@ -55,11 +56,13 @@ class IoUringEngine final : public Engine {
   [[nodiscard]] int completion_fd() const override;
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;
+  [[nodiscard]] bool sleep(std::chrono::nanoseconds timeout) override;
 
  private:
   struct State;
   explicit IoUringEngine(std::unique_ptr<State> state);
   void make_tables(const IoUringFeatures& features, const IoUringLimits& limits);
+  void bound_kernel_workers(unsigned count);
   void fill_ring();
 
   std::unique_ptr<State> state_;

@@ -1,6 +1,7 @@
 #include "aio/native_engine.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cassert>
 #include <cerrno>
@@ -73,7 +74,10 @@ bool probe_fdsync(io_context_t context) {
   const bool taken = ::io_submit(context, 1, list) == 1;
   if (taken) {
     io_event event{};
-    ::io_getevents(context, 1, 1, &event, nullptr);
+    // Nothing of the probe may stay in the ring. A wait can be interrupted without a signal: by the
+    // end of an io_uring that this thread has made (task work).
+    while (::io_getevents(context, 1, 1, &event, nullptr) == -EINTR) {
+    }
   }
   ::close(fd);
   return taken;
@@ -97,7 +101,9 @@ struct NativeEngine::State {
   std::vector<iocb> iocbs;        // one per kernel I/O in flight
   std::vector<iocb*> free_iocbs;  // never shrinks: no allocation after create()
   std::vector<iocb*> batch;       // room for one io_submit
-  threadpool::WorkList failed;    // refused by io_submit; completed by reap(), never from submit()
+  std::array<io_event, 64> fetched{};  // by sleep(), which cannot look without taking
+  std::size_t fetched_count{0};
+  threadpool::WorkList failed;  // refused by io_submit; completed by reap(), never from submit()
   unsigned kernel_in_flight{0};
   unsigned on_kernel_workers{0};  // of those in flight, queued ones included
 
@@ -109,6 +115,7 @@ struct NativeEngine::State {
 };
 
 bool NativeEngine::State::has_completions() const {
+  if (fetched_count > 0) return true;
   if (!ring_readable) return false;
   return ring()->head != std::atomic_ref(ring()->tail).load(std::memory_order_acquire);
 }
@@ -136,13 +143,16 @@ void NativeEngine::State::prepare(iocb& control, IoRequest& request) const {
 // `head` gives it back to the kernel.
 template <typename Function>
 std::size_t NativeEngine::State::take_completions(Function&& function) {
-  std::size_t count = 0;
+  const std::size_t fetched_before = std::exchange(fetched_count, 0);
+  for (std::size_t i = 0; i < fetched_before; ++i)
+    function(fetched[i].obj, static_cast<long>(fetched[i].res));
+  std::size_t count = fetched_before;
   if (!ring_readable) {
     io_event events[64];
     timespec now{};
     const int taken = ::io_getevents(context, 0, 64, events, &now);
     for (int i = 0; i < taken; ++i) function(events[i].obj, static_cast<long>(events[i].res));
-    return taken > 0 ? static_cast<std::size_t>(taken) : 0;
+    return count + (taken > 0 ? static_cast<std::size_t>(taken) : 0);
   }
   AioRing* const shared = ring();
   const auto* const events = reinterpret_cast<const io_event*>(shared + 1);
@@ -312,6 +322,17 @@ bool NativeEngine::prepare_to_sleep() {
   if (!state.failed.empty() || state.has_completions()) return false;
   // Waiting for room is waiting for completions; waiting without any in flight is work to do.
   return state.waiting.empty() || state.kernel_in_flight > 0;
+}
+
+bool NativeEngine::sleep(std::chrono::nanoseconds timeout) {
+  State& state = *state_;
+  if (!state.failed.empty() || state.has_completions() || state.kernel_in_flight == 0) return false;
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(timeout);
+  timespec limit{.tv_sec = seconds.count(), .tv_nsec = (timeout - seconds).count()};
+  const int taken = ::io_getevents(state.context, 1, static_cast<long>(state.fetched.size()),
+                                   state.fetched.data(), timeout.count() < 0 ? nullptr : &limit);
+  state.fetched_count = taken > 0 ? static_cast<std::size_t>(taken) : 0;
+  return true;
 }
 
 void NativeEngine::wake_up() { drain_event_fd(state_->event_fd); }

@@ -33,6 +33,7 @@ class NativeEngine final : public Engine {
   [[nodiscard]] bool is_worth_looking() const override;
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;
+  [[nodiscard]] bool sleep(std::chrono::nanoseconds timeout) override;
 
  private:
   struct State;

@@ -15,6 +15,9 @@ SimulatedDisk::SimulatedDisk(SimulatedDiskOptions options)
       current_(options.size_bytes),
       durable_(options.size_bytes) {}
 
+SimulatedDisk::SimulatedDisk(SimulatedDiskOptions options, std::vector<std::byte> contents)
+    : options_(options), random_(options.seed), current_(contents), durable_(std::move(contents)) {}
+
 long SimulatedDisk::execute(IoRequest& request, std::uint64_t flush_after) {
   const std::lock_guard lock(mutex_);
   const long result = run(request, flush_after);
@@ -42,6 +45,8 @@ long SimulatedDisk::run(IoRequest& request, std::uint64_t flush_after) {
     case IoKind::kDiscard:
     case IoKind::kWriteZeroes:
       return zero(request);
+    case IoKind::kWriteBehind:
+      return 0;
   }
   return -EINVAL;
 }
@@ -84,9 +89,17 @@ void SimulatedDisk::land(std::uint64_t offset_bytes, std::vector<std::byte> data
     volatile_writes_.push_back({completed_writes_, offset_bytes, std::move(data)});
     return;
   }
-  std::ranges::copy(data, durable_.begin() + static_cast<std::ptrdiff_t>(offset_bytes));
+  // The size that it needs is as durable as the data, and with it the sizes before.
+  if (offset_bytes + data.size() > durable_.size()) {
+    for (const auto& older : volatile_writes_) {
+      if (older.is_resize) apply(older, durable_);
+    }
+    std::erase_if(volatile_writes_, [](const VolatileWrite& write) { return write.is_resize; });
+  }
+  apply({completed_writes_, offset_bytes, data}, durable_);
   // Older volatile writes to the same place must not come back over this one.
   for (auto& older : volatile_writes_) {
+    if (older.is_resize) continue;
     const std::uint64_t begin = std::max(older.offset_bytes, offset_bytes);
     const std::uint64_t end =
         std::min(older.offset_bytes + older.data.size(), offset_bytes + data.size());
@@ -109,11 +122,23 @@ long SimulatedDisk::flush(std::uint64_t flush_after) {
         continue;
       }
     }
-    std::ranges::copy(write.data,
-                      durable_.begin() + static_cast<std::ptrdiff_t>(write.offset_bytes));
+    apply(write, durable_);
   }
   volatile_writes_ = std::move(kept);
   return 0;
+}
+
+void SimulatedDisk::apply(const VolatileWrite& write, std::vector<std::byte>& image) {
+  if (write.is_resize) return image.resize(write.offset_bytes);
+  image.resize(std::max<std::size_t>(image.size(), write.offset_bytes + write.data.size()));
+  std::ranges::copy(write.data, image.begin() + static_cast<std::ptrdiff_t>(write.offset_bytes));
+}
+
+void SimulatedDisk::resize(std::uint64_t size_bytes) {
+  const std::lock_guard lock(mutex_);
+  current_.resize(size_bytes);
+  ++completed_writes_;
+  volatile_writes_.push_back({completed_writes_, size_bytes, {}, true});
 }
 
 long SimulatedDisk::zero(const IoRequest& request) {
@@ -150,20 +175,43 @@ void SimulatedDisk::set_fault_plan(FaultPlan plan) {
   fault_plan_ = std::move(plan);
 }
 
-void SimulatedDisk::power_cut(std::uint64_t seed) {
-  const std::lock_guard lock(mutex_);
+std::vector<std::byte> SimulatedDisk::survivors(std::uint64_t seed, Unflushed unflushed) const {
+  std::vector<std::byte> image = durable_;
   std::mt19937_64 fate(seed);
-  // In order, but each sector of each write by itself: lost or kept.
+  const auto survives = [&fate, unflushed](Unflushed granularity) {
+    return unflushed == granularity ? fate() % 2 == 0 : unflushed != Unflushed::kLost;
+  };
+  // In order, so that the youngest of those that overlap and are kept wins.
   for (const auto& write : volatile_writes_) {
+    const bool is_whole = write.is_resize || unflushed != Unflushed::kBySector;
+    if (is_whole) {
+      const auto granularity =
+          unflushed == Unflushed::kBySector ? Unflushed::kBySector : Unflushed::kByWrite;
+      if (survives(granularity)) apply(write, image);
+      continue;
+    }
     const std::uint64_t end = write.offset_bytes + write.data.size();
     for (std::uint64_t at = write.offset_bytes; at < end;) {
       const std::uint64_t next = std::min(end, (at / kSectorBytes + 1) * kSectorBytes);
-      if (fate() % 2 == 0) {
-        std::memcpy(durable_.data() + at, write.data.data() + (at - write.offset_bytes), next - at);
+      if (survives(Unflushed::kBySector)) {
+        const auto from = write.data.begin() + static_cast<std::ptrdiff_t>(at - write.offset_bytes);
+        apply({write.sequence, at, {from, from + static_cast<std::ptrdiff_t>(next - at)}}, image);
       }
       at = next;
     }
   }
+  return image;
+}
+
+std::vector<std::byte> SimulatedDisk::after_power_cut(std::uint64_t seed,
+                                                      Unflushed unflushed) const {
+  const std::lock_guard lock(mutex_);
+  return survivors(seed, unflushed);
+}
+
+void SimulatedDisk::power_cut(std::uint64_t seed) {
+  const std::lock_guard lock(mutex_);
+  durable_ = survivors(seed, Unflushed::kBySector);
   volatile_writes_.clear();
   current_ = durable_;
 }

@@ -3,7 +3,8 @@
 // It keeps two images. `current` is what reads see; `durable` is what a power cut leaves: every
 // write lands in `current` when it completes, and moves to `durable` when a flush that was queued
 // after that completes, or at once if it was write-through. A power cut keeps any part of the rest,
-// sector by sector, as its seed decides: lost, kept or torn.
+// sector by sector, as its seed decides: lost, kept or torn. Its size changes like its bytes: a new
+// size is durable after a flush, and what was written beyond the durable end extends it.
 //
 // Thread-safe: engines on several I/O threads may share one disk; a lock is fine in a test double.
 #pragma once
@@ -50,6 +51,8 @@ class SimulatedDisk {
   static constexpr std::size_t kSectorBytes = 512;  // what survives a power cut whole or not at all
 
   explicit SimulatedDisk(SimulatedDiskOptions options);
+  // With these contents, all durable, whatever `options` say of the size.
+  SimulatedDisk(SimulatedDiskOptions options, std::vector<std::byte> contents);
 
   // Carries out what remains of `request` (or a part of it) as one kernel call would: bytes moved,
   // or a negated errno value. `flush_after` is the value of completed_writes() when a flush was
@@ -64,6 +67,15 @@ class SimulatedDisk {
       std::function<std::optional<int>(const IoRequest& request, std::uint64_t operation_index)>;
   void set_fault_plan(FaultPlan plan);
 
+  // Makes the disk end at `size_bytes`, as ftruncate(2) does; what is new reads as zeroes.
+  void resize(std::uint64_t size_bytes);
+
+  // What a power cut makes of the writes that were not flushed: all are lost, all are kept, each
+  // write is lost or kept, or each of its sectors.
+  enum class Unflushed : std::uint8_t { kLost, kKept, kByWrite, kBySector };
+  // What a power cut at this moment would leave; nothing changes.
+  [[nodiscard]] std::vector<std::byte> after_power_cut(
+      std::uint64_t seed, Unflushed unflushed = Unflushed::kBySector) const;
   // Forgets what was not flushed, wholly or in part. What is left is current and durable.
   void power_cut(std::uint64_t seed);
 
@@ -76,8 +88,11 @@ class SimulatedDisk {
     std::uint64_t sequence;
     std::uint64_t offset_bytes;
     std::vector<std::byte> data;
+    bool is_resize{false};  // to `offset_bytes`
   };
 
+  static void apply(const VolatileWrite& write, std::vector<std::byte>& image);
+  [[nodiscard]] std::vector<std::byte> survivors(std::uint64_t seed, Unflushed unflushed) const;
   long run(IoRequest& request, std::uint64_t flush_after);
   long transfer(IoRequest& request);
   long flush(std::uint64_t flush_after);

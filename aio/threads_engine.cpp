@@ -26,8 +26,9 @@ Expected<std::unique_ptr<ThreadsEngine>> ThreadsEngine::create(const EngineOptio
 }
 
 ThreadsEngine::ThreadsEngine(const EngineOptions& options, int event_fd) : event_fd_(event_fd) {
-  pool_ = std::make_unique<threadpool::ThreadPool>(
-      threadpool::ThreadPoolOptions{.max_threads = options.max_threads, .name = "vblk-worker"});
+  pool_ = threadpool::make_pool(options.pool, {.min_threads = options.min_threads,
+                                               .max_threads = options.max_threads,
+                                               .name = "vblk-worker"});
 }
 
 ThreadsEngine::~ThreadsEngine() {

@@ -14,7 +14,7 @@
 #include "aio/engine_options.h"
 #include "aio/error.h"
 #include "threadpool/completion_queue.h"
-#include "threadpool/thread_pool.h"
+#include "threadpool/pool.h"
 
 namespace vblk::aio {
 
@@ -50,7 +50,7 @@ class ThreadsEngine final : public Engine {
   unsigned misses_in_row_{0};
   threadpool::WorkList finished_;
   threadpool::CompletionQueue completions_;
-  std::unique_ptr<threadpool::ThreadPool> pool_;
+  std::unique_ptr<threadpool::Pool> pool_;
 };
 
 }  // namespace vblk::aio

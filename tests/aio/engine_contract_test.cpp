@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
@@ -19,6 +20,7 @@
 #include <unistd.h>
 #include <vector>
 
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 
 #include "aio/engine_set.h"
@@ -62,7 +64,10 @@ class Backing {
 
 class FileBacking final : public Backing {
  public:
-  FileBacking(EngineName engine, bool direct) : direct_(direct) {
+  // What a variant changes about the options that a test asks for.
+  using Adjust = std::function<void(EngineOptions&)>;
+  FileBacking(EngineName engine, bool direct, Adjust adjust = {})
+      : adjust_(std::move(adjust)), direct_(direct) {
     selection_.engine_of_kind.fill(engine);
     fd_ = ::open(dir_.file("disk").c_str(), O_RDWR | O_CREAT | O_CLOEXEC | (direct ? O_DIRECT : 0),
                  0600);
@@ -70,7 +75,9 @@ class FileBacking final : public Backing {
   }
   ~FileBacking() override { ::close(fd_); }
   Expected<std::unique_ptr<EngineSet>> make_engines(const EngineOptions& options) override {
-    return EngineSet::create(selection_, options);
+    EngineOptions adjusted = options;
+    if (adjust_) adjust_(adjusted);
+    return EngineSet::create(selection_, adjusted);
   }
   [[nodiscard]] int fd() const override { return fd_; }
   std::vector<std::byte> contents() override {
@@ -85,6 +92,7 @@ class FileBacking final : public Backing {
  private:
   test::TempDir dir_;
   AioSelection selection_;
+  Adjust adjust_;
   bool direct_;
   int fd_{-1};
 };
@@ -125,6 +133,25 @@ std::vector<Variant> variants() {
                      }});
     }
   }
+  for (const threadpool::PoolKind pool : threadpool::kAllPoolKinds) {
+    if (pool == threadpool::PoolKind::kAdaptive) continue;
+    std::string name = fmt::format("threads_{}", threadpool::to_string(pool));
+    std::ranges::replace(name, '-', '_');
+    all.push_back({name, [pool] {
+                     return std::make_unique<FileBacking>(
+                         EngineName::kThreads, false,
+                         [pool](EngineOptions& options) { options.pool = pool; });
+                   }});
+  }
+  all.push_back({"io_uring_kernel_workers", [] {
+                   return std::make_unique<FileBacking>(EngineName::kIoUring, false,
+                                                        [](EngineOptions& options) {
+                                                          options.io_uring.force_async = true;
+                                                          options.io_uring.kernel_workers = 4;
+                                                        });
+                 }});
+  all.push_back(
+      {"inline", [] { return std::make_unique<FileBacking>(EngineName::kInline, false); }});
   all.push_back({"simulated", [] {
                    return std::make_unique<SimulatedBacking>(
                        SimulatedDiskOptions{.size_bytes = kDiskBytes,
@@ -284,6 +311,22 @@ TEST_P(EngineContract, writes_through_flushes_zeroes_and_discards) {
   EXPECT_EQ(bytes.size(), kDiskBytes) << "the file keeps its size";
 }
 
+TEST_P(EngineContract, starts_writing_behind_and_waits_for_it) {
+  EXPECT_EQ(run(*make(IoKind::kWrite, 0, 65536, 0x22)), 0);
+  for (const bool until_written : {false, true}) {
+    for (const std::uint64_t length :
+         {std::uint64_t{8192}, std::uint64_t{0}, std::uint64_t{5} << 32}) {
+      auto sync = make(IoKind::kWriteBehind, 4096, 0);
+      sync->length_bytes = length;
+      sync->until_written = until_written;
+      EXPECT_EQ(run(*sync), 0);
+    }
+  }
+  auto bad = make(IoKind::kWriteBehind, 0, 4096);
+  bad->fd = 999'999;
+  EXPECT_EQ(run(*bad), EBADF);
+}
+
 TEST_P(EngineContract, takes_scattered_buffers_with_empty_ones_among_them) {
   constexpr std::size_t kPart = kAlignment;
   AlignedBuffer memory(3 * kPart);
@@ -430,6 +473,9 @@ TEST_P(EngineContract, agrees_with_a_flat_array_over_ten_thousand_random_operati
           break;
         case IoKind::kFlush:
           break;
+        case IoKind::kWriteBehind:
+          io->until_written = random() % 2 == 0;
+          break;
         case IoKind::kWriteZeroes:
           io->may_unmap = random() % 2 == 0;
           [[fallthrough]];
@@ -461,6 +507,29 @@ TEST_P(EngineContract, agrees_with_a_flat_array_over_ten_thousand_random_operati
 TEST_P(EngineContract, never_loses_a_wake_up) {
   for (unsigned i = 0; i < 2000; ++i)
     ASSERT_EQ(run(*make(IoKind::kWrite, (i % 64) * 4096, 4096, 1)), 0);
+}
+
+// The shorter sleep, in turns with the other one: each must find what the other has left, in an
+// eventfd or fetched already.
+TEST_P(EngineContract, sleeps_in_the_engine_where_it_can_and_loses_nothing) {
+  using namespace std::chrono_literals;
+  EXPECT_FALSE(engines_->sleep(20s)) << "nothing is in flight";
+  for (unsigned i = 0; i < 1000; ++i) {
+    std::vector<std::unique_ptr<TestIo>> ios;
+    for (unsigned j = 0; j <= i % 3; ++j) {
+      ios.push_back(make(IoKind::kWrite, ((i + j) % 64) * 4096, 4096, 1));
+      queue(*ios.back());
+    }
+    submit();
+    const auto begin = std::chrono::steady_clock::now();
+    if (i % 4 != 3 && engines_->reap() == 0) static_cast<void>(engines_->sleep(20s));
+    ASSERT_LT(std::chrono::steady_clock::now() - begin, 10s) << "a completion ended no sleep";
+    finish();
+    for (const auto& io : ios) {
+      ASSERT_EQ(io->completions, 1);
+      ASSERT_EQ(io->error, 0);
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(AllEngines, EngineContract, testing::ValuesIn(variants()),
