@@ -2,6 +2,9 @@
 
 #include <cerrno>
 #include <span>
+#include <utility>
+
+#include <fmt/core.h>
 
 #include "blockdev/io_context.h"
 
@@ -26,6 +29,7 @@ bool is_transfer(BlockOperation operation) {
 // 0, or the errno value that the request fails with.
 int check(const BlockRequest& request, std::uint64_t size_bytes, const BlockLimits& limits) {
   if (request.operation == BlockOperation::kFlush) return 0;
+  if (request.operation == BlockOperation::kWriteBehind) return EOPNOTSUPP;
   if (request.operation != BlockOperation::kRead && limits.read_only) return EROFS;
   if (request.operation == BlockOperation::kDiscard && !limits.can_discard) return EOPNOTSUPP;
   if (request.operation == BlockOperation::kWriteZeroes && !limits.can_write_zeroes)
@@ -51,6 +55,25 @@ void BlockNode::submit(BlockRequest& request, IoContext& context) {
     return;
   }
   do_submit(request, context);
+}
+
+void BlockNode::resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
+  if (size_bytes == 0 || size_bytes % kSectorBytes != 0) {
+    return done(make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("a disk cannot have {} bytes; give a multiple of {}", size_bytes, kSectorBytes),
+        EINVAL));
+  }
+  if (limits_.read_only) {
+    return done(make_error(ErrorKind::kPermission,
+                           fmt::format("'{}' is open read-only and keeps its size", name_), EROFS));
+  }
+  do_resize(size_bytes, context, std::move(done));
+}
+
+void BlockNode::do_resize(std::uint64_t /*size_bytes*/, IoContext& /*context*/, ResizeDone done) {
+  done(make_error(ErrorKind::kNotSupported,
+                  fmt::format("'{}' is of a kind that cannot change its size", name_), EOPNOTSUPP));
 }
 
 }  // namespace vblk::blockdev

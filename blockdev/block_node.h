@@ -7,9 +7,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <string>
 
+#include "aio/error.h"
 #include "blockdev/block_request.h"
+#include "blockdev/flush_group.h"
 
 namespace vblk::blockdev {
 
@@ -41,6 +44,9 @@ class BlockNode {
   // For messages: the path, or "null".
   [[nodiscard]] const std::string& name() const { return name_; }
 
+  // What has become of the guest's flushes. Any thread; a moment old.
+  [[nodiscard]] virtual FlushStatistics flush_statistics() const { return {}; }
+
   // An I/O thread announces that it will submit requests, and takes that back when none is in
   // flight. Calls nest. For what engines do better if they know before. Loop thread of `context`.
   virtual void attach(IoContext& /*context*/) {}
@@ -52,11 +58,23 @@ class BlockNode {
   // of a read-only disk), EOPNOTSUPP.
   void submit(BlockRequest& request, IoContext& context);
 
+  // Makes the disk `size_bytes` long while requests run, on the loop thread of `context`. `done` is
+  // called there, at once or later; the new size is stable on the disk by then, and new space reads
+  // as zeroes. Requests beyond a smaller end fail from the beginning of the call on, and what was
+  // there is lost. Errors: kInvalidArgument (not whole sectors, or none), kNotSupported (what can
+  // be done instead is in the message), kPermission (read only), kBusy (another change of size is
+  // under way), kExhausted, kIo; the disk then has its old size.
+  using ResizeDone = std::function<void(Expected<void>)>;
+  void resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done);
+
  protected:
   // The node's own work on a request that passed the gate: in range, not empty (empty requests are
   // completed by the gate), allowed. Must end in exactly one completion, never synchronously:
   // through an engine or context.complete_later().
   virtual void do_submit(BlockRequest& request, IoContext& context) = 0;
+
+  // resize() to another size that is possible as far as the node's limits tell.
+  virtual void do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done);
 
   std::atomic<std::uint64_t> size_bytes_{0};
   BlockLimits limits_;

@@ -49,10 +49,14 @@ struct BlockRequest {
   Completion complete{nullptr};  // `error` is an errno value, 0 for success
 
   // Below: scratch of the node that is carrying the request out, and of the I/O context.
-  BlockRequest* next{nullptr};
+  BlockRequest* next{nullptr};  // in a list of the I/O context, or of those it must wait for
+  BlockRequest* next_in_group{nullptr};  // flush_group.h
   class BlockNode* node{nullptr};
   class IoContext* context{nullptr};
   int deferred_error{0};
+  void* forwarded{nullptr};  // of the formats that have passed it on as it is, the last one's
+  void (*resume)(BlockRequest& request, void* argument){nullptr};  // io_context.h
+  void* resume_argument{nullptr};
   PieceProgress pieces;
   struct BounceWaiter : BouncePool::Waiter {
     BlockRequest* parent{nullptr};

@@ -1,14 +1,11 @@
 #include "blockdev/image.h"
 
 #include <array>
-#include <utility>
+#include <string>
 
 #include <fmt/core.h>
 
-#include "blockdev/image_file.h"
-#include "blockdev/log.h"
-#include "blockdev/null_node.h"
-#include "blockdev/raw_node.h"
+#include "blockdev/byte_size.h"
 
 namespace vblk::blockdev {
 
@@ -50,31 +47,31 @@ std::string_view to_string(CacheMode mode) { return traits(mode).name; }
 bool uses_direct_io(CacheMode mode) { return traits(mode).direct_io; }
 bool has_write_cache(CacheMode mode) { return traits(mode).write_cache; }
 
-Expected<ImageFormat> parse_image_format(std::string_view text) {
-  if (text == "raw") return ImageFormat::kRaw;
-  if (text == "null") return ImageFormat::kNull;
-  return make_error(ErrorKind::kInvalidArgument,
-                    fmt::format("--format: unknown format '{}'; there are raw and null", text));
+Expected<std::uint64_t> parse_write_behind(std::string_view text, CacheMode cache) {
+  constexpr std::uint64_t kMin = std::uint64_t{64} << 10;
+  constexpr std::uint64_t kMax = std::uint64_t{1} << 30;
+  const auto size = parse_byte_size(std::string(text));
+  if (!size) return size;
+  if (*size < kMin || *size > kMax)
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("--write-behind {}: use 64K to 1G", text));
+  if (cache != CacheMode::kWriteback) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("--write-behind is for --cache writeback: with --cache {} {}", to_string(cache),
+                    cache == CacheMode::kUnsafe ? "no flush waits for the disk"
+                                                : "no written data waits in memory"));
+  }
+  return size;
 }
 
-Expected<std::unique_ptr<BlockNode>> open_image(const ImageOptions& options) {
-  if (options.format == ImageFormat::kNull) {
-    auto node = NullNode::create(options.null_size_bytes, options.read_only);
-    if (!node) return std::unexpected(std::move(node.error()));
-    return std::unique_ptr<BlockNode>(std::move(*node));
-  }
-  auto file = ImageFile::open(options);
-  if (!file) return std::unexpected(std::move(file.error()));
-  const bool ignores_flush = options.cache == CacheMode::kUnsafe;
-  if (ignores_flush) {
-    log::warning(
-        "'{}': --cache unsafe ignores flushes; what the guest has written is lost if the host "
-        "stops",
-        options.path);
-  }
-  return std::make_unique<RawNode>(std::move(*file), RawNodeOptions{.name = options.path,
-                                                                    .discard = options.discard,
-                                                                    .ignore_flush = ignores_flush});
+Expected<ImageFormat> parse_image_format(std::string_view text) {
+  if (text == "raw") return ImageFormat::kRaw;
+  if (text == "qcow2") return ImageFormat::kQcow2;
+  if (text == "null") return ImageFormat::kNull;
+  return make_error(
+      ErrorKind::kInvalidArgument,
+      fmt::format("--format: unknown format '{}'; there are raw, qcow2 and null", text));
 }
 
 }  // namespace vblk::blockdev

@@ -1,13 +1,11 @@
-// Opening an image: the one factory that turns the user's options into a node.
+// What a user can say about an image; image/open_image.h makes a node of it.
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <string_view>
 
 #include "aio/error.h"
-#include "blockdev/block_node.h"
 
 namespace vblk::blockdev {
 
@@ -26,21 +24,28 @@ Expected<CacheMode> parse_cache_mode(std::string_view text);
 [[nodiscard]] bool uses_direct_io(CacheMode mode);
 [[nodiscard]] bool has_write_cache(CacheMode mode);
 
-enum class ImageFormat : std::uint8_t { kRaw, kNull };
+// "8M": the window of write-behind. Error: kInvalidArgument: no size, not from 64K to 1G, or not
+// kWriteback, the only mode in which written data waits in memory for a flush.
+Expected<std::uint64_t> parse_write_behind(std::string_view text, CacheMode cache);
+
+// kByName: qcow2 where the file's name ends in ".qcow2", otherwise raw, which is refused where the
+// file begins like a qcow2 image. The content never decides: a guest could have written it.
+enum class ImageFormat : std::uint8_t { kRaw, kQcow2, kNull, kByName };
+// Every format but kByName.
 Expected<ImageFormat> parse_image_format(std::string_view text);
 
 struct ImageOptions {
   std::string path;  // ignored by the null format
-  ImageFormat format{ImageFormat::kRaw};
+  ImageFormat format{ImageFormat::kByName};
   CacheMode cache{CacheMode::kNone};
   bool read_only{false};
-  bool discard{true};                // discard and unmapping write zeroes reach the file
-  std::uint64_t null_size_bytes{0};  // kNull only
+  bool share_flushes{true};             // as RawNodeOptions
+  std::uint64_t write_behind_bytes{0};  // kWriteback only; as RawNodeOptions
+  bool discard{true};                   // discard and unmapping write zeroes reach the file
+  std::uint64_t null_size_bytes{0};     // kNull only
+  // kQcow2 only; 0: as qcow2_node.h says. For each image of a chain of backing files.
+  std::uint64_t l2_cache_bytes{0};
+  std::uint64_t refcount_cache_bytes{0};
 };
-
-// Opens, locks and measures the image. The node holds the file and its locks until it is destroyed.
-// Errors: kNotFound, kPermission, kBusy (locked by another process: names the file), kNotSupported
-// (a directory, a character device, a file system without O_DIRECT), kInvalidArgument (empty).
-Expected<std::unique_ptr<BlockNode>> open_image(const ImageOptions& options);
 
 }  // namespace vblk::blockdev

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstring>
 #include <fcntl.h>
+#include <limits>
 #include <linux/fs.h>
 #include <linux/stat.h>
 #include <sys/ioctl.h>
@@ -146,8 +147,10 @@ Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options
 }
 
 std::unique_ptr<ImageFile> ImageFile::wrap(int fd, int buffered_fd, std::uint64_t size_bytes,
-                                           std::uint32_t alignment_bytes, bool read_only) {
+                                           std::uint32_t alignment_bytes, bool read_only,
+                                           SetSize set_size) {
   std::unique_ptr<ImageFile> file(new ImageFile);
+  file->set_size_ = std::move(set_size);
   file->fd_ = fd;
   file->buffered_fd_ = buffered_fd;
   file->size_bytes_ = size_bytes;
@@ -161,6 +164,17 @@ ImageFile::~ImageFile() {
   if (!owned_) return;
   if (direct() && fd_ >= 0) ::close(fd_);
   if (buffered_fd_ >= 0) ::close(buffered_fd_);
+}
+
+int ImageFile::resize(std::uint64_t size_bytes) {
+  if (!owned_) return set_size_ ? set_size_(size_bytes) : EOPNOTSUPP;
+  if (is_block_device_) return size_bytes <= size_bytes_ ? 0 : ENOSPC;
+  if (size_bytes > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max())) return EFBIG;
+  int result = 0;
+  do {
+    result = ::ftruncate(buffered_fd_, static_cast<off_t>(size_bytes));
+  } while (result != 0 && errno == EINTR);
+  return result == 0 ? 0 : errno;
 }
 
 Expected<void> ImageFile::measure(const std::string& path) {

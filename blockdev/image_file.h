@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -10,14 +11,18 @@
 
 namespace vblk::blockdev {
 
-// Owns its descriptors. What is read from it never changes.
+// Owns its descriptors. What is read from it never changes; the file itself may be given another
+// size.
 class ImageFile {
  public:
   // Errors: as open_image().
   static Expected<std::unique_ptr<ImageFile>> open(const ImageOptions& options);
   // Wraps descriptor numbers that an engine understands (the simulated disk's); nothing is closed.
+  // `set_size` is what resize() does; without one it fails with EOPNOTSUPP.
+  using SetSize = std::function<int(std::uint64_t size_bytes)>;
   static std::unique_ptr<ImageFile> wrap(int fd, int buffered_fd, std::uint64_t size_bytes,
-                                         std::uint32_t alignment_bytes, bool read_only);
+                                         std::uint32_t alignment_bytes, bool read_only,
+                                         SetSize set_size = {});
   ~ImageFile();
   ImageFile(const ImageFile&) = delete;
   ImageFile& operator=(const ImageFile&) = delete;
@@ -26,6 +31,7 @@ class ImageFile {
   // The same file without O_DIRECT, for what O_DIRECT cannot address; fd() itself in the buffered
   // modes.
   [[nodiscard]] int buffered_fd() const { return buffered_fd_; }
+  // When it was opened.
   [[nodiscard]] std::uint64_t size_bytes() const { return size_bytes_; }
   [[nodiscard]] bool direct() const { return fd_ != buffered_fd_; }
   [[nodiscard]] bool is_block_device() const { return is_block_device_; }
@@ -36,6 +42,9 @@ class ImageFile {
   // What O_DIRECT demands of offsets and lengths, and of buffers; 1 in the buffered modes.
   [[nodiscard]] std::uint32_t offset_alignment_bytes() const { return offset_alignment_bytes_; }
   [[nodiscard]] std::uint32_t memory_alignment_bytes() const { return memory_alignment_bytes_; }
+  // Makes the file end at `size_bytes`; what is new reads as zeroes. 0, or an errno value: ENOSPC
+  // for a block device that ends before it. Any thread; a system call.
+  [[nodiscard]] int resize(std::uint64_t size_bytes);
 
  private:
   ImageFile() = default;
@@ -52,6 +61,7 @@ class ImageFile {
   bool is_block_device_{false};
   bool read_only_{false};
   bool owned_{false};
+  SetSize set_size_;
 };
 
 }  // namespace vblk::blockdev

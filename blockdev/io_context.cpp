@@ -1,40 +1,99 @@
 #include "blockdev/io_context.h"
 
+#include <algorithm>
+#include <array>
 #include <cassert>
+#include <cerrno>
+#include <pthread.h>
+#include <system_error>
+#include <unistd.h>
 #include <utility>
+
+#include "aio/event_fd.h"
+#include "blockdev/log.h"
 
 namespace vblk::blockdev {
 
+void IoContext::RequestList::push_back(BlockRequest& request) {
+  request.next = nullptr;
+  if (tail == nullptr) {
+    head = &request;
+  } else {
+    tail->next = &request;
+  }
+  tail = &request;
+}
+
 IoContext::IoContext(IoLoop& loop, std::unique_ptr<aio::EngineSet> engines)
     : loop_(loop), engines_(std::move(engines)) {
-  for (const auto& engine : engines_->engines()) {
-    // Being readable only ends the sleep; wake_up() drains the descriptor.
-    watches_.push_back(loop_.watch(engine->completion_fd(), [] {}));
-    assert(watches_.back() != nullptr && "an engine's completion descriptor can be waited on");
+  const auto arrival_fd = aio::make_event_fd("an I/O thread");
+  if (!arrival_fd) {
+    throw std::system_error(arrival_fd.error().errno_value, std::generic_category(),
+                            arrival_fd.error().message);
   }
+  arrival_fd_ = *arrival_fd;
+  wake_by(arrival_fd_);
+  for (const auto& engine : engines_->engines()) wake_by(engine->completion_fd());
   loop_.add_poller(*this, PollStage::kEngine);
 }
 
 IoContext::~IoContext() {
   drain();
   loop_.remove_poller(*this);
+  watches_.clear();
+  ::close(arrival_fd_);
+}
+
+// Being readable only ends the sleep; wake_up() drains the descriptor.
+void IoContext::wake_by(int fd) {
+  descriptors_.push_back({.fd = fd, .events = POLLIN, .revents = 0});
+  watches_.push_back(loop_.watch(fd, [] {}));
+  assert(watches_.back() != nullptr && "an eventfd can be waited on");
+}
+
+void IoContext::change_engines(aio::EngineChange change, Retire retire) {
+  retire_ = std::move(retire);
+  const std::size_t before = engines_->engines().size();
+  engines_->commit(std::move(change));
+  for (const auto& engine : engines_->engines().subspan(before)) wake_by(engine->completion_fd());
+}
+
+void IoContext::part_with_retired() {
+  while (auto engine = engines_->take_retired()) {
+    const auto place = std::ranges::find(descriptors_, engine->completion_fd(), &pollfd::fd);
+    watches_.erase(watches_.begin() + (place - descriptors_.begin()));
+    descriptors_.erase(place);
+    if (retire_) retire_(std::move(engine));
+  }
+}
+
+void IoContext::log_news() {
+  std::array<char, 16> thread_name{};
+  pthread_getname_np(pthread_self(), thread_name.data(), thread_name.size());
+  for (const auto& line : engines_->take_news())
+    log::info("engine: {}: auto: {}", thread_name.data(), line);
+}
+
+void IoContext::keep(const BlockNode& node, std::unique_ptr<NodeState> state) {
+  assert(state_of(node) == nullptr);
+  node_states_.emplace_back(&node, std::move(state));
 }
 
 void IoContext::complete_later(BlockRequest& request, int error) {
   request.deferred_error = error;
-  request.next = nullptr;
-  if (deferred_tail_ == nullptr) {
-    deferred_head_ = &request;
-  } else {
-    deferred_tail_->next = &request;
-  }
-  deferred_tail_ = &request;
+  deferred_.push_back(request);
+}
+
+void IoContext::resume_before_submission(BlockRequest& request) { resumed_.push_back(request); }
+
+void IoContext::hand_over(BlockRequest& request) noexcept {
+  request.io.parent = &request;
+  if (arrivals_.push(request.io)) aio::signal_event_fd(arrival_fd_);
 }
 
 // Takes the list whole first: completions may defer new requests, which wait for the next cycle.
 std::size_t IoContext::run_deferred() {
-  BlockRequest* request = std::exchange(deferred_head_, nullptr);
-  deferred_tail_ = nullptr;
+  BlockRequest* request = std::exchange(deferred_, {}).head;
   std::size_t count = 0;
   while (request != nullptr) {
     BlockRequest* const next = request->next;
@@ -45,23 +104,59 @@ std::size_t IoContext::run_deferred() {
   return count;
 }
 
+// What is resumed while this runs waits for the next cycle, as above.
+std::size_t IoContext::run_resumed() {
+  threadpool::WorkList arrived;
+  arrivals_.take_all(arrived);
+  while (threadpool::Work* const work = arrived.pop_front())
+    resumed_.push_back(*static_cast<BlockRequest::Io*>(work)->parent);
+  BlockRequest* request = std::exchange(resumed_, {}).head;
+  std::size_t count = 0;
+  while (request != nullptr) {
+    BlockRequest* const next = request->next;
+    request->resume(*request, request->resume_argument);
+    request = next;
+    ++count;
+  }
+  return count;
+}
+
+bool IoContext::has_work() const { return deferred_.head != nullptr || resumed_.head != nullptr; }
+
 void IoContext::drain() {
-  while (deferred_head_ != nullptr || engines_->in_flight() > 0) {
-    run_deferred();
-    engines_->drain();
+  while (has_work() || engines_->in_flight() > 0 || away_ > 0) {
+    if (poll() == 0) wait(kForEver);
   }
 }
 
+void IoContext::wait(std::chrono::nanoseconds timeout) {
+  // Nobody hands over anything while nothing is away.
+  if (away_ == 0 && !has_work() && engines_->sleep(timeout)) return;
+  if (prepare_to_sleep()) {
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(timeout);
+    const timespec limit{.tv_sec = seconds.count(), .tv_nsec = (timeout - seconds).count()};
+    ::ppoll(descriptors_.data(), descriptors_.size(), timeout == kForEver ? nullptr : &limit,
+            nullptr);
+  }
+  wake_up();
+}
+
 std::size_t IoContext::poll() {
-  const std::size_t deferred = run_deferred();
+  const std::size_t done = run_deferred() + run_resumed();
   engines_->submit();
-  return engines_->reap() + deferred;
+  const std::size_t reaped = engines_->reap();
+  if (engines_->has_retired()) part_with_retired();
+  if (engines_->has_news()) log_news();
+  return reaped + done;
 }
 
 bool IoContext::prepare_to_sleep() {
-  return deferred_head_ == nullptr && engines_->prepare_to_sleep();
+  return !has_work() && arrivals_.arm() && engines_->prepare_to_sleep();
 }
 
-void IoContext::wake_up() { engines_->wake_up(); }
+void IoContext::wake_up() {
+  if (arrivals_.disarm()) aio::drain_event_fd(arrival_fd_);
+  engines_->wake_up();
+}
 
 }  // namespace vblk::blockdev

@@ -10,8 +10,12 @@
 #include <unistd.h>
 #include <utility>
 
+#include <fmt/core.h>
+
+#include "blockdev/block_io.h"
 #include "blockdev/io_context.h"
 #include "blockdev/log.h"
+#include "blockdev/write_behind.h"
 
 namespace vblk::blockdev {
 
@@ -36,6 +40,9 @@ bool is_unsupported(int error) {
   return error == EOPNOTSUPP || error == ENOSYS || error == ENOTTY || error == ENODEV;
 }
 
+// The size of a node that has no end: no sum of an offset and a length within it wraps.
+constexpr std::uint64_t kNoEnd = std::uint64_t{1} << 62;
+
 RawNode& node_of(BlockRequest& request) { return static_cast<RawNode&>(*request.node); }
 
 BlockRequest& parent_of(aio::IoRequest& io) { return *static_cast<BlockRequest::Io&>(io).parent; }
@@ -43,13 +50,18 @@ BlockRequest& parent_of(aio::IoRequest& io) { return *static_cast<BlockRequest::
 }  // namespace
 
 RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
-    : file_(std::move(file)), options_(std::move(options)), data_bytes_(file_->size_bytes()) {
+    : file_(std::move(file)),
+      options_(std::move(options)),
+      data_bytes_(file_->size_bytes()),
+      flushes_([](BlockRequest& leader) { node_of(leader).queue_flush(leader); }) {
   const std::uint64_t bytes = file_->size_bytes();
-  size_bytes_.store((bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes,
-                    std::memory_order_relaxed);
+  size_bytes_.store(
+      options_.holds_format ? kNoEnd : (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes,
+      std::memory_order_relaxed);
   name_ = options_.name;
   rules_ = direct_rules(file_->offset_alignment_bytes(), file_->memory_alignment_bytes(), bytes,
                         static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
+  set_data_bytes(bytes);
   limits_.optimal_alignment_bytes = std::max<std::uint32_t>(
       {file_->logical_block_bytes(), file_->direct() ? rules_.offset_bytes : 1, kSectorBytes});
   limits_.read_only = file_->read_only();
@@ -58,12 +70,87 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
   limits_.write_zeroes_may_unmap = options_.discard && !file_->read_only();
 }
 
+void RawNode::set_data_bytes(std::uint64_t size_bytes) {
+  const AlignmentRules rules =
+      direct_rules(file_->offset_alignment_bytes(), rules_.memory_bytes, size_bytes,
+                   static_cast<std::uint32_t>(::sysconf(_SC_PAGESIZE)));
+  direct_end_.store(rules.direct_end, std::memory_order_relaxed);
+  data_bytes_.store(size_bytes, std::memory_order_relaxed);
+}
+
+int RawNode::set_file_end(std::uint64_t size_bytes) {
+  const int error = file_->resize(size_bytes);
+  if (error != 0) return error;
+  flushes_.note_change();
+  set_data_bytes(size_bytes);
+  return 0;
+}
+
+int RawNode::grow(std::uint64_t size_bytes) {
+  assert(options_.holds_format);
+  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes);
+}
+
+int RawNode::shrink(std::uint64_t size_bytes) {
+  assert(options_.holds_format && !is_block_device());
+  set_data_bytes(size_bytes);
+  flushes_.note_change();
+  return file_->resize(size_bytes);
+}
+
+void RawNode::do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
+  assert(!options_.holds_format);
+  const std::uint64_t old_bytes = this->size_bytes();
+  if (size_bytes == old_bytes) return done({});
+  if (is_block_device()) {
+    return done(make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("'{}' is a block device and has the size that it has", name_), EOPNOTSUPP));
+  }
+  if (size_bytes < old_bytes) {
+    return done(make_error(ErrorKind::kNotSupported,
+                           fmt::format("'{}' has {} bytes, and a raw disk in use can only become "
+                                       "larger; stop it first, and use 'qemu-img resize --shrink'",
+                                       name_, old_bytes),
+                           EOPNOTSUPP));
+  }
+  if (resizing_.exchange(true)) {
+    return done(make_error(ErrorKind::kBusy,
+                           fmt::format("the size of '{}' is being changed already", name_), EBUSY));
+  }
+  run_grow(size_bytes, context, std::move(done));
+}
+
+// The guest learns of what is there for good.
+Detached RawNode::run_grow(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
+  int error = set_file_end(size_bytes);
+  if (error == 0) error = co_await BlockIo(*this, context, BlockOperation::kFlush, 0, 0);
+  if (error == 0) size_bytes_.store(size_bytes, std::memory_order_relaxed);
+  resizing_.store(false);
+  if (error == 0) {
+    done({});
+  } else {
+    done(make_error(kind_of_errno(error),
+                    fmt::format("cannot make '{}' larger: {}", name_, describe_errno(error)),
+                    error));
+  }
+}
+
 void RawNode::attach(IoContext& context) {
   for (const int fd : {file_->fd(), file_->buffered_fd()}) {
     const auto registered = context.engines().register_file(fd);
     if (!registered && log::peer_line_allowed())
       log::info("'{}': {}", name_, registered.error().message);
   }
+  if (options_.write_behind_bytes == 0 || context.state_of(*this) != nullptr) return;
+  context.keep(
+      *this, std::make_unique<WriteBehind>(
+                 context,
+                 WriteBehind::Options{
+                     .fd = file_->fd(),
+                     .window_bytes = options_.write_behind_bytes,
+                     .resubmit = [](BlockRequest& write) { node_of(write).submit_transfer(write); },
+                     .failed = [this](int error) { note_write_behind_error(error); }}));
 }
 
 void RawNode::detach(IoContext& context) {
@@ -83,7 +170,10 @@ void RawNode::do_submit(BlockRequest& request, IoContext& /*context*/) {
       return submit_discard(request);
     case BlockOperation::kWriteZeroes:
       return submit_write_zeroes(request);
+    case BlockOperation::kWriteBehind:
+      break;
   }
+  assert(false && "the gate lets no such operation through");
 }
 
 // Fills in what is common to all kernel I/Os of a request; offset, length and iovecs are set
@@ -97,13 +187,24 @@ void RawNode::queue_io(BlockRequest& request, aio::IoKind kind, int fd,
   request.context->engines().queue(request.io);
 }
 
+// Nothing for a request that leaves nothing for later in the page cache.
+WriteBehind* RawNode::write_behind_of(const BlockRequest& request) const {
+  if (options_.write_behind_bytes == 0 || request.operation != BlockOperation::kWrite ||
+      request.write_through || !write_behind_works_.load(std::memory_order_relaxed))
+    return nullptr;
+  return static_cast<WriteBehind*>(request.context->state_of(*this));
+}
+
 void RawNode::submit_transfer(BlockRequest& request) {
+  if (WriteBehind* const behind = write_behind_of(request);
+      behind != nullptr && !behind->admit(request))
+    return;
   const std::span<const iovec> iov(request.iov, request.iov_count);
   const bool within_data =
       request.offset_bytes + request.length_bytes <= data_bytes_.load(std::memory_order_relaxed);
   const bool aligned =
       !file_->direct() ||
-      (fits_file(rules_, request.offset_bytes, request.length_bytes) && fits_memory(rules_, iov));
+      (fits_file(rules(), request.offset_bytes, request.length_bytes) && fits_memory(rules(), iov));
   if (!within_data || !aligned) return start_pieces(request);
   request.io.write_through = request.write_through;
   request.io.offset_bytes = request.offset_bytes;
@@ -112,7 +213,11 @@ void RawNode::submit_transfer(BlockRequest& request) {
   request.io.iov_count = request.iov_count;
   queue_io(request, request.operation, file_->fd(), [](aio::IoRequest& io, int error) {
     BlockRequest& transfer = parent_of(io);
-    node_of(transfer).note_write_error(transfer, error);
+    RawNode& node = node_of(transfer);
+    node.note_write_error(transfer, error);
+    node.note_change(transfer, error);
+    if (WriteBehind* const behind = node.write_behind_of(transfer); behind != nullptr)
+      behind->written(transfer.offset_bytes, transfer.length_bytes);
     transfer.complete(transfer, error);
   });
 }
@@ -121,6 +226,15 @@ void RawNode::submit_flush(BlockRequest& request) {
   const int earlier = flush_error_.load(std::memory_order_relaxed);
   if (earlier != 0 || options_.ignore_flush)
     return request.context->complete_later(request, earlier);
+  if (options_.share_flushes) {
+    flushes_.submit(request);
+  } else {
+    flushes_.note_alone();
+    queue_flush(request);
+  }
+}
+
+void RawNode::queue_flush(BlockRequest& request) {
   queue_io(request, aio::IoKind::kFlush, file_->fd(), [](aio::IoRequest& io, int error) {
     BlockRequest& flush = parent_of(io);
     RawNode& node = node_of(flush);
@@ -128,8 +242,15 @@ void RawNode::submit_flush(BlockRequest& request) {
     // A flush on another queue may have failed meanwhile, and the kernel reports a lost write only
     // once.
     const int latched = node.flush_error_.load(std::memory_order_relaxed);
-    flush.complete(flush, latched);
+    if (!node.options_.share_flushes) return flush.complete(flush, latched);
+    node.flushes_.finished(flush, latched);
   });
+}
+
+// A write-through write that succeeded is stable; anything else is the next flush's business.
+void RawNode::note_change(const BlockRequest& request, int error) {
+  const bool is_stable = request.write_through && error == 0;
+  if (request.operation != BlockOperation::kRead && !is_stable) flushes_.note_change();
 }
 
 // After a failed fdatasync the kernel may have dropped the dirty pages and call them clean: a later
@@ -147,6 +268,14 @@ void RawNode::note_flush_error(int error) {
 // report, the flushes that would have seen it must fail all the same.
 void RawNode::note_write_error(const BlockRequest& request, int error) {
   if (error == EIO && request.write_through && !file_->direct()) note_flush_error(error);
+}
+
+void RawNode::note_write_behind_error(int error) {
+  if (!is_unsupported(error)) return note_flush_error(error);
+  if (write_behind_works_.exchange(false)) {
+    log::warning("'{}': the file system has no sync_file_range ({}); there is no write-behind",
+                 name_, describe_errno(error));
+  }
 }
 
 void RawNode::submit_discard(BlockRequest& request) {
@@ -171,6 +300,7 @@ void RawNode::submit_discard(BlockRequest& request) {
       }
       error = 0;
     }
+    node.note_change(discard, error);
     discard.complete(discard, error);
   });
 }
@@ -223,17 +353,18 @@ bool RawNode::step_data(BlockRequest& request, std::uint64_t offset_bytes,
     }
     end_bytes = std::min(end_bytes, data_end);
   }
-  const Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
+  const Piece piece = file_->direct() ? next_piece(rules(), offset_bytes, end_bytes)
                                       : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
   request.io.write_through = request.write_through;
   const std::span<const iovec> rest(request.iov + pieces.iov_first,
                                     request.iov_count - pieces.iov_first);
-  const bool memory_is_unaligned = piece.route == PieceRoute::kDirect && !fits_memory(rules_, rest);
+  const bool memory_is_unaligned =
+      piece.route == PieceRoute::kDirect && !fits_memory(rules(), rest);
   const bool is_direct_read = request.operation == BlockOperation::kRead && file_->direct() &&
-                              offset_bytes < rules_.direct_end;
+                              offset_bytes < rules().direct_end;
   if (is_direct_read && (piece.route == PieceRoute::kEdge || memory_is_unaligned)) {
     bounce(request, offset_bytes, end_bytes,
-           enclosing_blocks(rules_, offset_bytes, end_bytes, BouncePool::kBufferBytes));
+           enclosing_blocks(rules(), offset_bytes, end_bytes, BouncePool::kBufferBytes));
     return true;
   }
   if (memory_is_unaligned) {
@@ -343,7 +474,7 @@ void RawNode::note_kernel_cannot_zero(bool unmapping, int error) {
 void RawNode::zero_by_writing(BlockRequest& request, std::uint64_t offset_bytes,
                               std::uint64_t end_bytes) {
   PieceProgress& pieces = request.pieces;
-  Piece piece = file_->direct() ? next_piece(rules_, offset_bytes, end_bytes)
+  Piece piece = file_->direct() ? next_piece(rules(), offset_bytes, end_bytes)
                                 : Piece{PieceRoute::kEdge, end_bytes - offset_bytes};
   // Inside a device's block: no further than its end, where the kernel's way begins.
   const std::uint64_t into_block = offset_bytes % file_->logical_block_bytes();
@@ -372,6 +503,7 @@ void RawNode::piece_done(BlockRequest& request, int error) {
 }
 
 void RawNode::finish_pieces(BlockRequest& request, int error) {
+  note_change(request, error);
   // A write into the last, partial sector has made it whole.
   const std::uint64_t end = request.offset_bytes + request.length_bytes;
   std::uint64_t data_end = data_bytes_.load(std::memory_order_relaxed);

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <string_view>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -25,6 +26,21 @@ sockaddr_un address_of(const std::string& path) {
 
 int make_socket() { return ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); }
 
+// What the user can do where a socket cannot be made.
+std::string_view advice(int error) {
+  switch (error) {
+    case ENOENT:
+    case ENOTDIR:
+      return "make its folder first, or choose another path";
+    case EACCES:
+    case EPERM:
+    case EROFS:
+      return "choose a folder that this user may write";
+    default:
+      return "choose another path";
+  }
+}
+
 // Whether somebody accepts connections at `path`: 0 if so, otherwise why not (an errno value).
 int probe_listener(const std::string& path) {
   const int fd = make_socket();
@@ -42,9 +58,10 @@ Expected<void> clear_path(const std::string& path, const std::string& what) {
   if (::lstat(path.c_str(), &status) != 0) {
     if (errno == ENOENT) return {};
     const int error = errno;
-    return make_error(
-        kind_of_errno(error),
-        fmt::format("cannot look at the {} '{}': {}", what, path, describe_errno(error)), error);
+    return make_error(kind_of_errno(error),
+                      fmt::format("cannot look at the {} '{}': {}; {}", what, path,
+                                  describe_errno(error), advice(error)),
+                      error);
   }
   if (!S_ISSOCK(status.st_mode)) {
     return make_error(
@@ -64,16 +81,18 @@ Expected<void> clear_path(const std::string& path, const std::string& what) {
         EADDRINUSE);
   }
   if (error != ECONNREFUSED) {
-    return make_error(kind_of_errno(error),
-                      fmt::format("cannot tell whether the {} '{}' is in use: {}", what, path,
-                                  describe_errno(error)),
-                      error);
+    return make_error(
+        kind_of_errno(error),
+        fmt::format("cannot tell whether the {} '{}' is in use: {}; remove it if it is "
+                    "not, or choose another path",
+                    what, path, describe_errno(error)),
+        error);
   }
   if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
     const int unlink_error = errno;
     return make_error(kind_of_errno(unlink_error),
-                      fmt::format("cannot remove the abandoned {} '{}': {}", what, path,
-                                  describe_errno(unlink_error)),
+                      fmt::format("cannot remove the abandoned {} '{}': {}; {}", what, path,
+                                  describe_errno(unlink_error), advice(unlink_error)),
                       unlink_error);
   }
   return {};
@@ -123,16 +142,18 @@ Expected<UnixListener> UnixListener::listen(const std::string& path, const std::
   if (fd < 0 || ::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
     const int error = errno;
     if (fd >= 0) ::close(fd);
-    return make_error(
-        kind_of_errno(error),
-        fmt::format("cannot create the {} '{}': {}", what, path, describe_errno(error)), error);
+    return make_error(kind_of_errno(error),
+                      fmt::format("cannot create the {} '{}': {}; {}", what, path,
+                                  describe_errno(error), advice(error)),
+                      error);
   }
   UnixListener listener(fd, path);
   if (::listen(fd, kBacklog) != 0) {
     const int error = errno;
-    return make_error(
-        kind_of_errno(error),
-        fmt::format("cannot listen on the {} '{}': {}", what, path, describe_errno(error)), error);
+    return make_error(kind_of_errno(error),
+                      fmt::format("cannot listen on the {} '{}': {}; {}", what, path,
+                                  describe_errno(error), advice(error)),
+                      error);
   }
   return listener;
 }

@@ -183,13 +183,21 @@ Expected<std::size_t> BlkDriver::poll(std::uint16_t index) {
   }
 }
 
+Expected<void> BlkDriver::sleep(std::uint16_t index, std::chrono::nanoseconds timeout) {
+  DriverQueue& ring = *queues_[index].ring;
+  if (!ring.wait(timeout, frontend_->socket()).by_other_fd || !frontend_->is_hung_up()) return {};
+  return make_error(ErrorKind::kIo,
+                    fmt::format("the backend has closed the connection, {} requests "
+                                "of queue {} in flight",
+                                ring.in_flight(), index));
+}
+
 Expected<std::size_t> BlkDriver::wait(std::uint16_t index, std::chrono::milliseconds timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   for (;;) {
     auto count = poll(index);
     if (!count || *count > 0) return count;
-    const auto left =
-        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    const std::chrono::nanoseconds left = deadline - std::chrono::steady_clock::now();
     if (left.count() <= 0) {
       return make_error(
           ErrorKind::kBusy,
@@ -197,7 +205,7 @@ Expected<std::size_t> BlkDriver::wait(std::uint16_t index, std::chrono::millisec
                       "in flight",
                       index, timeout.count(), queues_[index].ring->in_flight()));
     }
-    queues_[index].ring->wait(left);
+    if (auto slept = sleep(index, left); !slept) return std::unexpected(std::move(slept.error()));
   }
 }
 

@@ -93,8 +93,11 @@ class BlkDriver {
   void kick(std::uint16_t queue) { queues_[queue].ring->publish(); }
   // Completes what the backend has returned; how many. Error: kCorrupt for a backend that lies.
   Expected<std::size_t> poll(std::uint16_t queue);
-  // poll(), but sleeps until at least one is done. Error: kBusy after `timeout`, with the number in
-  // flight.
+  // Sleeps until poll() may find something, at most `timeout`; a signal ends it too. Error: kIo:
+  // the backend has gone.
+  Expected<void> sleep(std::uint16_t queue, std::chrono::nanoseconds timeout);
+  // poll(), but sleeps until at least one is done. Errors: kBusy after `timeout`, with the number
+  // in flight; kIo: the backend has gone.
   Expected<std::size_t> wait(std::uint16_t queue, std::chrono::milliseconds timeout);
 
   // One request on queue 0, waited for. The value is the status byte. `data` lies in memory();

@@ -66,10 +66,4 @@ std::span<std::byte> DriverMemory::allocate(std::size_t bytes, std::size_t align
   return {begin_ + begin, bytes};
 }
 
-std::uint64_t DriverMemory::guest_address(const void* pointer) const {
-  const auto* const byte = static_cast<const std::byte*>(pointer);
-  assert(byte >= begin_ && byte < begin_ + size_bytes_);
-  return kGuestBase + static_cast<std::uint64_t>(byte - begin_);
-}
-
 }  // namespace vblk::driver

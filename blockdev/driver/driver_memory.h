@@ -6,6 +6,7 @@
 // share it.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -35,7 +36,11 @@ class DriverMemory {
   [[nodiscard]] std::span<std::byte> allocate(std::size_t bytes, std::size_t alignment);
 
   // The address that a backend knows `pointer` by; `pointer` lies in the memory (asserted).
-  [[nodiscard]] std::uint64_t guest_address(const void* pointer) const;
+  [[nodiscard]] std::uint64_t guest_address(const void* pointer) const {
+    const auto* const byte = static_cast<const std::byte*>(pointer);
+    assert(byte >= begin_ && byte < begin_ + size_bytes_);
+    return kGuestBase + static_cast<std::uint64_t>(byte - begin_);
+  }
   [[nodiscard]] std::byte* begin() const { return begin_; }
   [[nodiscard]] std::size_t size_bytes() const { return size_bytes_; }
 

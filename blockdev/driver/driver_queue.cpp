@@ -1,5 +1,6 @@
 #include "blockdev/driver/driver_queue.h"
 
+#include <array>
 #include <atomic>
 #include <cassert>
 #include <cerrno>
@@ -191,20 +192,25 @@ void DriverQueue::release(std::uint16_t head) {
   --in_flight_;
 }
 
-bool DriverQueue::wait(std::chrono::milliseconds timeout) {
+DriverQueue::Wakening DriverQueue::wait(std::chrono::nanoseconds timeout, int other_fd) {
   // "Used Buffer Notification Suppression": say what is waited for, then look once more.
   if (options_.event_idx)
     store_release_le(avail_ + avail_used_event_offset(options_.size), used_index_);
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (has_used()) return true;
-  pollfd descriptor{.fd = call_.get(), .events = POLLIN, .revents = 0};
-  int ready = 0;
-  do {
-    ready = ::poll(&descriptor, 1, static_cast<int>(timeout.count()));
-  } while (ready < 0 && errno == EINTR);
-  std::uint64_t count = 0;
-  [[maybe_unused]] const auto consumed = ::read(call_.get(), &count, sizeof count);
-  return ready > 0 || has_used();
+  if (has_used()) return {.by_device = true};
+  std::array<pollfd, 2> descriptors{pollfd{.fd = call_.get(), .events = POLLIN, .revents = 0},
+                                    pollfd{.fd = other_fd, .events = POLLIN, .revents = 0}};
+  const auto seconds = std::chrono::floor<std::chrono::seconds>(timeout);
+  const timespec limit{.tv_sec = seconds.count(), .tv_nsec = (timeout - seconds).count()};
+  const int ready = ::ppoll(descriptors.data(), descriptors.size(), &limit, nullptr);
+  if (ready <= 0) return {.by_device = has_used()};
+  if (descriptors[0].revents != 0) {
+    std::uint64_t count = 0;
+    [[maybe_unused]] const auto consumed = ::read(call_.get(), &count, sizeof count);
+    ++wake_ups_;
+  }
+  return {.by_device = descriptors[0].revents != 0 || has_used(),
+          .by_other_fd = descriptors[1].revents != 0};
 }
 
 }  // namespace vblk::driver

@@ -55,9 +55,13 @@ class DriverQueue {
   void publish();
   // One used element, or nothing. Error: kCorrupt if the device claims what it never had.
   Expected<std::optional<Used>> take_used();
-  // Sleeps until the device interrupts or `timeout` has passed. False: timed out. Call with nothing
-  // to take; arms the interrupt itself.
-  bool wait(std::chrono::milliseconds timeout);
+  // Sleeps until the device interrupts, `other_fd` (-1: none) becomes readable or is hung up,
+  // `timeout` has passed, or a signal comes. Call with nothing to take; arms the interrupt itself.
+  struct Wakening {
+    bool by_device{false};
+    bool by_other_fd{false};
+  };
+  Wakening wait(std::chrono::nanoseconds timeout, int other_fd = -1);
 
   [[nodiscard]] std::size_t in_flight() const { return in_flight_; }
   [[nodiscard]] const DriverQueueOptions& options() const { return options_; }
@@ -66,8 +70,9 @@ class DriverQueue {
   [[nodiscard]] int error_fd() const { return error_.get(); }
   // Where the rings are, for SET_VRING_ADDR.
   [[nodiscard]] vhost_user::VringAddress addresses(std::uint32_t index) const;
-  // Times the device was kicked, and times wait() had to sleep.
+  // Times the device was kicked, and times it ended a sleep.
   [[nodiscard]] std::uint64_t kicks() const { return kicks_; }
+  [[nodiscard]] std::uint64_t wake_ups() const { return wake_ups_; }
 
   // The rings themselves, for tests that write into them what no driver would.
   [[nodiscard]] std::byte* descriptor_table() const { return descriptors_; }
@@ -102,6 +107,7 @@ class DriverQueue {
   std::uint16_t used_index_{0};
   std::size_t in_flight_{0};
   std::uint64_t kicks_{0};
+  std::uint64_t wake_ups_{0};
 };
 
 }  // namespace vblk::driver

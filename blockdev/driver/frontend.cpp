@@ -238,4 +238,10 @@ Expected<std::uint16_t> Frontend::stop_ring(std::uint16_t index) {
   return static_cast<std::uint16_t>(state->value);
 }
 
+bool Frontend::is_hung_up() const {
+  char byte = 0;
+  const ssize_t count = ::recv(socket_.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+  return count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR);
+}
+
 }  // namespace vblk::driver

@@ -76,6 +76,8 @@ class Frontend {
   Expected<void> command(vhost_user::Request request, std::span<const std::byte> payload,
                          std::span<const int> fds = {});
   [[nodiscard]] int socket() const { return socket_.get(); }
+  // Whether the backend has closed its end.
+  [[nodiscard]] bool is_hung_up() const;
 
  private:
   Frontend(vhost_user::UniqueFd socket, const FrontendOptions& options);

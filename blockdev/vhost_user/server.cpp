@@ -224,6 +224,12 @@ void Server::request_stop() {
   asio::post(state_->io, [state = state_.get()] { state->stop(); });
 }
 
+void Server::notify_config_change() {
+  asio::post(state_->io, [state = state_.get()] {
+    if (state->backend != nullptr) state->backend->notify_config_change();
+  });
+}
+
 std::optional<ServerStatus> Server::status() {
   constexpr std::chrono::seconds kPatience{2};
   const auto answer = std::make_shared<std::promise<ServerStatus>>();

@@ -52,6 +52,9 @@ class Server {
   // Asks the server's thread, from any other. Nothing if it does not answer within two seconds: it
   // is waiting for requests in flight, or run() has ended.
   [[nodiscard]] std::optional<ServerStatus> status();
+  // Has the frontend told, if there is one that listens, that the disk's size has changed. Any
+  // thread; returns at once.
+  void notify_config_change();
 
  private:
   struct State;

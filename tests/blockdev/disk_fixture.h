@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -217,7 +218,10 @@ inline Bytes run_random_operations(BlockNode& node, Context& context, Bytes mode
     std::vector<bool> busy(units);
     const std::size_t batch_size = 1 + random() % options.batch_max;
     for (std::size_t i = 0; i < batch_size; ++i) {
-      const auto kind = static_cast<BlockOperation>(random() % aio::kIoKindCount);
+      constexpr std::array kKinds{BlockOperation::kRead, BlockOperation::kWrite,
+                                  BlockOperation::kFlush, BlockOperation::kDiscard,
+                                  BlockOperation::kWriteZeroes};
+      const BlockOperation kind = kKinds[random() % kKinds.size()];
       // Flushes wait for a real disk; one in a few is enough.
       if (kind == BlockOperation::kFlush && random() % 8 != 0) continue;
       const std::uint64_t first = random() % units;
@@ -257,6 +261,7 @@ inline Bytes run_random_operations(BlockNode& node, Context& context, Bytes mode
           }
           break;
         case BlockOperation::kFlush:
+        case BlockOperation::kWriteBehind:
           break;
         case BlockOperation::kWriteZeroes:
           request.may_unmap = random() % 2 == 0;

@@ -19,6 +19,7 @@
 #include <gtest/gtest.h>
 
 #include "blockdev/image.h"
+#include "blockdev/image/open_image.h"
 #include "tests/support/temp_dir.h"
 
 namespace vblk::blockdev {

@@ -16,6 +16,7 @@
 #include <gtest/gtest.h>
 
 #include "aio/engine_set.h"
+#include "blockdev/image/open_image.h"
 #include "tests/blockdev/disk_fixture.h"
 #include "tests/support/temp_dir.h"
 
@@ -213,8 +214,9 @@ TEST(CacheMode, refuses_other_names_and_lists_the_right_ones) {
   }
 }
 
-TEST(ImageFormat, is_raw_or_null) {
+TEST(ImageFormat, is_raw_qcow2_or_null) {
   EXPECT_EQ(parse_image_format("raw"), ImageFormat::kRaw);
+  EXPECT_EQ(parse_image_format("qcow2"), ImageFormat::kQcow2);
   EXPECT_EQ(parse_image_format("null"), ImageFormat::kNull);
   const auto format = parse_image_format("qcow3");
   ASSERT_FALSE(format);

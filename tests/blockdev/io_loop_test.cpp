@@ -252,6 +252,45 @@ TEST(IoLoop, settles_after_all_polls_of_a_cycle_and_polls_dispatch_before_engine
   EXPECT_EQ(log, (std::vector<int>{1, 2, 3, 4}));
 }
 
+// What makes the cost of a request independent of the number of queues: those without requests are
+// put to rest while another has some, and are looked at in turn, a few in each cycle.
+TEST(IoLoop, looks_at_few_idle_pollers_while_one_is_busy_and_at_each_of_them) {
+  constexpr std::uint64_t kCycles = 20'000;
+  constexpr std::size_t kIdle = 63;
+  struct Busy final : Poller {
+    std::size_t poll() override {
+      if (left == 0) return 0;
+      --left;
+      return 1;
+    }
+    void settle() override {}
+    bool prepare_to_sleep() override { return left == 0; }
+    void wake_up() override {}
+    std::atomic<std::uint64_t> left{kCycles};
+  };
+  Busy busy;
+  std::vector<std::unique_ptr<RingLikePoller>> idle(kIdle);
+  RunningLoop loop;
+  for (auto& each : idle) {
+    each = std::make_unique<RingLikePoller>();
+    loop->add_poller(*each, PollStage::kDispatch);
+  }
+  loop->add_poller(busy, PollStage::kDispatch);
+  loop.start();
+  wait_until([&] { return busy.left == 0; });
+  std::uint64_t polls = 0;
+  loop->run_and_wait([&] {
+    for (const auto& each : idle) {
+      EXPECT_GT(each->polls, kCycles / kIdle) << "each is looked at now and then";
+      polls += each->polls;
+      loop->remove_poller(*each);
+    }
+    loop->remove_poller(busy);
+  });
+  // One for the request and one more in each cycle, and all of them until they rest.
+  EXPECT_LT(polls, 4 * kCycles);
+}
+
 TEST(IoLoop, a_poller_may_remove_itself_while_it_is_polled) {
   struct OneShot final : Poller {
     explicit OneShot(IoLoop& loop) : loop_(loop) {}

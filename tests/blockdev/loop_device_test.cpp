@@ -20,6 +20,7 @@
 #include <gtest/gtest.h>
 
 #include "blockdev/image.h"
+#include "blockdev/image/open_image.h"
 #include "tests/blockdev/disk_fixture.h"
 #include "tests/support/seed.h"
 #include "tests/support/temp_dir.h"

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <sys/stat.h>
@@ -17,6 +18,7 @@
 #include <gtest/gtest.h>
 
 #include "blockdev/image.h"
+#include "blockdev/image/open_image.h"
 #include "tests/blockdev/disk_fixture.h"
 #include "tests/support/seed.h"
 #include "tests/support/temp_dir.h"
@@ -152,6 +154,32 @@ TEST_P(RawFile, reads_zeroes_from_the_end_of_the_file_to_the_end_of_its_last_sec
   EXPECT_EQ(context_->write(*node_, 512, whole_sector), 0);
   EXPECT_EQ(context_->read(*node_, 512, kSectorBytes), whole_sector);
   EXPECT_EQ(contents(path()).size(), 1024U) << "and writing no more than that sector";
+}
+
+TEST_P(RawFile, becomes_larger_with_zeroes_and_never_smaller) {
+  ASSERT_NO_FATAL_FAILURE(open(70'000));
+  const std::uint64_t old_bytes = node_->size_bytes();
+  const auto resize = [this](std::uint64_t size_bytes) {
+    std::optional<Expected<void>> outcome;
+    node_->resize(size_bytes, **context_,
+                  [&outcome](Expected<void> result) { outcome.emplace(std::move(result)); });
+    context_->drain();
+    EXPECT_TRUE(outcome.has_value());
+    return outcome.value_or(Expected<void>{});
+  };
+  EXPECT_TRUE(resize(old_bytes));
+  ASSERT_TRUE(resize(200'192));
+  EXPECT_EQ(node_->size_bytes(), 200'192U);
+  Bytes expected = model();
+  expected.resize(200'192);
+  EXPECT_TRUE(context_->read(*node_, 0, 200'192) == expected);
+  const Bytes last = testing::random_bytes(random_, 512);
+  EXPECT_EQ(context_->write(*node_, 200'192 - 512, last), 0);
+  std::ranges::copy(last, expected.end() - 512);
+  EXPECT_TRUE(file_as_seen_by_the_guest() == expected);
+  for (const std::uint64_t size : {std::uint64_t{0}, std::uint64_t{200'193}, old_bytes})
+    EXPECT_FALSE(resize(size)) << size;
+  EXPECT_EQ(node_->size_bytes(), 200'192U);
 }
 
 TEST_P(RawFile, keeps_the_bytes_of_every_thread) {

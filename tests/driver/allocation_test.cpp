@@ -2,16 +2,19 @@
 // operator new in this program, on any thread, is counted.
 #include <atomic>
 #include <cstdlib>
-#include <fcntl.h>
+#include <filesystem>
+#include <fstream>
 #include <new>
 #include <random>
-#include <unistd.h>
+#include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "blockdev/driver/blk_driver.h"
 #include "blockdev/image.h"
+#include "blockdev/image/open_image.h"
+#include "tests/qcow2/image_format.h"
 #include "tests/support/seed.h"
 #include "tests/vhost_user/served_disk.h"
 
@@ -34,11 +37,27 @@ namespace {
 
 constexpr std::size_t kDiskBytes = std::size_t{8} << 20;
 constexpr unsigned kDepth = 32;
+constexpr auto kQcow2 = blockdev::ImageFormat::kQcow2;
 
 struct Case {
   aio::EngineName engine;
   blockdev::CacheMode cache;
+  blockdev::ImageFormat format{blockdev::ImageFormat::kRaw};
 };
+
+// A raw image of zeroes, or a qcow2 image in which all is mapped.
+void make_image(const std::string& path, blockdev::ImageFormat format) {
+  std::ofstream file(path, std::ios::binary);
+  if (format == blockdev::ImageFormat::kQcow2) {
+    std::mt19937_64 random(1);
+    const auto image =
+        qcow2::testing::format_image({.size_bytes = kDiskBytes, .mapped_percent = 100}, random);
+    file.write(reinterpret_cast<const char*>(image.bytes.data()),
+               static_cast<std::streamsize>(image.bytes.size()));
+  }
+  file.close();
+  if (format == blockdev::ImageFormat::kRaw) std::filesystem::resize_file(path, kDiskBytes);
+}
 
 // A closed loop of all kinds of requests; an eighth of them in memory that O_DIRECT does not take.
 class Load {
@@ -97,8 +116,7 @@ class Allocation : public ::testing::TestWithParam<Case> {};
 TEST_P(Allocation, five_thousand_requests_allocate_nothing) {
   const test::TempDir dir;
   const std::string path = dir.file("disk");
-  const vhost_user::UniqueFd file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-  ASSERT_EQ(::ftruncate(file.get(), kDiskBytes), 0);
+  make_image(path, GetParam().format);
   aio::AioSelection selection;
   selection.engine_of_kind.fill(GetParam().engine);
   // Few workers, so that all are there after the warm-up: starting one allocates.
@@ -106,7 +124,8 @@ TEST_P(Allocation, five_thousand_requests_allocate_nothing) {
     return aio::EngineSet::create(selection, {.max_threads = 2});
   };
   if (const auto probe = make_engines(); !probe) GTEST_SKIP() << probe.error().message;
-  const auto node = blockdev::open_image({.path = path, .cache = GetParam().cache});
+  const auto node =
+      blockdev::open_image({.path = path, .format = GetParam().format, .cache = GetParam().cache});
   if (!node) GTEST_SKIP() << node.error().message;
   test::Served served(**node, {.make_engines = make_engines});
   const auto driver = BlkDriver::connect(served.path(), {.memory_bytes = std::size_t{4} << 20});
@@ -125,10 +144,14 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{aio::EngineName::kNative, blockdev::CacheMode::kNone},
                       Case{aio::EngineName::kNative, blockdev::CacheMode::kWriteback},
                       Case{aio::EngineName::kIoUring, blockdev::CacheMode::kNone},
-                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kWriteback}),
+                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kWriteback},
+                      Case{aio::EngineName::kThreads, blockdev::CacheMode::kNone, kQcow2},
+                      Case{aio::EngineName::kNative, blockdev::CacheMode::kNone, kQcow2},
+                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kNone, kQcow2}),
     [](const auto& each) {
       return std::string(aio::to_string(each.param.engine)) + "_" +
-             std::string(blockdev::to_string(each.param.cache));
+             std::string(blockdev::to_string(each.param.cache)) +
+             (each.param.format == kQcow2 ? "_qcow2" : "");
     });
 
 TEST(AllocationCounter, counts) {

@@ -17,6 +17,7 @@
 #include <gtest/gtest.h>
 
 #include "blockdev/image.h"
+#include "blockdev/image/open_image.h"
 #include "blockdev/virtio/little_endian.h"
 #include "tests/support/seed.h"
 #include "tests/vhost_user/served_disk.h"

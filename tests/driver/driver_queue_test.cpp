@@ -210,7 +210,7 @@ TEST_F(Ring, calls_more_buffers_than_are_in_flight_a_lie) {
 
 TEST_F(Ring, ends_its_wait_for_a_device_that_never_answers) {
   make({.size = 4});
-  EXPECT_FALSE(queue->wait(std::chrono::milliseconds(10)));
+  EXPECT_FALSE(queue->wait(std::chrono::milliseconds(10)).by_device);
 }
 
 TEST_F(Ring, says_so_when_there_is_no_memory_for_it) {

@@ -1,0 +1,265 @@
+#include "blockdev/image/open_image.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <fcntl.h>
+#include <filesystem>
+#include <string>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "aio/engine_set.h"
+#include "blockdev/image_file.h"
+#include "blockdev/log.h"
+#include "blockdev/null_node.h"
+#include "blockdev/private_context.h"
+#include "blockdev/qcow2/qcow2_node.h"
+#include "blockdev/raw_node.h"
+
+namespace vblk::blockdev {
+
+namespace {
+
+Expected<std::unique_ptr<PrivateContext>> make_private_context() {
+  auto engines = aio::EngineSet::create(aio::AioSelection{}, aio::EngineOptions{});
+  if (!engines) return std::unexpected(std::move(engines.error()));
+  return std::make_unique<PrivateContext>(std::move(*engines));
+}
+
+// Files of a chain by what they are, however they are named.
+struct FileIdentity {
+  dev_t device;
+  ino_t inode;
+  bool operator==(const FileIdentity&) const = default;
+};
+
+FileIdentity identity_of(const std::string& path) {
+  struct stat status{};
+  if (::stat(path.c_str(), &status) != 0) return {};
+  if (S_ISBLK(status.st_mode)) return {.device = status.st_rdev, .inode = 0};
+  return {.device = status.st_dev, .inode = status.st_ino};
+}
+
+class Opener {
+ public:
+  Expected<std::unique_ptr<BlockNode>> open(const ImageOptions& options);
+
+ private:
+  Expected<std::unique_ptr<RawNode>> open_raw(const ImageOptions& options, bool holds_format) const;
+  Expected<std::unique_ptr<BlockNode>> open_qcow2(const ImageOptions& options);
+  Expected<std::unique_ptr<BlockNode>> open_backing(const ImageOptions& options,
+                                                    const qcow2::Header& header);
+  Expected<std::unique_ptr<RawNode>> open_data_file(const ImageOptions& options,
+                                                    const qcow2::Header& header) const;
+
+  std::vector<FileIdentity> chain_;
+};
+
+// Names in headers are anybody's: in messages they hold nothing that a terminal would act on.
+std::string printable(std::string text) {
+  std::ranges::replace_if(text, [](char c) { return (c >= 0 && c < ' ') || c == '\x7f'; }, '?');
+  return text;
+}
+
+// Whether a file that is opened as raw looks like a qcow2 image. A guest can write anything to the
+// beginning of a raw disk, so this never decides on a format; it only asks for a decision.
+bool begins_like_qcow2(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) return false;
+  std::array<std::byte, 4> magic{};
+  const bool is_there = ::pread(fd, magic.data(), magic.size(), 0) == std::ssize(magic);
+  ::close(fd);
+  return is_there && qcow2::load_be<std::uint32_t>(magic.data()) == qcow2::kMagic;
+}
+
+// A name in a header is relative to the folder of the image whose header it is.
+Expected<std::string> resolve(const std::string& image, const std::string& name, const char* what) {
+  if (name.starts_with("json:"))
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("image '{}' names its {} by a 'json:' description, which is not "
+                                  "supported; give it a path with 'qemu-img rebase -u'",
+                                  image, what));
+  std::string path = name.starts_with("file:") ? name.substr(5) : name;
+  // QEMU's protocols: a colon before the first slash.
+  const std::size_t colon = path.find(':');
+  if (colon != std::string::npos && colon < path.find('/') && !name.starts_with("file:"))
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("the {} '{}' of image '{}' is not a file; only files and block devices are "
+                    "supported",
+                    what, name, image));
+  if (path.starts_with('/')) return path;
+  return (std::filesystem::path(image).parent_path() / path).string();
+}
+
+Expected<std::unique_ptr<RawNode>> Opener::open_raw(const ImageOptions& options,
+                                                    bool holds_format) const {
+  auto file = ImageFile::open(options);
+  if (!file) return std::unexpected(std::move(file.error()));
+  return std::make_unique<RawNode>(
+      std::move(*file), RawNodeOptions{.name = printable(options.path),
+                                       .discard = options.discard,
+                                       .ignore_flush = options.cache == CacheMode::kUnsafe,
+                                       .share_flushes = options.share_flushes,
+                                       .write_behind_bytes = options.write_behind_bytes,
+                                       .holds_format = holds_format});
+}
+
+Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& options,
+                                                          const qcow2::Header& header) {
+  const auto path = resolve(options.path, header.backing_file, "backing file");
+  if (!path) return std::unexpected(path.error());
+  if (header.backing_format.empty()) {
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format(
+            "image '{0}' does not say of what format its backing file '{1}' is, and guessing "
+            "would be unsafe; record it with 'qemu-img rebase -u -F FORMAT -b {1} {0}'",
+            options.path, header.backing_file));
+  }
+  ImageOptions backing = options;
+  backing.path = *path;
+  backing.read_only = true;
+  backing.write_behind_bytes = 0;
+  if (header.backing_format == "raw") {
+    backing.format = ImageFormat::kRaw;
+  } else if (header.backing_format == "qcow2") {
+    backing.format = ImageFormat::kQcow2;
+  } else {
+    const std::string format = header.backing_format.substr(0, 32);
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("the backing file '{}' of image '{}' is of format '{}'; raw and "
+                                  "qcow2 are supported",
+                                  header.backing_file, options.path, format));
+  }
+  auto node = open(backing);
+  if (node) return node;
+  Error error = std::move(node.error());
+  error.message = fmt::format("the backing file of '{}': {}", options.path, error.message);
+  return std::unexpected(std::move(error));
+}
+
+Expected<std::unique_ptr<RawNode>> Opener::open_data_file(const ImageOptions& options,
+                                                          const qcow2::Header& header) const {
+  if (header.data_file.empty()) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("image '{}' does not name its external data file; record it with "
+                                  "'qemu-img amend -o data_file=PATH {}'",
+                                  options.path, options.path));
+  }
+  const auto path = resolve(options.path, header.data_file, "external data file");
+  if (!path) return std::unexpected(path.error());
+  ImageOptions data = options;
+  data.path = *path;
+  data.format = ImageFormat::kRaw;
+  auto node = open_raw(data, true);
+  if (!node) {
+    Error error = std::move(node.error());
+    error.message = fmt::format("the external data file of '{}': {}", options.path, error.message);
+    return std::unexpected(std::move(error));
+  }
+  const int error = options.read_only ? 0 : (*node)->grow(header.size_bytes);
+  if (error != 0) {
+    return make_error(
+        kind_of_errno(error),
+        fmt::format("the external data file '{}' of '{}' is shorter than the disk and "
+                    "cannot be made longer: {}",
+                    *path, options.path, describe_errno(error)),
+        error);
+  }
+  return std::move(*node);
+}
+
+Expected<std::unique_ptr<BlockNode>> Opener::open_qcow2(const ImageOptions& options) {
+  // Write-behind is for data, and in a file that holds a format that is all over the place; the
+  // windows take any range.
+  auto file = open_raw(options, true);
+  if (!file) return std::unexpected(std::move(file.error()));
+  auto header = qcow2::read_header(**file, make_private_context);
+  if (!header) return std::unexpected(std::move(header.error()));
+  std::unique_ptr<RawNode> data_file;
+  if (header->has_data_file()) {
+    auto opened = open_data_file(options, *header);
+    if (!opened) return std::unexpected(std::move(opened.error()));
+    data_file = std::move(*opened);
+  }
+  std::unique_ptr<BlockNode> backing;
+  if (!header->backing_file.empty()) {
+    auto opened = open_backing(options, *header);
+    if (!opened) return opened;
+    backing = std::move(*opened);
+  }
+  auto node = qcow2::Qcow2Node::open({.file = std::move(*file),
+                                      .data_file = std::move(data_file),
+                                      .backing = std::move(backing),
+                                      .header = std::move(*header)},
+                                     {.read_only = options.read_only,
+                                      .discard = options.discard,
+                                      .l2_cache_bytes = options.l2_cache_bytes,
+                                      .refcount_cache_bytes = options.refcount_cache_bytes},
+                                     make_private_context);
+  if (!node) return std::unexpected(std::move(node.error()));
+  return std::unique_ptr<BlockNode>(std::move(*node));
+}
+
+Expected<std::unique_ptr<BlockNode>> Opener::open(const ImageOptions& options) {
+  if (options.format == ImageFormat::kNull) {
+    auto node = NullNode::create(options.null_size_bytes, options.read_only);
+    if (!node) return std::unexpected(std::move(node.error()));
+    return std::unique_ptr<BlockNode>(std::move(*node));
+  }
+  const FileIdentity identity = identity_of(options.path);
+  if (chain_.size() >= kBackingChainMax || std::ranges::find(chain_, identity) != chain_.end()) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        chain_.size() >= kBackingChainMax
+            ? fmt::format("'{}' would be number {} in a chain of backing files; {} are supported",
+                          options.path, chain_.size() + 1, kBackingChainMax)
+            : fmt::format("'{}' is its own backing file, directly or by others", options.path));
+  }
+  chain_.push_back(identity);
+  if (options.format == ImageFormat::kQcow2) return open_qcow2(options);
+  auto node = open_raw(options, false);
+  if (!node) return std::unexpected(std::move(node.error()));
+  return std::unique_ptr<BlockNode>(std::move(*node));
+}
+
+// Without a format the name decides, which the guest cannot change.
+Expected<ImageFormat> format_by_name(const ImageOptions& options) {
+  if (options.path.ends_with(".qcow2")) return ImageFormat::kQcow2;
+  if (!begins_like_qcow2(options.path)) return ImageFormat::kRaw;
+  return make_error(ErrorKind::kInvalidArgument,
+                    fmt::format("'{}' looks like a qcow2 image, though its name does not end in "
+                                "'.qcow2'; say --format qcow2, or --format raw if the guest is to "
+                                "see the file itself",
+                                options.path));
+}
+
+}  // namespace
+
+Expected<std::unique_ptr<BlockNode>> open_image(const ImageOptions& options) {
+  ImageOptions decided = options;
+  if (decided.format == ImageFormat::kByName) {
+    const auto format = format_by_name(options);
+    if (!format) return std::unexpected(format.error());
+    decided.format = *format;
+  }
+  if (options.cache == CacheMode::kUnsafe && decided.format != ImageFormat::kNull) {
+    log::warning(
+        "'{}': --cache unsafe ignores flushes; what the guest has written is lost if the host "
+        "stops",
+        options.path);
+  }
+  auto node = Opener().open(decided);
+  if (!node) node.error().message = printable(std::move(node.error().message));
+  return node;
+}
+
+}  // namespace vblk::blockdev

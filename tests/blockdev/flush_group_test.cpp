@@ -1,0 +1,388 @@
+// Flushes that share a call: every order in which a few of them can meet changes, polls and ends of
+// calls, each checked against what a flush promises.
+#include "blockdev/flush_group.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdint>
+#include <future>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "aio/simulated_disk.h"
+#include "aio/simulated_engine.h"
+#include "blockdev/io_context.h"
+#include "blockdev/io_loop.h"
+#include "blockdev/io_thread.h"
+#include "blockdev/raw_node.h"
+#include "tests/support/seed.h"
+
+namespace vblk::blockdev {
+namespace {
+
+constexpr std::size_t kThreads = 2;
+constexpr std::size_t kFlushesMax = 4;
+
+// What can happen next. A: on the first I/O thread, B: on the second.
+enum class Event : std::uint8_t {
+  kChange,
+  kFlushA,
+  kFlushB,
+  kPollA,
+  kPollB,
+  kCallEnds,
+  kCallFails,
+};
+constexpr std::array kEvents{Event::kChange, Event::kFlushA,   Event::kFlushB,   Event::kPollA,
+                             Event::kPollB,  Event::kCallEnds, Event::kCallFails};
+constexpr std::string_view kEventLetters = "WabABex";
+
+// Two I/O threads on this one, whose loops run when told to. Lives for all orders.
+struct Threads {
+  struct Thread {
+    IoLoop loop;
+    std::unique_ptr<IoContext> context;
+  };
+  Threads() {
+    for (Thread& thread : threads) {
+      auto engines = std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value());
+      thread.context = std::make_unique<IoContext>(thread.loop, std::move(engines));
+    }
+  }
+  aio::SimulatedDisk disk{{}};
+  std::array<Thread, kThreads> threads;
+};
+
+// One order of events. A change and a call to the kernel are numbers here: a call makes stable what
+// had been changed when it began.
+class World {
+ public:
+  explicit World(Threads& threads)
+      : threads_(threads), group_([](BlockRequest& leader) {
+          static_cast<Flush&>(leader).world->call_begins(static_cast<Flush&>(leader));
+        }) {
+    for (Flush& flush : flushes_) {
+      flush.operation = BlockOperation::kFlush;
+      flush.world = this;
+      flush.complete = [](BlockRequest& request, int error) {
+        static_cast<Flush&>(request).world->completed(static_cast<Flush&>(request), error);
+      };
+    }
+  }
+
+  [[nodiscard]] bool is_possible(Event event) const {
+    switch (event) {
+      case Event::kFlushA:
+      case Event::kFlushB:
+        return submitted_ < kFlushesMax;
+      case Event::kCallEnds:
+      case Event::kCallFails:
+        return leader_ != nullptr;
+      default:
+        return true;
+    }
+  }
+  void happen(Event event) {
+    switch (event) {
+      case Event::kChange:
+        ++changes_;
+        return group_.note_change();
+      case Event::kFlushA:
+        return submit(0);
+      case Event::kFlushB:
+        return submit(1);
+      case Event::kPollA:
+        return poll(0);
+      case Event::kPollB:
+        return poll(1);
+      case Event::kCallEnds:
+        return call_ends(0);
+      case Event::kCallFails:
+        return call_ends(EIO);
+    }
+  }
+  // Lets everything that was submitted come to its end.
+  void settle() {
+    for (int round = 0; round < 20 && completed_ < submitted_; ++round) {
+      if (leader_ != nullptr) call_ends(0);
+      for (std::size_t i = 0; i < kThreads; ++i) poll(i);
+    }
+    if (completed_ != submitted_) problem_ = "a flush never completes";
+  }
+
+  [[nodiscard]] const std::string& problem() const { return problem_; }
+  [[nodiscard]] unsigned calls() const { return calls_; }
+  [[nodiscard]] FlushStatistics statistics() const { return group_.statistics(); }
+
+ private:
+  struct Flush : BlockRequest {
+    World* world{nullptr};
+    std::uint64_t changes_before{0};
+    unsigned failures_before{0};
+    bool done{false};
+  };
+
+  void submit(std::size_t thread) {
+    Flush& flush = flushes_[submitted_++];
+    flush.context = threads_.threads[thread].context.get();
+    flush.changes_before = changes_;
+    flush.failures_before = failures_;
+    submitting_ = true;
+    group_.submit(flush);
+    submitting_ = false;
+  }
+  void poll(std::size_t thread) {
+    running_ = threads_.threads[thread].context.get();
+    running_->poll();
+    running_ = nullptr;
+  }
+  void call_begins(Flush& leader) {
+    if (leader_ != nullptr) problem_ = "two calls at once";
+    if (leader.context != running_) problem_ = "a call begins on another thread than its leader's";
+    leader_ = &leader;
+    call_covers_ = changes_;
+    ++calls_;
+  }
+  // As the leader's engine would: from its thread's reap().
+  void call_ends(int error) {
+    Flush& leader = *std::exchange(leader_, nullptr);
+    if (error == 0) {
+      stable_ = std::max(stable_, call_covers_);
+    } else {
+      ++failures_;
+    }
+    running_ = leader.context;
+    group_.finished(leader, error);
+    running_ = nullptr;
+  }
+  void completed(Flush& flush, int error) {
+    if (flush.done) problem_ = "a flush completes twice";
+    if (submitting_) problem_ = "a flush completes inside submit()";
+    if (flush.context != running_) problem_ = "a flush completes on another thread than its own";
+    if (error == 0 && stable_ < flush.changes_before)
+      problem_ = "a flush completes, and what was changed before it is not stable";
+    if (error != 0 && flush.failures_before == failures_) problem_ = "an error from nowhere";
+    flush.done = true;
+    ++completed_;
+  }
+
+  Threads& threads_;
+  FlushGroup group_;
+  std::array<Flush, kFlushesMax> flushes_;
+  std::size_t submitted_{0};
+  std::size_t completed_{0};
+  std::uint64_t changes_{1};  // somebody's, before our time
+  std::uint64_t stable_{0};
+  std::uint64_t call_covers_{0};
+  Flush* leader_{nullptr};
+  IoContext* running_{nullptr};
+  bool submitting_{false};
+  unsigned failures_{0};
+  unsigned calls_{0};
+  std::string problem_;
+};
+
+std::string letters(const std::vector<Event>& order) {
+  std::string text;
+  for (const Event event : order) text += kEventLetters[static_cast<std::size_t>(event)];
+  return text;
+}
+
+// Every order of `length` events, each in a world of its own. Returns how many there were.
+class Explorer {
+ public:
+  std::uint64_t explore(std::size_t length) {
+    length_ = length;
+    extend();
+    return count_;
+  }
+
+ private:
+  void extend() {
+    World world(threads_);
+    for (const Event event : order_) world.happen(event);
+    if (order_.size() == length_) {
+      ++count_;
+      world.settle();
+      EXPECT_EQ(world.problem(), "") << "after " << letters(order_);
+      return;
+    }
+    std::vector<Event> possible;
+    for (const Event event : kEvents) {
+      if (world.is_possible(event)) possible.push_back(event);
+    }
+    world.settle();
+    for (const Event event : possible) {
+      if (::testing::Test::HasFailure()) return;
+      order_.push_back(event);
+      extend();
+      order_.pop_back();
+    }
+  }
+
+  Threads threads_;
+  std::vector<Event> order_;
+  std::size_t length_{0};
+  std::uint64_t count_{0};
+};
+
+TEST(FlushGroup, keeps_its_promise_in_every_order_of_seven_events) {
+  EXPECT_GT(Explorer().explore(7), 100'000U);
+}
+
+// A world after the events that the letters stand for.
+class Story {
+ public:
+  explicit Story(std::string_view text) : world_(threads_) {
+    for (const char letter : text) world_.happen(kEvents[kEventLetters.find(letter)]);
+    world_.settle();
+    EXPECT_EQ(world_.problem(), "");
+  }
+  World* operator->() { return &world_; }
+
+ private:
+  Threads threads_;
+  World world_;
+};
+
+TEST(FlushGroup, begins_one_call_for_all_that_came_before_it) {
+  Story story("WaabbA");
+  EXPECT_EQ(story->calls(), 1U);
+  EXPECT_EQ(story->statistics().submitted, 4U);
+}
+
+TEST(FlushGroup, begins_another_call_for_what_was_changed_during_the_first) {
+  EXPECT_EQ(Story("WaAWbe")->calls(), 2U);
+}
+
+TEST(FlushGroup, begins_one_more_call_for_all_that_came_during_the_first) {
+  EXPECT_EQ(Story("WaAWabbe")->calls(), 2U);
+}
+
+TEST(FlushGroup, shares_the_call_under_way_where_nothing_was_changed_since_it_began) {
+  Story story("WaAbe");
+  EXPECT_EQ(story->calls(), 1U);
+  EXPECT_EQ(story->statistics().elided, 1U);
+}
+
+TEST(FlushGroup, begins_no_call_where_nothing_was_changed_since_the_last) {
+  Story story("aAeaAbB");
+  EXPECT_EQ(story->calls(), 1U);
+  EXPECT_EQ(story->statistics().elided, 2U);
+}
+
+TEST(FlushGroup, always_begins_a_first_call) { EXPECT_EQ(Story("aA")->calls(), 1U); }
+
+TEST(FlushGroup, begins_a_call_after_one_that_failed) { EXPECT_EQ(Story("aAxaA")->calls(), 2U); }
+
+// Real threads: each writes, flushes and looks at what a power cut would leave, again and again.
+class Writer {
+ public:
+  Writer(BlockNode& node, aio::SimulatedDisk& disk, IoThread& thread, std::uint64_t sector)
+      : node_(node), disk_(disk), thread_(thread) {
+    request_.writer = this;
+    request_.offset_bytes = sector * kSectorBytes;
+    request_.complete = [](BlockRequest& request, int error) {
+      static_cast<Request&>(request).writer->completed(error);
+    };
+  }
+  void start() {
+    thread_.loop().post([this] { write(); });
+  }
+  void wait() { done_.get_future().wait(); }
+  [[nodiscard]] int lost() const { return lost_; }
+
+ private:
+  struct Request : BlockRequest {
+    Writer* writer{nullptr};
+  };
+
+  void write() {
+    ++round_;
+    data_.fill(std::byte(round_));
+    element_ = {data_.data(), data_.size()};
+    request_.operation = BlockOperation::kWrite;
+    request_.length_bytes = kSectorBytes;
+    request_.iov = &element_;
+    request_.iov_count = 1;
+    node_.submit(request_, thread_.context());
+  }
+  void completed(int error) {
+    if (error != 0) ++lost_;
+    if (request_.operation == BlockOperation::kWrite) {
+      request_.operation = BlockOperation::kFlush;
+      return node_.submit(request_, thread_.context());
+    }
+    if (disk_.durable()[request_.offset_bytes] != std::byte(round_)) ++lost_;
+    if (round_ == kRounds) return done_.set_value();
+    // Not from a completion of the group itself every time: from the loop as well.
+    if (round_ % 3 != 0) return write();
+    thread_.loop().post([this] { write(); });
+  }
+
+  static constexpr int kRounds = 200;
+  BlockNode& node_;
+  aio::SimulatedDisk& disk_;
+  IoThread& thread_;
+  Request request_;
+  alignas(512) std::array<std::byte, kSectorBytes> data_{};
+  iovec element_{};
+  int round_{0};
+  int lost_{0};
+  std::promise<void> done_;
+};
+
+struct Outcome {
+  int lost;
+  FlushStatistics statistics;
+};
+
+Outcome run_writers(bool disk_loses_flushes) {
+  constexpr std::size_t kIoThreads = 3;
+  constexpr std::size_t kWritersPerThread = 4;
+  aio::SimulatedDisk disk({.size_bytes = std::size_t{16} << 10,
+                           .seed = test::test_seed(),
+                           .loses_flushes = disk_loses_flushes});
+  RawNode node(ImageFile::wrap(aio::SimulatedDisk::kDirectFd, aio::SimulatedDisk::kBufferedFd,
+                               std::size_t{16} << 10, kSectorBytes, false),
+               {.name = "simulated"});
+  std::vector<std::unique_ptr<IoThread>> threads;
+  std::vector<std::unique_ptr<Writer>> writers;
+  for (std::size_t i = 0; i < kIoThreads; ++i) {
+    threads.push_back(
+        IoThread::start("io", {}, [&disk] {
+          return Expected<std::unique_ptr<aio::EngineSet>>(
+              std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
+        }).value());
+    for (std::size_t j = 0; j < kWritersPerThread; ++j) {
+      writers.push_back(std::make_unique<Writer>(node, disk, *threads.back(), writers.size()));
+    }
+  }
+  for (const auto& writer : writers) writer->start();
+  int lost = 0;
+  for (const auto& writer : writers) {
+    writer->wait();
+    lost += writer->lost();
+  }
+  // A leader may still be on its way out of the group when the last flush of another is done.
+  for (const auto& thread : threads) thread->loop().run_and_wait([] {});
+  return {lost, node.flush_statistics()};
+}
+
+TEST(FlushGroupThreads, lose_nothing_that_was_written_before_a_flush) {
+  const Outcome outcome = run_writers(false);
+  EXPECT_EQ(outcome.lost, 0);
+  EXPECT_EQ(outcome.statistics.submitted, 2400U);
+  EXPECT_LT(outcome.statistics.begun, outcome.statistics.submitted);
+}
+
+TEST(FlushGroupThreads, notice_a_disk_that_loses_flushes) { EXPECT_GT(run_writers(true).lost, 0); }
+
+}  // namespace
+}  // namespace vblk::blockdev
