@@ -1,0 +1,18 @@
+// Compressed clusters: deflate without a header, or zstd (qcow2.txt, "Compressed Clusters
+// Descriptor"; the window of deflate is 2^12 bytes).
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "blockdev/qcow2/format.h"
+
+namespace vblk::qcow2 {
+
+// Fills `cluster` from `compressed`, which may hold more than that takes. Returns false if the data
+// is damaged or ends too early. Memory: some 20 KiB for deflate; for zstd the window, which is
+// refused beyond 8 MiB.
+[[nodiscard]] bool decompress(Compression compression, std::span<const std::byte> compressed,
+                              std::span<std::byte> cluster);
+
+}  // namespace vblk::qcow2

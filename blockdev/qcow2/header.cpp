@@ -1,0 +1,314 @@
+#include "blockdev/qcow2/header.h"
+
+#include <algorithm>
+
+#include <fmt/core.h>
+
+namespace vblk::qcow2 {
+
+namespace {
+
+// "Header": byte offsets of the fields.
+constexpr std::size_t kVersionAt = 4;
+constexpr std::size_t kBackingOffsetAt = 8;
+constexpr std::size_t kBackingSizeAt = 16;
+constexpr std::size_t kClusterBitsAt = 20;
+constexpr std::size_t kSizeAt = 24;
+constexpr std::size_t kCryptMethodAt = 32;
+constexpr std::size_t kL1EntriesAt = 36;
+constexpr std::size_t kL1OffsetAt = 40;
+constexpr std::size_t kRefcountTableAt = 48;
+constexpr std::size_t kRefcountClustersAt = 56;
+constexpr std::size_t kSnapshotCountAt = 60;
+constexpr std::size_t kSnapshotsAt = 64;
+constexpr std::size_t kIncompatibleAt = 72;
+constexpr std::size_t kCompatibleAt = 80;
+constexpr std::size_t kAutoclearAt = 88;
+constexpr std::size_t kRefcountOrderAt = 96;
+constexpr std::size_t kHeaderLengthAt = 100;
+constexpr std::size_t kCompressionTypeAt = 104;
+constexpr std::size_t kHeaderBytesV2 = 72;
+constexpr std::size_t kHeaderBytesV3 = 104;
+constexpr std::uint32_t kBackingNameBytesMax = 1023;
+constexpr std::uint32_t kDataFileNameBytesMax = 4095;  // PATH_MAX less its zero byte
+
+// "Header extensions".
+constexpr std::uint32_t kExtensionEnd = 0;
+constexpr std::uint32_t kExtensionBackingFormat = 0xe2792aca;
+constexpr std::uint32_t kExtensionFeatureNames = 0x6803f857;
+constexpr std::uint32_t kExtensionBitmaps = 0x23852875;
+constexpr std::uint32_t kExtensionEncryption = 0x0537be77;
+constexpr std::uint32_t kExtensionDataFile = 0x44415441;
+constexpr std::size_t kFeatureNameBytes = 48;
+
+class Decoder {
+ public:
+  Decoder(std::span<const std::byte> bytes, std::string_view path) : bytes_(bytes), path_(path) {}
+
+  Expected<Header> decode();
+
+ private:
+  std::unexpected<Error> corrupt(std::string_view why) const {
+    return make_error(
+        ErrorKind::kCorrupt,
+        fmt::format("'{}' is a damaged qcow2 image: {}; 'qemu-img check' may say more", path_,
+                    why));
+  }
+  std::unexpected<Error> unsupported(std::string_view what) const {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("qcow2 image '{}' uses {}", path_, what));
+  }
+  template <typename T>
+  [[nodiscard]] T at(std::size_t offset) const {
+    return load_be<T>(bytes_.data() + offset);
+  }
+  [[nodiscard]] std::string text(std::size_t offset, std::size_t length) const {
+    return {reinterpret_cast<const char*>(bytes_.data()) + offset, length};
+  }
+
+  void decode_fields();
+  Expected<void> decode_extensions();
+  Expected<void> decode_extension(std::uint32_t type, std::size_t offset, std::uint32_t length);
+  void decode_feature_names(std::size_t offset, std::uint32_t length);
+  Expected<void> decode_backing_file();
+  Expected<void> check_features() const;
+  Expected<void> check_fields() const;
+  [[nodiscard]] bool is_table_aligned(std::uint64_t offset) const {
+    return (offset & header_.geometry.cluster_mask()) == 0 && offset < kHostOffsetMax;
+  }
+
+  std::span<const std::byte> bytes_;
+  std::string_view path_;
+  Header header_;
+};
+
+Expected<Header> Decoder::decode() {
+  const auto cluster_bytes = header_cluster_bytes(bytes_, path_);
+  if (!cluster_bytes) return std::unexpected(cluster_bytes.error());
+  decode_fields();
+  if (header_.version == 3 && bytes_.size() < kHeaderBytesV3)
+    return corrupt("it ends within its header");
+  if (header_.header_length < (header_.version == 2 ? kHeaderBytesV2 : kHeaderBytesV3) ||
+      header_.header_length > bytes_.size())
+    return corrupt(fmt::format("its header_length is {}", header_.header_length));
+  // Extensions first: they hold the names of features.
+  if (auto extensions = decode_extensions(); !extensions)
+    return std::unexpected(std::move(extensions.error()));
+  if (auto features = check_features(); !features)
+    return std::unexpected(std::move(features.error()));
+  if (auto fields = check_fields(); !fields) return std::unexpected(std::move(fields.error()));
+  if (auto backing = decode_backing_file(); !backing)
+    return std::unexpected(std::move(backing.error()));
+  return std::move(header_);
+}
+
+void Decoder::decode_fields() {
+  header_.version = at<std::uint32_t>(kVersionAt);
+  header_.geometry.cluster_bits = at<std::uint32_t>(kClusterBitsAt);
+  header_.size_bytes = at<std::uint64_t>(kSizeAt);
+  header_.crypt_method = at<std::uint32_t>(kCryptMethodAt);
+  header_.l1_entries = at<std::uint32_t>(kL1EntriesAt);
+  header_.l1_table_offset = at<std::uint64_t>(kL1OffsetAt);
+  header_.refcount_table_offset = at<std::uint64_t>(kRefcountTableAt);
+  header_.refcount_table_clusters = at<std::uint32_t>(kRefcountClustersAt);
+  header_.snapshot_count = at<std::uint32_t>(kSnapshotCountAt);
+  header_.snapshots_offset = at<std::uint64_t>(kSnapshotsAt);
+  if (header_.version < 3 || bytes_.size() < kHeaderBytesV3) return;
+  header_.incompatible_features = at<std::uint64_t>(kIncompatibleAt);
+  header_.compatible_features = at<std::uint64_t>(kCompatibleAt);
+  header_.autoclear_features = at<std::uint64_t>(kAutoclearAt);
+  header_.geometry.refcount_order = at<std::uint32_t>(kRefcountOrderAt);
+  header_.header_length = at<std::uint32_t>(kHeaderLengthAt);
+  header_.geometry.extended_l2 = header_.has(kIncompatExtendedL2);
+}
+
+Expected<void> Decoder::decode_extensions() {
+  const std::uint64_t backing_offset = at<std::uint64_t>(kBackingOffsetAt);
+  const std::size_t end =
+      backing_offset != 0
+          ? static_cast<std::size_t>(std::min<std::uint64_t>(backing_offset, bytes_.size()))
+          : bytes_.size();
+  std::size_t offset = header_.header_length;
+  while (offset + 8 <= end) {
+    const auto type = at<std::uint32_t>(offset);
+    const auto length = at<std::uint32_t>(offset + 4);
+    if (type == kExtensionEnd) return {};
+    offset += 8;
+    if (length > end - offset) return corrupt("a header extension leaves the first cluster");
+    if (auto decoded = decode_extension(type, offset, length); !decoded) return decoded;
+    offset += (std::size_t{length} + 7) / 8 * 8;
+  }
+  return {};
+}
+
+Expected<void> Decoder::decode_extension(std::uint32_t type, std::size_t offset,
+                                         std::uint32_t length) {
+  switch (type) {
+    case kExtensionBackingFormat:
+      header_.backing_format = text(offset, length);
+      return {};
+    case kExtensionDataFile:
+      header_.data_file = text(offset, length);
+      if (length > kDataFileNameBytesMax || header_.data_file.find('\0') != std::string::npos)
+        return corrupt("the name of its external data file is too long or contains a zero byte");
+      return {};
+    case kExtensionFeatureNames:
+      decode_feature_names(offset, length);
+      return {};
+    case kExtensionEncryption:
+      if (length < 16) return corrupt("its encryption header pointer is too short");
+      header_.encryption_header = {at<std::uint64_t>(offset), at<std::uint64_t>(offset + 8)};
+      return {};
+    case kExtensionBitmaps:
+      // "Bitmaps extension": without the bit it may say anything, and its clusters may be others'.
+      if ((header_.autoclear_features & kAutoclearBitmaps) == 0) return {};
+      if (length < 24) return corrupt("its bitmaps extension is too short");
+      header_.bitmap_directory = {at<std::uint64_t>(offset + 16), at<std::uint64_t>(offset + 8)};
+      return {};
+    default:
+      return {};  // "can be safely ignored"
+  }
+}
+
+void Decoder::decode_feature_names(std::size_t offset, std::uint32_t length) {
+  for (std::size_t entry = 0; entry + kFeatureNameBytes <= length; entry += kFeatureNameBytes) {
+    const auto type = std::to_integer<unsigned>(bytes_[offset + entry]);
+    const auto bit = std::to_integer<unsigned>(bytes_[offset + entry + 1]);
+    std::string name = text(offset + entry + 2, kFeatureNameBytes - 2);
+    name.resize(std::min(name.find('\0'), name.size()));
+    // It goes into messages: nothing that a terminal would act on.
+    std::ranges::replace_if(name, [](char c) { return c < ' ' || c > '~'; }, '?');
+    header_.feature_names[{type, bit}] = std::move(name);
+  }
+}
+
+Expected<void> Decoder::check_features() const {
+  const std::uint64_t unknown = header_.incompatible_features & ~kIncompatKnown;
+  for (unsigned bit = 0; bit < 64; ++bit) {
+    if (((unknown >> bit) & 1) == 0) continue;
+    const auto name = header_.feature_names.find({0U, bit});
+    return unsupported(
+        fmt::format("the incompatible feature {} ({}), which is not known here", bit,
+                    name == header_.feature_names.end() ? "without a name" : name->second));
+  }
+  if (header_.crypt_method == 1)
+    return unsupported(
+        "AES encryption, which nobody should rely on; decrypt it with 'qemu-img convert'");
+  if (header_.crypt_method == 2)
+    return unsupported(
+        "LUKS encryption, which is not supported; decrypt it with 'qemu-img convert'");
+  if (header_.crypt_method != 0)
+    return unsupported(fmt::format("the unknown encryption method {}", header_.crypt_method));
+  return {};
+}
+
+Expected<void> Decoder::check_fields() const {
+  const Geometry& geometry = header_.geometry;
+  if (geometry.refcount_order > 6)
+    return corrupt(fmt::format("its refcount_order is {}", geometry.refcount_order));
+  if (geometry.extended_l2 && geometry.cluster_bits < 14)
+    return corrupt("it has extended L2 entries and clusters of less than 16 KiB");
+  if (header_.size_bytes == 0 && header_.l1_entries == 0) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("qcow2 image '{}' has a size of 0; give it one with "
+                                  "'qemu-img resize'",
+                                  path_));
+  }
+  if (header_.size_bytes > (std::uint64_t{1} << 61))
+    return corrupt(fmt::format("its size is {} bytes", header_.size_bytes));
+  if (std::uint64_t{header_.l1_entries} * 8 > kL1BytesMax)
+    return corrupt(fmt::format("its L1 table has {} entries", header_.l1_entries));
+  const std::uint64_t needed =
+      header_.size_bytes == 0 ? 0 : geometry.l1_index(header_.size_bytes - 1) + 1;
+  if (header_.l1_entries < needed)
+    return corrupt(
+        fmt::format("its L1 table has {} entries instead of {}", header_.l1_entries, needed));
+  if (!is_table_aligned(header_.l1_table_offset))
+    return corrupt("its L1 table does not begin with a cluster");
+  if (header_.refcount_table_clusters == 0 || header_.refcount_table_offset == 0)
+    return corrupt("it has no refcount table");
+  if (header_.refcount_table_clusters > kRefcountTableBytesMax >> geometry.cluster_bits)
+    return corrupt(
+        fmt::format("its refcount table has {} clusters", header_.refcount_table_clusters));
+  if (!is_table_aligned(header_.refcount_table_offset))
+    return corrupt("its refcount table does not begin with a cluster");
+  if (header_.snapshot_count > kSnapshotsMax)
+    return corrupt(fmt::format("it has {} snapshots", header_.snapshot_count));
+  if (header_.snapshot_count > 0 && !is_table_aligned(header_.snapshots_offset))
+    return corrupt("its snapshot table does not begin with a cluster");
+  if (header_.bitmap_directory && !is_table_aligned(header_.bitmap_directory->offset))
+    return corrupt("its bitmap directory does not begin with a cluster");
+  const std::uint8_t compression_type =
+      header_.header_length > kCompressionTypeAt
+          ? std::to_integer<std::uint8_t>(bytes_[kCompressionTypeAt])
+          : 0;
+  if (header_.has(kIncompatCompression) != (compression_type != 0))
+    return corrupt("its compression type contradicts its features");
+  if (compression_type > 1)
+    return unsupported(fmt::format("the unknown compression type {}", compression_type));
+  if (header_.data_file_is_raw() && !header_.has_data_file())
+    return corrupt("it says that its data file is raw, and has none");
+  if (header_.has_data_file() && header_.snapshot_count > 0)
+    return corrupt("it has an external data file and internal snapshots");
+  return {};
+}
+
+Expected<void> Decoder::decode_backing_file() {
+  if (header_.header_length > kCompressionTypeAt)
+    header_.compression = static_cast<Compression>(bytes_[kCompressionTypeAt]);
+  const auto offset = at<std::uint64_t>(kBackingOffsetAt);
+  const auto length = at<std::uint32_t>(kBackingSizeAt);
+  if (offset == 0) return {};
+  if (length > kBackingNameBytesMax || offset > bytes_.size() || length > bytes_.size() - offset)
+    return corrupt("the name of its backing file leaves the first cluster");
+  header_.backing_file = text(static_cast<std::size_t>(offset), length);
+  if (header_.backing_file.find('\0') != std::string::npos)
+    return corrupt("the name of its backing file contains a zero byte");
+  if (!header_.backing_file.empty() && header_.data_file_is_raw())
+    return corrupt("it has a raw external data file and a backing file");
+  return {};
+}
+
+}  // namespace
+
+Expected<std::uint64_t> header_cluster_bytes(std::span<const std::byte> first_bytes,
+                                             std::string_view path) {
+  if (first_bytes.size() < kHeaderBytesV2 || load_be<std::uint32_t>(first_bytes.data()) != kMagic) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("'{}' is not a qcow2 image; use --format raw if it is a raw one", path));
+  }
+  const auto version = load_be<std::uint32_t>(first_bytes.data() + kVersionAt);
+  if (version != 2 && version != 3) {
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("'{}' is a qcow image of version {}; versions 2 and 3 are supported", path,
+                    version));
+  }
+  const auto cluster_bits = load_be<std::uint32_t>(first_bytes.data() + kClusterBitsAt);
+  if (cluster_bits < kClusterBitsMin || cluster_bits > kClusterBitsMax) {
+    return make_error(ErrorKind::kCorrupt,
+                      fmt::format("qcow2 image '{}' has clusters of 2^{} bytes; 2^9 to 2^21 are "
+                                  "supported",
+                                  path, cluster_bits));
+  }
+  return std::uint64_t{1} << cluster_bits;
+}
+
+Expected<Header> decode_header(std::span<const std::byte> first_cluster, std::string_view path) {
+  return Decoder(first_cluster, path).decode();
+}
+
+void encode_header_fields(const Header& header, std::span<std::byte, kHeaderSectorBytes> sector) {
+  std::byte* const to = sector.data();
+  store_be(to + kSizeAt, header.size_bytes);
+  store_be(to + kL1EntriesAt, header.l1_entries);
+  store_be(to + kL1OffsetAt, header.l1_table_offset);
+  store_be(to + kRefcountTableAt, header.refcount_table_offset);
+  store_be(to + kRefcountClustersAt, header.refcount_table_clusters);
+  if (header.version < 3) return;
+  store_be(to + kIncompatibleAt, header.incompatible_features);
+  store_be(to + kAutoclearAt, header.autoclear_features);
+}
+
+}  // namespace vblk::qcow2

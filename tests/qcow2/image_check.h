@@ -1,0 +1,25 @@
+// Checks a qcow2 image for what a power cut must never leave behind, and reads it: the test's own
+// code, which shares nothing with what it tests.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "tests/qcow2/image_format.h"
+
+namespace vblk::qcow2::testing {
+
+struct CheckedImage {
+  std::vector<std::string> errors;  // the first few
+  std::uint64_t leaks{0};           // clusters with a higher refcount than references
+  Tags disk;
+  Tags snapshot;  // of the first one
+};
+
+// Errors: a refcount below the number of references, a table or cluster beyond the end of the file,
+// a COPIED flag that contradicts the refcount, entries with reserved bits.
+CheckedImage check_image(std::span<const std::byte> image, std::span<const std::uint64_t> backing);
+
+}  // namespace vblk::qcow2::testing
