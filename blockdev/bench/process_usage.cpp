@@ -11,14 +11,17 @@ namespace vblk::bench {
 
 namespace {
 
-std::uint64_t context_switches_of(const std::filesystem::path& status_file) {
+ContextSwitches context_switches_of(const std::filesystem::path& status_file) {
   std::ifstream status(status_file);
-  std::uint64_t sum = 0;
+  ContextSwitches switches;
   for (std::string line; std::getline(status, line);) {
-    const auto name = line.find("ctxt_switches:");
-    if (name != std::string::npos) sum += std::stoull(line.substr(line.find(':') + 1));
+    const std::size_t value = line.find(':') + 1;
+    if (line.starts_with("voluntary_ctxt_switches:"))
+      switches.voluntary = std::stoull(line.substr(value));
+    if (line.starts_with("nonvoluntary_ctxt_switches:"))
+      switches.involuntary = std::stoull(line.substr(value));
   }
-  return sum;
+  return switches;
 }
 
 }  // namespace
@@ -38,11 +41,14 @@ ProcessUsage usage_of(pid_t process) {
   return usage;
 }
 
-std::uint64_t context_switches_between(const ProcessUsage& before, const ProcessUsage& after) {
-  std::uint64_t sum = 0;
+ContextSwitches context_switches_between(const ProcessUsage& before, const ProcessUsage& after) {
+  ContextSwitches sum;
   for (const auto& [thread, count] : after.context_switches) {
-    const auto earlier = before.context_switches.find(thread);
-    sum += count - (earlier == before.context_switches.end() ? 0 : earlier->second);
+    const auto found = before.context_switches.find(thread);
+    const ContextSwitches earlier =
+        found == before.context_switches.end() ? ContextSwitches{} : found->second;
+    sum.voluntary += count.voluntary - earlier.voluntary;
+    sum.involuntary += count.involuntary - earlier.involuntary;
   }
   return sum;
 }

@@ -5,7 +5,8 @@ Every round measures every cell once, in a new random order, so that what change
 falls on both sides alike. What is compared are ratios within a round; the table shows the median ratio and its spread.
 Absolute numbers are of one machine and one hour.
 
-As root, the disk is a loop device over a file in RAM, which does the same work at any time; otherwise it is a file.
+As root, the disk is a loop device over a file in RAM, which does the same work at any time, and some workloads are
+measured on a file on the real disk as well, where CPU per I/O alone is stable; otherwise the disk is that file.
 """
 
 import argparse
@@ -20,18 +21,24 @@ import time
 from pathlib import Path
 
 MIB = 1 << 20
+IMAGE_MIB = 512  # of the disk in an image file
 ENGINES = ("native", "io_uring", "threads")
 QSD = "qemu-storage-daemon"
 WITHOUT = "vblk without the feature"
+RAW = "vblk on a raw file"
 FEATURES = ("defer-taskrun", "registered-files", "registered-buffers")
 
 
 class Cell:
-    """One comparison: a workload on an engine of both servers, of one and fio, or with and without a feature."""
+    """One comparison: a workload on an engine of both servers, of one and fio, or with and without a feature.
 
-    def __init__(self, group, title, engine, workload, disk="disk", cache="none", fio=False, feature=None):
+    `image`: of a qcow2 disk; made anew for each measurement where writing changes what it is."""
+
+    def __init__(self, group, title, engine, workload, disk="disk", cache="none", fio=False, feature=None, image=None,
+                 beside_raw=False, threads=1):
         self.group, self.title, self.engine, self.workload = group, title, engine, workload
         self.disk, self.cache, self.fio, self.feature = disk, cache, fio, feature
+        self.image, self.beside_raw, self.threads = image, beside_raw, threads
         self.reference = WITHOUT if feature else QSD
         self.rounds = []  # one dictionary per round: side -> measurement
 
@@ -67,9 +74,16 @@ def all_cells(quick):
                 add(engine, f"{name} random read, depth 8", engine, {"rw": "randread", "bs": size, "iodepth": 8})
                 add(engine, f"{name} random write, depth 8", engine, {"rw": "randwrite", "bs": size, "iodepth": 8})
         add(engine, "4k write + flush, depth 1", engine, {"rw": "randwrite", "bs": 4096, "iodepth": 1, "fsync": 1})
+    add_qcow2_cells(add, quick)
     for depth in (1, 32):
         add("page cache", f"4k random read, all hits, depth {depth}", "threads",
             {"rw": "randread", "bs": 4096, "iodepth": depth}, disk="cached", cache="writeback")
+    if not quick:
+        for engine in ENGINES:
+            for title, workload in (("4k random read, depth 32", {"rw": "randread", "iodepth": 32}),
+                                    ("4k random write, depth 32", {"rw": "randwrite", "iodepth": 32}),
+                                    ("4k write + flush, depth 1", {"rw": "randwrite", "iodepth": 1, "fsync": 1})):
+                add("file on the disk", f"{engine}: {title}", engine, {"bs": 4096, **workload}, disk="file")
     if not quick:
         for feature in FEATURES:
             for size, name, depth in ((4096, "4k", 1), (4096, "4k", 32), (MIB, "1M", 8)):
@@ -78,11 +92,35 @@ def all_cells(quick):
     return cells
 
 
+def add_qcow2_cells(add, quick):
+    def add_one(engine, title, image, **workload):
+        options = {name: workload.pop(name) for name in ("beside_raw", "threads") if name in workload}
+        add(f"qcow2, {engine}", title, engine, workload, disk="qcow2", image=image, **options)
+
+    for engine in ("io_uring",) if quick else ENGINES:
+        for rw, name in (("randread", "read"), ("randwrite", "write")):
+            for depth in (32,) if quick else (1, 32, 128):
+                add_one(engine, f"allocated, 4k random {name}, depth {depth}", "full", rw=rw, bs=4096, iodepth=depth,
+                        beside_raw=True)
+        add_one(engine, "empty, 4k random write, depth 32", "empty", rw="randwrite", bs=4096, iodepth=32, io_size="32M")
+        add_one(engine, "over a backing file, 4k random write, depth 32", "overlay", rw="randwrite", bs=4096, iodepth=32,
+                io_size="12M")
+        if quick:
+            continue
+        add_one(engine, "empty, 64k random write, depth 32", "empty", rw="randwrite", bs=65536, iodepth=32,
+                io_size="192M")
+        add_one(engine, "empty, 4k write + flush, depth 1", "empty", rw="randwrite", bs=4096, iodepth=1, fsync=1,
+                io_size="16M")
+        add_one(engine, "allocated, 4k random read, depth 8, 4 queues on 2 threads", "full", rw="randread", bs=4096,
+                iodepth=8, numjobs=4, beside_raw=True, threads=2)
+
+
 class Disks:
     """The disks that are measured, made for the run and gone after it."""
 
-    def __init__(self, size_mib):
-        self.size_mib = size_mib
+    def __init__(self, size_mib, with_file):
+        self.size_mib, self.with_file = size_mib, with_file
+        self.file_system_mib = 8 * IMAGE_MIB
 
     def __enter__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="vblk-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")))
@@ -93,17 +131,46 @@ class Disks:
         if os.geteuid() == 0:
             ram = self.folder / "ram"
             ram.mkdir()
-            mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size_mib + 64}m", "tmpfs", ram])
+            mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size_mib + self.file_system_mib + 64}m", "tmpfs", ram])
             self.mounted = ram if mounted.returncode == 0 else None
         if self.mounted:
             self._fill(ram / "disk", self.size_mib)
             attached = subprocess.run(["losetup", "--direct-io=on", "--show", "-f", ram / "disk"], capture_output=True)
             self.loop = attached.stdout.decode().strip() if attached.returncode == 0 else None
-        self.disk = self.loop or self.folder / "disk.img"
-        if not self.loop:
-            self._fill(self.disk, self.size_mib)
+        self._make_files()
+        self.file = self.folder / "disk.img"
+        self.disk = self.loop or self.file
+        if self.with_file or not self.loop:
+            self._fill(self.file, self.size_mib)
         self.description = f"loop device over RAM, {self.size_mib} MiB" if self.loop else f"file in {self.folder.parent}"
         return self
+
+    def _make_files(self):
+        """Where image files are: a file system on a loop device over RAM, or the folder."""
+        self.files, self.files_loop = self.folder, None
+        if self.mounted:
+            subprocess.run(["truncate", "-s", f"{self.file_system_mib}M", self.mounted / "files"], check=True)
+            attached = subprocess.run(["losetup", "--direct-io=on", "--show", "-f", self.mounted / "files"],
+                                      capture_output=True)
+            if attached.returncode == 0:
+                self.files_loop = attached.stdout.decode().strip()
+                self.files = self.folder / "files"
+                self.files.mkdir()
+                subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", self.files_loop], check=True)
+                subprocess.run(["mount", self.files_loop, self.files], check=True)
+        self._fill(self.files / "raw.img", IMAGE_MIB)
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.files / "raw.img", self.files / "full.qcow2"], check=True)
+
+    def image(self, kind):
+        """The path of an image that is as `kind` says, made now if it has to be."""
+        path = self.files / f"{kind}.qcow2"
+        if kind == "empty":
+            path.unlink(missing_ok=True)
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "64G"], check=True)
+        elif kind == "overlay":
+            path.unlink(missing_ok=True)
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "raw.img", path], check=True)
+        return path
 
     @staticmethod
     def _fill(path, size_mib):
@@ -114,35 +181,63 @@ class Disks:
             os.fsync(file.fileno())
 
     def __exit__(self, *_):
+        if self.files_loop:
+            subprocess.run(["umount", "-l", self.files])
+            subprocess.run(["losetup", "-d", self.files_loop])
         if self.loop:
             subprocess.run(["losetup", "-d", self.loop])
         if self.mounted:
             subprocess.run(["umount", "-l", self.mounted])
         subprocess.run(["rm", "-rf", self.folder])
 
+    def path_of(self, cell):
+        return {"cached": self.cached, "file": self.file}.get(cell.disk, self.disk)
+
 
 def vblk_command(vblk, cell, side, disks, socket):
     if cell.disk == "null":
         return [vblk, "serve", "--format", "null", "--size", "1G", "--socket-path", socket, "--log-level", "warning"]
-    path = disks.cached if cell.disk == "cached" else disks.disk
+    if cell.image:
+        path = disks.files / "raw.img" if side == RAW else disks.image(cell.image)
+    else:
+        path = disks.path_of(cell)
     feature = ["--io-uring", f"{cell.feature}={'off' if side == WITHOUT else 'on'}"] if cell.feature else []
     return [vblk, "serve", path, "--socket-path", socket, "--aio", cell.engine, "--cache", cell.cache,
-            "--log-level", "warning", *feature]
+            "--queues", str(cell.workload.get("numjobs", 1)), "--iothreads", str(cell.threads), "--log-level", "warning", *feature]
 
 
 def qsd_command(cell, disks, socket):
     if cell.disk == "null":
         node = "driver=null-co,node-name=d,size=1073741824"
+    elif cell.image:
+        file = f"file.driver=file,file.filename={disks.image(cell.image)},file.cache.direct=on,file.aio={cell.engine}"
+        node = f"driver=qcow2,node-name=d,discard=unmap,{file}"
+        if cell.image == "overlay":
+            # The backing file by the same engine, as vblk does.
+            file += f",backing.driver=raw,backing.file.driver=file,backing.file.filename={disks.files}/raw.img"
+            node = (f"driver=qcow2,node-name=d,discard=unmap,{file},backing.file.cache.direct=on,"
+                    f"backing.file.aio={cell.engine}")
     else:
-        path = disks.cached if cell.disk == "cached" else disks.disk
+        path = disks.path_of(cell)
         driver = "host_device" if str(path).startswith("/dev/") else "file"
         direct = "off" if cell.cache == "writeback" else "on"
         node = f"driver={driver},node-name=d,filename={path},cache.direct={direct},aio={cell.engine}"
     return [QSD, "--blockdev", node, "--object", "iothread,id=t", "--export",
-            f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on,iothread=t"]
+            f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on,iothread=t,"
+            f"num-queues={cell.workload.get('numjobs', 1)}"]
 
 
-def measure_server(vblk, command, socket, cell, seconds, seed):
+def end(server):
+    """SIGTERM, and SIGKILL for those who do not listen: Debian's qemu-storage-daemon hung once so, on io_uring."""
+    server.terminate()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def measure_server(vblk, command, socket, cell, seconds, seed, ramp_seconds=0.2):
     socket.unlink(missing_ok=True)
     with subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server:
         try:
@@ -152,16 +247,20 @@ def measure_server(vblk, command, socket, cell, seconds, seed):
                     raise RuntimeError(f"does not start: {' '.join(map(str, command))}")
                 time.sleep(0.01)
             options = [f"--{name}={value}" for name, value in cell.workload.items()]
-            output = subprocess.run([vblk, "bench", "--socket-path", socket, "--pid", str(server.pid), "--runtime",
-                                     str(seconds), "--ramp_time", "0.2", "--seed", str(seed), "--output-format", "json",
-                                     *options], check=True, capture_output=True).stdout
+            # By time, unless the amount is given: what has been written is not empty any more.
+            length = [] if "io_size" in cell.workload else ["--runtime", str(seconds), "--ramp_time", str(ramp_seconds)]
+            output = subprocess.run([vblk, "bench", "--socket-path", socket, "--pid", str(server.pid), *length,
+                                     "--randseed", str(seed), "--output-format", "json", *options], check=True,
+                                    capture_output=True).stdout
         finally:
-            server.terminate()
+            end(server)
     job = json.loads(output)["jobs"][0]
-    done = job.get("read") or job["write"]
-    percentiles = done["lat_ns"]["percentile"]
+    done = job["read"] if job["read"]["total_ios"] else job["write"]
+    latencies = job["vblk"]["write_and_flush_ns"] if "fsync" in job["job options"] else done["lat_ns"]
+    # A disk that stalled for the whole measurement has none.
+    percentiles, usage = latencies.get("percentile", {}), job["vblk"]["usage"]
     return {"iops": done["iops"], "p50": percentiles.get("50.000000"), "p99": percentiles.get("99.000000"),
-            "cpu": job["backend"]["cpu_us_per_io"], "switches": job["backend"]["context_switches_per_io"]}
+            "cpu": usage["cpu_us_per_io"], "switches": usage["context_switches_per_io"]}
 
 
 def measure_fio(cell, disks, seconds):
@@ -177,7 +276,7 @@ def measure_fio(cell, disks, seconds):
 
 def sides(cell, have_qsd, have_fio):
     reference = [cell.reference] if cell.feature or have_qsd else []
-    return ["vblk", *reference] + (["fio"] if cell.fio and have_fio else [])
+    return ["vblk", *reference] + (["fio"] if cell.fio and have_fio else []) + ([RAW] if cell.beside_raw else [])
 
 
 def run_rounds(options, cells, disks, have_qsd, have_fio):
@@ -232,6 +331,14 @@ def print_table(cells, have_qsd):
             print(f"- {cell.engine}, {cell.title}: {spread(ratio)}")
 
 
+    beside_raw = [cell for cell in cells if cell.beside_raw]
+    if beside_raw:
+        print("\nvblk on an allocated qcow2 image / vblk on a raw file: IOPS, CPU per I/O\n")
+        for cell in beside_raw:
+            print(f"- {cell.engine}, {cell.title}: {spread(cell.ratio('iops', theirs=RAW))}, "
+                  f"{spread(cell.ratio('cpu', theirs=RAW))}")
+
+
 def measure_standing_costs(options, disks):
     """An idle server's context switches, its memory, and its start."""
     socket = disks.folder / "s"
@@ -256,7 +363,7 @@ def measure_standing_costs(options, disks):
         idle = switches() - before
         status = Path(f"/proc/{server.pid}/status").read_text()
         resident_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-        server.terminate()
+        end(server)
     print(f"\nStanding costs, 4 queues on 4 I/O threads: ready after {ready_ms:.0f} ms; {resident_kib / 1024:.1f} MiB resident; "
           f"{idle} context switches in {options.idle_seconds} s without requests.")
 
@@ -288,7 +395,10 @@ def main():
     if not cells:
         parser.error(f"no workload matches --only {options.only}")
     qsd, fio = version(QSD, "--version"), version("fio", "--version")
-    with Disks(options.size_mib) as disks:
+    with Disks(options.size_mib, with_file=any(cell.disk == "file" for cell in cells)) as disks:
+        if not disks.loop:
+            # The disk is that file already.
+            cells = [cell for cell in cells if cell.disk != "file"]
         print(f"{version(options.vblk, '--version')}; {qsd or 'no ' + QSD}; {fio or 'no fio'}; Linux {os.uname().release}; "
               f"{os.cpu_count()} processors; {disks.description}; {options.rounds} rounds of {options.seconds} s")
         run_rounds(options, cells, disks, qsd is not None, fio is not None)

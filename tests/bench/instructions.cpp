@@ -35,7 +35,7 @@ constexpr const char* name_of(Phase phase) {
 }
 
 struct Case {
-  std::string disk;  // "null", or the engine under a raw image
+  std::string disk;  // "null", the engine under a raw image, or "qcow2 on" it
   Shape shape;
   unsigned depth;
 };
@@ -84,10 +84,22 @@ void run_raw(aio::EngineName name) {
     run_case(path, {std::string(aio::to_string(name)), Shape::kRead4k, depth});
 }
 
+// `path`: an image in which all is mapped. The warm-up brings the mapping into the cache.
+void run_qcow2(const std::string& path) {
+  const auto node = qcow2_node(path);
+  const aio::EngineName name = aio::EngineName::kIoUring;
+  SteppedPath stepped(*node, engine(name));
+  for (const Shape shape : {Shape::kRead4k, Shape::kWrite4k}) {
+    for (const unsigned depth : {1U, 32U})
+      run_case(stepped, {fmt::format("qcow2 on {}", aio::to_string(name)), shape, depth});
+  }
+}
+
 }  // namespace
 }  // namespace vblk::measure
 
-int main() {
+// QCOW2-IMAGE
+int main(int count, char** arguments) {
   using namespace vblk;
   measure::run_null();
   for (const aio::EngineName name : aio::kAllEngineNames) {
@@ -96,6 +108,11 @@ int main() {
     } catch (const std::exception& error) {
       std::fprintf(stderr, "%s: %s\n", std::string(aio::to_string(name)).c_str(), error.what());
     }
+  }
+  try {
+    if (count > 1) measure::run_qcow2(arguments[1]);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "qcow2: %s\n", error.what());
   }
   return 0;
 }

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "blockdev/image.h"
+#include "blockdev/image/open_image.h"
 #include "blockdev/null_node.h"
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/little_endian.h"
@@ -152,7 +153,8 @@ bool Driver::take_used(std::uint16_t queue) {
 void Driver::finish(std::uint16_t queue) {
   constexpr std::chrono::milliseconds kPatience{10'000};
   while (!take_used(queue)) {
-    if (!queues_[queue]->wait(kPatience)) throw std::runtime_error("the device does not answer");
+    if (!queues_[queue]->wait(kPatience).by_device)
+      throw std::runtime_error("the device does not answer");
   }
 }
 
@@ -252,6 +254,10 @@ std::unique_ptr<blockdev::BlockNode> null_node() {
 
 std::unique_ptr<blockdev::BlockNode> raw_node(const ScratchFile& file) {
   return value_of(blockdev::open_image({.path = file.path(), .cache = blockdev::CacheMode::kNone}));
+}
+
+std::unique_ptr<blockdev::BlockNode> qcow2_node(const std::string& path) {
+  return value_of(blockdev::open_image({.path = path, .format = blockdev::ImageFormat::kQcow2}));
 }
 
 }  // namespace vblk::measure

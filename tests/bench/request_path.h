@@ -149,5 +149,6 @@ class ScratchFile {
 std::unique_ptr<blockdev::BlockNode> null_node();
 // As `vblk serve --cache none` opens it.
 std::unique_ptr<blockdev::BlockNode> raw_node(const ScratchFile& file);
+std::unique_ptr<blockdev::BlockNode> qcow2_node(const std::string& path);
 
 }  // namespace vblk::measure
