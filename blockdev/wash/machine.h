@@ -1,0 +1,18 @@
+// What a result must say of the machine that it was made on.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "blockdev/wash/store.h"
+
+namespace vblk::wash {
+
+// Kernel, processors, file system and block device of `path`, scheduler, mitigations, and so on.
+[[nodiscard]] std::map<std::string, std::string> machine_facts(const std::string& image_path);
+
+// By what an experiment is told from another: program, analysis, machine, kernel, and what the
+// caller adds. Error: that of reading the program.
+Expected<Identity> identity_of_this_process();
+
+}  // namespace vblk::wash

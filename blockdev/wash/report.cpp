@@ -1,0 +1,304 @@
+#include "blockdev/wash/report.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include <boost/json.hpp>
+#include <fmt/core.h>
+
+namespace vblk::wash {
+
+namespace {
+
+namespace json = boost::json;
+
+constexpr int kSchema = 1;
+
+std::string wrapped(const std::string& text, std::size_t width, const std::string& indent) {
+  std::string lines;
+  std::string line;
+  std::size_t begin = 0;
+  while (begin < text.size()) {
+    const std::size_t end = std::min(text.find(' ', begin), text.size());
+    const std::string word = text.substr(begin, end - begin);
+    if (!line.empty() && indent.size() + line.size() + 1 + word.size() > width) {
+      lines += indent + line + "\n";
+      line.clear();
+    }
+    line += (line.empty() ? "" : " ") + word;
+    begin = end + 1;
+  }
+  return lines + (line.empty() ? "" : indent + line + "\n");
+}
+
+std::string claim_text(const Report& report, const ClaimResult& result) {
+  std::string text =
+      fmt::format("{}  {}  {}\n", result.claim->id, result.outcome, result.claim->title);
+  text += wrapped("\"" + result.claim->sentence + "\"", 100, "    ");
+  text += wrapped(result.words, 100, "    ");
+  for (const MetricOutcome& metric : result.metrics) {
+    if (!metric.reason.empty() && metric.reason != report.judgement.controls.refusal)
+      text +=
+          wrapped(fmt::format("{}: no verdict, for {}", metric.metric, metric.reason), 100, "    ");
+  }
+  for (const ComparisonResult& comparison : result.comparisons) {
+    if (comparison.cells.empty()) continue;
+    text += fmt::format("    {}{}: ratios of {} to {}\n", comparison.comparison->name,
+                        comparison.comparison->decides ? "" : " (decides nothing)",
+                        comparison.comparison->aio, comparison.comparison->threads);
+    text += fmt::format("      {:<34}{:<12}{:>26}  {:>6}  {}\n", "cell", "metric",
+                        "ratio (90 % interval)", "blocks", "verdict");
+    for (const CellVerdict& cell : comparison.cells) {
+      std::string verdict = verdict_text(*report.analysis, *comparison.comparison, cell.verdict);
+      if (!cell.reason.empty()) verdict += ": " + cell.reason;
+      if (cell.verdict == Verdict::kInconclusive && cell.blocks_for_wash > cell.log_ratio.count)
+        verdict += fmt::format(" (a wash would need about {} blocks)", cell.blocks_for_wash);
+      text += fmt::format("      {:<34}{:<12}{:>26}  {:>6}  {}\n", cell.cell, cell.metric,
+                          ratio_text(cell), cell.log_ratio.count, verdict);
+    }
+  }
+  return text + "\n";
+}
+
+json::object counts_json(const std::map<Verdict, std::size_t>& counts) {
+  json::object object;
+  for (const auto& [verdict, count] : counts) object[to_string(verdict)] = count;
+  return object;
+}
+
+json::object cell_json(const CellVerdict& cell) {
+  json::object object{{"cell", cell.cell},
+                      {"metric", cell.metric},
+                      {"verdict", to_string(cell.verdict)},
+                      {"blocks", cell.log_ratio.count}};
+  if (!cell.reason.empty()) object["reason"] = cell.reason;
+  if (cell.verdict == Verdict::kNotMeasured) return object;
+  object["ratio"] = std::exp(cell.log_ratio.mean);
+  object["interval"] = json::array{std::exp(cell.log_ratio.lower), std::exp(cell.log_ratio.upper)};
+  object["standard_deviation_of_log_ratio"] = cell.log_ratio.standard_deviation;
+  object["p_equivalent"] = cell.p_equivalent;
+  object["p_better"] = cell.p_better;
+  object["p_worse"] = cell.p_worse;
+  object["aio_median"] = cell.aio_median;
+  object["threads_median"] = cell.threads_median;
+  object["blocks_for_wash"] = cell.blocks_for_wash;
+  if (cell.bootstrap)
+    object["bootstrap_interval"] =
+        json::array{std::exp(cell.bootstrap->lower), std::exp(cell.bootstrap->upper)};
+  return object;
+}
+
+json::array cells_json(const std::vector<CellVerdict>& cells) {
+  json::array array;
+  for (const CellVerdict& cell : cells) array.push_back(cell_json(cell));
+  return array;
+}
+
+json::object claim_json(const ClaimResult& result) {
+  json::array metrics;
+  for (const MetricOutcome& metric : result.metrics) {
+    metrics.push_back(json::object{{"metric", metric.metric},
+                                   {"outcome", metric.outcome},
+                                   {"counts", counts_json(metric.counts)},
+                                   {"no_verdict_because", metric.reason}});
+  }
+  json::array comparisons;
+  for (const ComparisonResult& one : result.comparisons) {
+    comparisons.push_back(json::object{{"name", one.comparison->name},
+                                       {"aio", one.comparison->aio},
+                                       {"threads", one.comparison->threads},
+                                       {"decides", one.comparison->decides},
+                                       {"cells", cells_json(one.cells)}});
+  }
+  json::object object{{"id", result.claim->id},
+                      {"title", result.claim->title},
+                      {"sentence", result.claim->sentence},
+                      {"outcome", result.outcome},
+                      {"words", result.words},
+                      {"metrics", std::move(metrics)},
+                      {"comparisons", std::move(comparisons)}};
+  if (result.crossover) {
+    const Crossover& crossover = *result.crossover;
+    json::object line{{"extra_us_per_operation", crossover.extra_us},
+                      {"extra_us_interval", json::array{crossover.line.slope_lower * 1e6,
+                                                        crossover.line.slope_upper * 1e6}},
+                      {"intercept_cores", crossover.line.intercept},
+                      {"r_squared", crossover.line.r_squared}};
+    if (crossover.per_second) line["crossover_per_second"] = *crossover.per_second;
+    object["crossover"] = std::move(line);
+  }
+  return object;
+}
+
+json::object texts_json(const std::map<std::string, std::string>& values) {
+  json::object object;
+  for (const auto& [name, value] : values) object[name] = value;
+  return object;
+}
+
+// In double quotes where CSV (RFC 4180) asks for it.
+std::string csv_field(const std::string& text) {
+  if (text.find_first_of(",\"\n") == std::string::npos) return text;
+  std::string quoted = "\"";
+  for (const char letter : text) {
+    if (letter == '"') quoted += '"';
+    quoted += letter;
+  }
+  return quoted + "\"";
+}
+
+}  // namespace
+
+std::string verdict_text(const Analysis& analysis, const Comparison& comparison, Verdict verdict) {
+  const auto is_thread = [&analysis](const std::string& arm) {
+    const aio::EngineName engine = analysis.arms.at(arm).engine;
+    return engine == aio::EngineName::kThreads || engine == aio::EngineName::kInline;
+  };
+  const bool is_aio_against_threads = !is_thread(comparison.aio) && is_thread(comparison.threads);
+  if (!is_aio_against_threads && verdict == Verdict::kAioWins) return comparison.aio + " WINS";
+  if (!is_aio_against_threads && verdict == Verdict::kThreadsWin)
+    return comparison.threads + " WINS";
+  return std::string(to_string(verdict));
+}
+
+std::string ratio_text(const CellVerdict& cell) {
+  if (cell.verdict == Verdict::kNotMeasured) return "n/a";
+  return fmt::format("{:.3f} ({:.3f} to {:.3f})", std::exp(cell.log_ratio.mean),
+                     std::exp(cell.log_ratio.lower), std::exp(cell.log_ratio.upper));
+}
+
+std::string metric_name(const std::string& metric) {
+  if (metric == "rate") return "operations per second";
+  if (metric == "p50") return "median latency";
+  if (metric == "p99") return "p99 latency";
+  if (metric == "cpu") return "processor time of the process per operation";
+  if (metric == "machine_cpu") return "processor time of the machine per operation";
+  if (metric == "per_wakeup") return "results per sleep of the loop";
+  if (metric == "wake_cost") return "time to hand over";
+  if (metric == "submit_max") return "longest submission";
+  if (metric == "stream_rate") return "rate of the stream";
+  return metric;
+}
+
+std::string label_of(const Report& report) {
+  return fmt::format("{}{} (preset {}, {} rounds)", report.preset->label,
+                     report.complete ? "" : ", and not all of it is done", report.preset->name,
+                     report.preset->rounds);
+}
+
+std::string controls_text(const ControlResult& controls, const Preset& preset) {
+  std::string text;
+  for (const auto& [metric, counts] : controls.again) {
+    std::string words;
+    std::size_t differences = 0;
+    for (const auto& [verdict, count] : counts) {
+      if (verdict == Verdict::kAioWins || verdict == Verdict::kThreadsWin) {
+        differences += count;
+      } else {
+        words += fmt::format("{}{} {}", words.empty() ? "" : ", ", count, to_string(verdict));
+      }
+    }
+    if (differences > 0)
+      words += fmt::format("{}{} DIFFERENT", words.empty() ? "" : ", ", differences);
+    text += fmt::format("An engine compared with itself, {}: {}. ", metric_name(metric), words);
+  }
+  text += fmt::format("An engine slowed down by {:.0f} % was found in {} of {} cells. ",
+                      preset.slowdown * 100, controls.slowed_found, controls.slowed_cells);
+  text += fmt::format("Of {} blocks {} are noisy; {} were repeated.", controls.blocks,
+                      controls.noisy_blocks, controls.repeated_blocks);
+  if (!controls.refusal.empty()) text += " No verdict, for " + controls.refusal + ".";
+  return text;
+}
+
+std::string headline(const Report& report) {
+  std::string text;
+  for (const ClaimResult& claim : report.judgement.claims) {
+    if (claim.outcome == "NOT MEASURED") continue;
+    text += fmt::format("  {:<4} {:<14} {}\n", claim.claim->id, claim.outcome, claim.claim->title);
+  }
+  return text.empty() ? "  nothing was measured\n" : text;
+}
+
+std::string text_report(const Report& report) {
+  const Experiment& experiment = *report.experiment;
+  std::string text = fmt::format("vblk wash: {}\n\n", label_of(report));
+  text += headline(report);
+  text += "\n" + wrapped(controls_text(report.judgement.controls, *report.preset), 100, "") + "\n";
+  for (const std::string& note : report.notes) text += wrapped("note: " + note, 100, "");
+  for (const auto& [name, value] : experiment.devices)
+    text += fmt::format("device {}: {}\n", name, value);
+  for (const auto& [name, value] : experiment.machine) text += fmt::format("{}: {}\n", name, value);
+  text += fmt::format("begun {}, seed {}, analysis {}\n\n", experiment.started, experiment.seed,
+                      report.analysis->digest.substr(0, 16));
+  for (const auto& [what, why] : report.judgement.skipped)
+    text += wrapped(fmt::format("skipped: {}: {}", what, why), 100, "");
+  if (!report.judgement.skipped.empty()) text += "\n";
+  for (const ClaimResult& claim : report.judgement.claims) text += claim_text(report, claim);
+  return text;
+}
+
+std::string json_report(const Report& report) {
+  json::array claims;
+  for (const ClaimResult& claim : report.judgement.claims) claims.push_back(claim_json(claim));
+  const ControlResult& controls = report.judgement.controls;
+  json::object again;
+  for (const auto& [metric, counts] : controls.again) again[metric] = counts_json(counts);
+  json::object control_object{{"again", std::move(again)},
+                              {"slowed_found", controls.slowed_found},
+                              {"slowed_cells", controls.slowed_cells},
+                              {"blocks", controls.blocks},
+                              {"noisy_blocks", controls.noisy_blocks},
+                              {"repeated_blocks", controls.repeated_blocks},
+                              {"no_verdict_because", controls.refusal},
+                              {"no_verdict_of_metric_because", texts_json(controls.refusals)},
+                              {"again_cells", cells_json(controls.again_cells)},
+                              {"slowed", cells_json(controls.slowed)}};
+  json::array notes;
+  for (const std::string& note : report.notes) notes.push_back(json::string(note));
+  const Experiment& experiment = *report.experiment;
+  return json::serialize(json::object{{"schema", kSchema},
+                                      {"preset", report.preset->name},
+                                      {"label", report.preset->label},
+                                      {"complete", report.complete},
+                                      {"seed", experiment.seed},
+                                      {"started", experiment.started},
+                                      {"analysis_sha256", report.analysis->digest},
+                                      {"identity", texts_json(experiment.identity)},
+                                      {"machine", texts_json(experiment.machine)},
+                                      {"devices", texts_json(experiment.devices)},
+                                      {"runs", report.judgement.runs},
+                                      {"failed_runs", report.judgement.failed_runs},
+                                      {"skipped", texts_json(report.judgement.skipped)},
+                                      {"notes", std::move(notes)},
+                                      {"controls", std::move(control_object)},
+                                      {"claims", std::move(claims)}}) +
+         "\n";
+}
+
+std::string csv_of_runs(const std::vector<StoredRun>& runs) {
+  constexpr std::array kMetrics{"rate",      "p50",         "p99",
+                                "cpu",       "machine_cpu", "per_wakeup",
+                                "wake_cost", "submit_max",  "stream_rate"};
+  constexpr std::array kCounters{"sleeps_per_io", "preemptions_per_io", "requests_per_submission",
+                                 "punts_per_io", "generator_cpu"};
+  std::string text = "cell,arm,round,attempt,kept,noisy,samples,saturated,steal_share,error";
+  for (const char* name : kMetrics) text += fmt::format(",{}", name);
+  for (const char* name : kCounters) text += fmt::format(",{}", name);
+  text += "\n";
+  const auto field = [](const std::map<std::string, double>& values, const char* name) {
+    const auto found = values.find(name);
+    return found == values.end() ? std::string(",") : fmt::format(",{:.6g}", found->second);
+  };
+  for (const StoredRun& run : runs) {
+    text += fmt::format("{},{},{},{},{:d},{:d},{},{:d},{:.4f},{}", run.cell, run.arm, run.round,
+                        run.attempt, run.is_kept, run.noisy, run.record.samples,
+                        run.record.saturated, run.record.steal_share, csv_field(run.error));
+    for (const char* name : kMetrics) text += field(run.record.metrics, name);
+    for (const char* name : kCounters) text += field(run.record.counters, name);
+    text += "\n";
+  }
+  return text;
+}
+
+}  // namespace vblk::wash

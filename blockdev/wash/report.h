@@ -1,0 +1,46 @@
+// What a result says: for people as text and as a page, for programs as JSON and CSV.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "blockdev/wash/judge.h"
+#include "blockdev/wash/store.h"
+
+namespace vblk::wash {
+
+// All that a report is made of.
+struct Report {
+  const Analysis* analysis{nullptr};
+  const Preset* preset{nullptr};
+  const Experiment* experiment{nullptr};
+  const std::vector<StoredRun>* runs{nullptr};
+  std::vector<Cell> cells;
+  Judgement judgement;
+  bool complete{false};  // all runs are there
+  std::vector<std::string> notes;
+};
+
+// "C0 DOES NOT HOLD: In most cases it is a wash" and so on, a line for each claim.
+[[nodiscard]] std::string headline(const Report& report);
+[[nodiscard]] std::string text_report(const Report& report);
+// Its schema is in docs/wash.md.
+[[nodiscard]] std::string json_report(const Report& report);
+// A line per run.
+[[nodiscard]] std::string csv_of_runs(const std::vector<StoredRun>& runs);
+// One page that needs nothing else, not even a network.
+[[nodiscard]] std::string html_report(const Report& report);
+
+// What several pieces of a report write alike.
+// A verdict's name; where the two sides are not AIO and threads, the arm that wins.
+[[nodiscard]] std::string verdict_text(const Analysis& analysis, const Comparison& comparison,
+                                       Verdict verdict);
+// "1.034 (0.987 to 1.083)", or "n/a".
+[[nodiscard]] std::string ratio_text(const CellVerdict& cell);
+[[nodiscard]] std::string metric_name(const std::string& metric);  // "requests per second"
+// The label of the preset, and what qualifies it.
+[[nodiscard]] std::string label_of(const Report& report);
+// The sentence about the controls.
+[[nodiscard]] std::string controls_text(const ControlResult& controls, const Preset& preset);
+
+}  // namespace vblk::wash

@@ -1,0 +1,227 @@
+// Whole experiments on simulated engines, whose truth is known: what is found, what is not, and
+// what no verdict is given for.
+#include "blockdev/wash/judge.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "blockdev/wash/experiment.h"
+#include "tests/support/seed.h"
+
+namespace vblk::wash {
+namespace {
+
+// An engine's truth: what its metrics are, relative to the pool.
+struct Truth {
+  double rate{1};
+  double latency{1};
+  double cpu{1};
+};
+
+// The rules with one family of cells. A judgement refers to them.
+const Analysis& rules() {
+  static const Analysis analysis = [] {
+    Analysis core = registered_analysis();
+    std::erase_if(core.families, [](const Family& family) { return family.id != "core"; });
+    return core;
+  }();
+  return analysis;
+}
+
+// Runs as they would be stored, of all cells of the family "core" in the preset "smoke", with
+// metrics that a machine of some noise and drift would give.
+class Laboratory {
+ public:
+  Laboratory() : preset_(*rules().preset("smoke")), cells_(cells_of(rules(), preset_, {"image"})) {
+    preset_.slowdown = 0.2;
+    preset_.control_wash_share_min = 0.9;
+    preset_.noisy_share_max = 0.25;
+    truths_["threads-slowed"].cpu = 1.2;
+  }
+
+  Laboratory& truth(const std::string& arm, Truth truth) {
+    truths_[arm] = truth;
+    return *this;
+  }
+  Laboratory& noise(double deviation) {
+    noise_ = deviation;
+    return *this;
+  }
+  // The machine gets slower by so much from the first run to the last.
+  Laboratory& drift(double factor) {
+    drift_ = factor;
+    return *this;
+  }
+  Laboratory& noisy_blocks(bool noisy) {
+    noisy_ = noisy;
+    return *this;
+  }
+  Laboratory& rounds(int count) {
+    rounds_ = count;
+    return *this;
+  }
+
+  Judgement experiment(std::uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal(0, noise_);
+    std::vector<StoredRun> runs;
+    const auto total = static_cast<double>(rounds_) * static_cast<double>(cells_.size()) * 7;
+    for (int round = 0; round < rounds_; ++round) {
+      for (const std::size_t index : order_of_cells(seed, round, cells_.size())) {
+        const auto arms = order_of_arms(seed, round, 0, cells_[index]);
+        for (const std::string& arm : arms) {
+          const double slow = 1 + (drift_ - 1) * static_cast<double>(runs.size()) / total;
+          const Truth truth = truths_[arm];
+          StoredRun run{.cell = cells_[index].id, .arm = arm, .round = round};
+          run.block_end = &arm == &arms.back();
+          run.noisy = noisy_ && run.block_end;
+          const auto sample = [&](double value) { return value * std::exp(normal(random)); };
+          run.record.metrics = {{"rate", sample(20000 * truth.rate / slow)},
+                                {"p50", sample(100 * truth.latency * slow)},
+                                {"p99", sample(300 * truth.latency * slow)},
+                                {"cpu", sample(10 * truth.cpu * slow)}};
+          run.record.samples = 5000;
+          runs.push_back(std::move(run));
+        }
+      }
+    }
+    return judge(rules(), preset_, cells_, runs);
+  }
+
+ private:
+  Preset preset_;
+  std::vector<Cell> cells_;
+  std::map<std::string, Truth> truths_;
+  double noise_{0.01};
+  double drift_{1};
+  bool noisy_{false};
+  int rounds_{12};
+};
+
+const ClaimResult& claim(const Judgement& judgement, const std::string& id) {
+  return *std::ranges::find(judgement.claims, id,
+                            [](const ClaimResult& result) { return result.claim->id; });
+}
+
+std::string outcome(const Judgement& judgement, const std::string& id, const std::string& metric) {
+  for (const MetricOutcome& one : claim(judgement, id).metrics) {
+    if (one.metric == metric) return one.outcome;
+  }
+  return "no such metric";
+}
+
+TEST(Judge, calls_engines_that_are_alike_a_wash) {
+  const auto judgement = Laboratory().experiment(test::test_seed());
+  EXPECT_EQ(judgement.controls.refusal, "");
+  for (const char* metric : {"rate", "p50", "p99", "cpu"})
+    EXPECT_EQ(outcome(judgement, "C0", metric), "WASH") << metric;
+  EXPECT_EQ(claim(judgement, "C0").outcome, "HOLDS");
+  EXPECT_EQ(claim(judgement, "C3").outcome, "HOLDS");
+  EXPECT_EQ(claim(judgement, "C9").outcome, "NOT MEASURED");
+}
+
+TEST(Judge, finds_ten_percent_of_processor_time_and_nothing_else) {
+  const auto judgement =
+      Laboratory().truth("native", {.cpu = 1 / 1.1}).experiment(test::test_seed());
+  EXPECT_EQ(outcome(judgement, "C0", "rate"), "WASH");
+  EXPECT_EQ(outcome(judgement, "C0", "cpu"), "AIO WINS");
+  EXPECT_EQ(claim(judgement, "C0").outcome, "DOES NOT HOLD");
+}
+
+TEST(Judge, knows_which_side_is_better_by_each_metric) {
+  const auto judgement = Laboratory()
+                             .truth("native", {.rate = 0.8, .latency = 1.3, .cpu = 1.2})
+                             .experiment(test::test_seed());
+  for (const char* metric : {"rate", "p50", "p99", "cpu"})
+    EXPECT_EQ(outcome(judgement, "C0", metric), "THREADS WIN") << metric;
+}
+
+TEST(Judge, is_not_fooled_by_a_machine_that_becomes_half_as_fast) {
+  const auto judgement = Laboratory().drift(2).experiment(test::test_seed());
+  EXPECT_EQ(judgement.controls.refusal, "");
+  EXPECT_EQ(claim(judgement, "C0").outcome, "HOLDS");
+  const auto found =
+      Laboratory().drift(2).truth("native", {.rate = 1.1}).experiment(test::test_seed());
+  EXPECT_EQ(outcome(found, "C0", "rate"), "AIO WINS");
+}
+
+TEST(Judge, gives_no_verdict_where_an_injected_slowdown_is_not_found) {
+  const auto judgement = Laboratory().truth("threads-slowed", {}).experiment(test::test_seed());
+  EXPECT_NE(judgement.controls.refusal.find("blind"), std::string::npos);
+  EXPECT_EQ(claim(judgement, "C0").outcome, "NO VERDICT");
+  EXPECT_EQ(outcome(judgement, "C0", "rate"), "NO VERDICT");
+}
+
+TEST(Judge, gives_no_verdict_where_an_engine_differs_from_itself) {
+  const auto judgement =
+      Laboratory().truth("threads-again", {.latency = 1.5}).experiment(test::test_seed());
+  EXPECT_EQ(outcome(judgement, "C0", "p99"), "NO VERDICT");
+  EXPECT_EQ(outcome(judgement, "C0", "rate"), "WASH") << "each metric has its own control";
+}
+
+TEST(Judge, gives_no_verdict_on_a_machine_that_is_too_noisy) {
+  const auto noise = Laboratory().noise(0.3).experiment(test::test_seed());
+  EXPECT_EQ(claim(noise, "C0").outcome, "NO VERDICT");
+  const auto blocks = Laboratory().noisy_blocks(true).experiment(test::test_seed());
+  EXPECT_NE(blocks.controls.refusal.find("noisy"), std::string::npos);
+}
+
+TEST(Judge, does_not_take_a_single_block_for_anything) {
+  const auto judgement = Laboratory().rounds(1).experiment(test::test_seed());
+  EXPECT_EQ(claim(judgement, "C0").outcome, "NOT MEASURED");
+  EXPECT_FALSE(judgement.controls.refusal.empty());
+}
+
+// 200 experiments in which nothing differs, on a quiet and on a loud machine. Each metric of C0 is
+// a family whose chance of a wrong win is at most 5 %; four metrics make 20 % at most.
+TEST(Judge, calls_no_more_winners_among_equals_than_promised) {
+  const std::uint64_t seed = test::test_seed();
+  for (const double noise : {0.02, 0.15}) {
+    unsigned families = 0;
+    unsigned wrong = 0;
+    for (std::uint64_t i = 0; i < 200; ++i) {
+      const auto judgement = Laboratory().noise(noise).rounds(8).experiment(seed + i);
+      for (const ComparisonResult& comparison : claim(judgement, "C0").comparisons) {
+        std::map<std::string, bool> wins;
+        for (const CellVerdict& cell : comparison.cells) {
+          wins[cell.metric] = wins[cell.metric] || cell.verdict == Verdict::kAioWins ||
+                              cell.verdict == Verdict::kThreadsWin;
+        }
+        for (const auto& [metric, any] : wins) {
+          ++families;
+          if (any) ++wrong;
+        }
+      }
+    }
+    // 5 % of 2000, and four standard deviations.
+    EXPECT_LE(wrong, families * 7 / 100) << "of " << families << " at noise " << noise;
+  }
+}
+
+TEST(KeptRuns, are_the_last_of_the_attempt_that_was_kept) {
+  std::vector<StoredRun> runs;
+  const auto add = [&runs](unsigned attempt, double rate, bool end, bool kept) {
+    StoredRun run{.cell = "c", .arm = "a", .attempt = attempt, .block_end = end, .is_kept = kept};
+    run.record.metrics["rate"] = rate;
+    runs.push_back(run);
+  };
+  add(0, 1, true, false);  // too noisy, done again
+  add(1, 2, false, true);  // interrupted
+  add(1, 3, true, true);   // begun anew
+  const auto measured = kept_runs(runs);
+  EXPECT_EQ(measured.at("c").at("a").at(0)->record.metrics.at("rate"), 3);
+}
+
+TEST(KeptRuns, leave_out_a_block_that_is_not_done) {
+  std::vector<StoredRun> runs{{.cell = "c", .arm = "a"}};
+  EXPECT_TRUE(kept_runs(runs).empty());
+}
+
+}  // namespace
+}  // namespace vblk::wash

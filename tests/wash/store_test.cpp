@@ -1,0 +1,159 @@
+// The folder of a result through crashes, damage, and other machines.
+#include "blockdev/wash/store.h"
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "tests/support/temp_dir.h"
+
+namespace vblk::wash {
+namespace {
+
+class Store : public testing::Test {
+ protected:
+  [[nodiscard]] std::string folder() const { return dir_.file("result"); }
+  [[nodiscard]] std::string runs_path() const { return folder() + "/runs.jsonl"; }
+  Expected<std::unique_ptr<ResultStore>> open(bool force = false,
+                                              const Identity& identity = {{"kernel", "6.1"}}) {
+    return ResultStore::open(folder(), {.seed = 42, .preset = "smoke", .identity = identity},
+                             force);
+  }
+  void fill(int count) {
+    auto store = open();
+    ASSERT_TRUE(store) << store.error().message;
+    for (int i = 0; i < count; ++i) {
+      StoredRun run{
+          .cell = "core/image/randread-1", .arm = "native", .round = i, .error = "why \"not\""};
+      run.record.metrics["rate"] = 1.0 / 3 + i;
+      run.record.histogram = {{1234.5, 7}};
+      run.record.samples = 7;
+      ASSERT_TRUE((*store)->append(run));
+    }
+  }
+  [[nodiscard]] std::string text() const {
+    std::ifstream file(runs_path());
+    return std::string{std::istreambuf_iterator<char>(file), {}};
+  }
+  void set_text(const std::string& text) const { std::ofstream(runs_path()) << text; }
+
+  test::TempDir dir_;
+};
+
+TEST_F(Store, gives_back_what_was_put_in) {
+  fill(2);
+  const auto store = open();
+  ASSERT_TRUE(store) << store.error().message;
+  ASSERT_EQ((*store)->runs().size(), 2U);
+  const StoredRun& run = (*store)->runs()[1];
+  EXPECT_EQ(run.cell, "core/image/randread-1");
+  EXPECT_EQ(run.round, 1);
+  EXPECT_EQ(run.error, "why \"not\"");
+  EXPECT_EQ(run.record.metrics.at("rate"), 1.0 / 3 + 1);
+  EXPECT_EQ(run.record.histogram.front().second, 7U);
+  EXPECT_TRUE((*store)->notes().empty());
+}
+
+TEST_F(Store, keeps_the_first_seed) {
+  fill(1);
+  const auto store =
+      ResultStore::open(folder(), {.seed = 1, .identity = {{"kernel", "6.1"}}}, false);
+  EXPECT_EQ((*store)->experiment().seed, 42U);
+}
+
+TEST_F(Store, cuts_off_a_line_that_was_torn_by_a_crash_wherever_that_was) {
+  fill(2);
+  const std::string whole = text();
+  const std::size_t first = whole.find('\n') + 1;
+  for (const std::size_t torn : {first + 1, first + 40, first + 80, whole.size() - 1}) {
+    set_text(whole.substr(0, torn));
+    {
+      const auto store = open();
+      ASSERT_TRUE(store) << store.error().message;
+      EXPECT_EQ((*store)->runs().size(), 1U);
+      EXPECT_EQ((*store)->notes().size(), 1U);
+    }
+    EXPECT_EQ(text(), whole.substr(0, first)) << torn;
+  }
+}
+
+TEST_F(Store, refuses_damage_naming_file_and_line_and_changes_nothing) {
+  fill(3);
+  std::string damaged = text();
+  damaged[damaged.find('\n') + 200] ^= 1;
+  set_text(damaged);
+  const auto store = open();
+  ASSERT_FALSE(store);
+  EXPECT_EQ(store.error().kind, ErrorKind::kCorrupt);
+  EXPECT_NE(store.error().message.find("runs.jsonl' is damaged in line 2"), std::string::npos)
+      << store.error().message;
+  EXPECT_EQ(text(), damaged);
+  const auto forced = open(true);
+  ASSERT_TRUE(forced);
+  EXPECT_EQ((*forced)->runs().size(), 2U);
+}
+
+TEST_F(Store, refuses_to_go_on_elsewhere_naming_the_difference_unless_forced) {
+  fill(1);
+  const auto store = open(false, {{"kernel", "6.9"}});
+  ASSERT_FALSE(store);
+  EXPECT_NE(store.error().message.find("kernel (6.1, now 6.9)"), std::string::npos)
+      << store.error().message;
+  const auto forced = open(true, {{"kernel", "6.9"}});
+  ASSERT_TRUE(forced);
+  EXPECT_EQ((*forced)->notes().size(), 1U);
+  EXPECT_TRUE((*forced)->experiment().machine.contains("mixed"));
+}
+
+TEST_F(Store, is_for_one_process_at_a_time) {
+  const auto store = open();
+  const auto second = open();
+  ASSERT_FALSE(second);
+  EXPECT_EQ(second.error().kind, ErrorKind::kBusy);
+}
+
+TEST_F(Store, leaves_a_folder_of_something_else_alone) {
+  std::filesystem::create_directory(folder());
+  std::ofstream(folder() + "/thesis.txt") << "precious";
+  const auto store = open();
+  ASSERT_FALSE(store);
+  EXPECT_EQ(store.error().kind, ErrorKind::kBusy);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder()), {}), 1);
+}
+
+TEST_F(Store, begins_anew_where_a_beginning_was_killed) {
+  std::filesystem::create_directory(folder());
+  std::ofstream(folder() + "/runs.jsonl").flush();
+  EXPECT_TRUE(open());
+}
+
+TEST_F(Store, refuses_a_damaged_description) {
+  fill(1);
+  std::ofstream(folder() + "/experiment.json") << "{";
+  const auto store = open();
+  ASSERT_FALSE(store);
+  EXPECT_EQ(store.error().kind, ErrorKind::kCorrupt);
+}
+
+TEST(RunSpecs, come_back_from_their_text) {
+  const RunSpec spec{.family = "core",
+                     .levels = {{"rw", "randread"}, {"iodepth", "8"}},
+                     .arm = "native",
+                     .image_path = "/x \"y\"",
+                     .region_bytes = 5,
+                     .run_time = std::chrono::milliseconds(7),
+                     .seed = ~0ULL,
+                     .spin_ns = 1.5};
+  const auto back = parse_run_spec(to_json(spec));
+  ASSERT_TRUE(back) << back.error().message;
+  EXPECT_EQ(to_json(*back), to_json(spec));
+  EXPECT_EQ(back->levels, spec.levels);
+  EXPECT_FALSE(parse_run_spec("{}"));
+  EXPECT_FALSE(parse_run_record("nonsense"));
+}
+
+}  // namespace
+}  // namespace vblk::wash
