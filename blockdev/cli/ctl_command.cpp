@@ -17,7 +17,9 @@ int ctl_command(std::span<const std::string> arguments) {
     return 0;
   }
   const auto& options = std::get<CtlOptions>(*parsed);
-  const auto reply = ask_monitor(options.monitor_path, options.command);
+  boost::json::object members;
+  if (options.argument) members[options.argument->first] = options.argument->second;
+  const auto reply = ask_monitor(options.monitor_path, options.command, members);
   if (!reply) {
     fmt::print(stderr, "vblk: ctl: {}\n", reply.error().message);
     return kExitFailure;

@@ -12,6 +12,7 @@
 #include "blockdev/bench/bench.h"
 #include "blockdev/cli/commands.h"
 #include "blockdev/demo/demo.h"
+#include "blockdev/wash/wash.h"
 
 namespace {
 
@@ -24,6 +25,7 @@ Commands:
   serve   serve a disk image on a vhost-user socket
   ctl     ask a running server which engines it uses and what it has done
   bench   measure a vhost-user-blk backend through its socket
+  wash    decide by experiment whether AIO does better than a pool of threads
   demo    compare the engines on this machine, without a virtual machine
 
 Options:
@@ -50,6 +52,8 @@ int run_command(std::string_view command, std::span<const std::string> arguments
     return vblk::bench::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "demo")
     return vblk::demo::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
+  if (command == "wash")
+    return vblk::wash::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "--help" || command == "-h" || command == "help") {
     fmt::print("{}", kUsage);
     return 0;

@@ -57,7 +57,12 @@ json::value answer_line(const MonitorHandlers& handlers, std::string_view line) 
       known += (known.empty() ? "" : ", ") + known_name;
     return error_answer(fmt::format("unknown command '{}'; there are: {}", name, known));
   }
-  return {{"return", handler->second()}};
+  const json::value* const given = message.as_object().if_contains("arguments");
+  if (given != nullptr && !given->is_object())
+    return error_answer("the member 'arguments' is no object");
+  auto answer = handler->second(given != nullptr ? given->as_object() : json::object{});
+  if (!answer) return error_answer(answer.error().message);
+  return {{"return", std::move(*answer)}};
 }
 
 // One client: read a line, answer it, again. Lives as long as an operation of its socket is
@@ -154,7 +159,8 @@ Monitor::~Monitor() {
   state_->thread.join();
 }
 
-Expected<std::string> ask_monitor(const std::string& path, const std::string& command) {
+Expected<std::string> ask_monitor(const std::string& path, const std::string& command,
+                                  const json::object& arguments) {
   asio::io_context io{1};
   UnixSocket::socket socket(io);
   boost::system::error_code error;
@@ -173,7 +179,9 @@ Expected<std::string> ask_monitor(const std::string& path, const std::string& co
                     path, describe_errno(error.value())),
         error.value());
   }
-  const std::string request = json::serialize(json::value{{"execute", command}}) + "\n";
+  json::object message{{"execute", command}};
+  if (!arguments.empty()) message["arguments"] = arguments;
+  const std::string request = json::serialize(message) + "\n";
   std::string reply;
   std::optional<boost::system::error_code> outcome;
   asio::async_write(socket, asio::buffer(request),

@@ -1,5 +1,7 @@
 #include "blockdev/cli/options.h"
 
+#include <algorithm>
+#include <array>
 #include <charconv>
 #include <sstream>
 #include <string_view>
@@ -31,10 +33,24 @@ Asks a running 'vblk serve --monitor MONITOR-PATH'. Prints the answer as JSON.
 
 Commands:
   query-aio      the engine chosen for each kind of operation, the reason for
-                 each fallback, and the engines' counters
+                 each fallback, what auto has measured, and the engines' counters
   query-status   the disk, the frontend's connection and the queues' counters
+  set-aio ENGINE|KIND=ENGINE,...
+                 change the engines as serve --aio would have them, while the
+                 guest runs; kinds that are not named stay as they are
+  resize SIZE    make the disk SIZE long, such as 10G, while the guest runs, and
+                 tell it; a raw disk can only become larger
 
 )";
+
+// Commands of `vblk ctl` that take a word, and the member of their "arguments" that it becomes.
+struct CtlArgument {
+  std::string_view command;
+  std::string_view name;
+  std::string_view what;
+};
+constexpr std::array kCtlArguments{CtlArgument{"set-aio", "aio", "an engine, or KIND=ENGINE"},
+                                   CtlArgument{"resize", "size", "the new size, such as 10G"}};
 
 std::unexpected<Error> usage_error(std::string message) {
   return make_error(ErrorKind::kInvalidArgument, std::move(message));
@@ -49,17 +65,30 @@ program_options::options_description serve_description() {
       ("fd", value<std::string>()->value_name("N"),                                             //
        "use the inherited vhost-user socket with this number instead, listening or connected")  //
       ("blk-file", value<std::string>()->value_name("PATH"), "another way to name IMAGE")       //
-      ("format", value<std::string>()->default_value("raw")->value_name("raw|null"),            //
-       "format of the image; 'null' is a disk that moves no data, for measuring")               //
-      ("size", value<std::string>()->value_name("SIZE"), "size of a null disk, such as 1G")     //
+      ("format", value<std::string>()->value_name("raw|qcow2|null"),
+       "format of the image (default: qcow2 if its name ends in .qcow2, otherwise raw); 'null' is "
+       "a "
+       "disk that moves no data, for measuring")                                             //
+      ("size", value<std::string>()->value_name("SIZE"), "size of a null disk, such as 1G")  //
+      ("l2-cache-size", value<std::string>()->value_name("SIZE"),
+       "qcow2: memory for L2 tables (default: what the whole disk needs, 4M to 32M)")  //
+      ("refcount-cache-size", value<std::string>()->value_name("SIZE"),
+       "qcow2: memory for refcounts (default: a quarter of the L2 tables' memory, 256K at "
+       "least)")  //
       ("aio",
        value<std::string>()->default_value("threads")->value_name("ENGINE|KIND=ENGINE,..."),  //
-       "threads, native or io_uring, for all or by kind: read, write, flush, discard, "
-       "write-zeroes")                                                                         //
-      ("cache", value<std::string>()->default_value("none")->value_name("MODE"),               //
-       "none, writeback, writethrough, directsync or unsafe, as QEMU means them")              //
-      ("queues", value<std::string>()->default_value("1")->value_name("N"),                    //
-       "virtqueues offered, 1 to 64")                                                          //
+       "threads, native, io_uring or auto (whichever costs least for the load), for all or by "
+       "kind: read, write, flush, discard, write-zeroes, write-behind")            //
+      ("cache", value<std::string>()->default_value("none")->value_name("MODE"),   //
+       "none, writeback, writethrough, directsync or unsafe, as QEMU means them")  //
+      ("share-flushes", value<std::string>()->default_value("on")->value_name("on|off"),
+       "whether flushes share one call to the kernel, and none is made where nothing was written")(
+          "write-behind", value<std::string>()->value_name("SIZE"),
+          "with --cache writeback: have each SIZE of new data written to the disk soon, 64K to 1G, "
+          "so "
+          "that a flush has less to wait for (default: when the kernel sees fit)")(
+          "queues", value<std::string>()->default_value("1")->value_name("N"),                 //
+          "virtqueues offered, 1 to 64")                                                       //
       ("queue-size", value<std::string>()->default_value("128")->value_name("N"),              //
        "largest virtqueue accepted, a power of two from 2 to 1024")                            //
       ("iothreads", value<std::string>()->default_value("1")->value_name("N"),                 //
@@ -150,20 +179,53 @@ Expected<bool> parse_discard(const std::string& text) {
   return usage_error(fmt::format("--discard {}: use unmap or ignore", text));
 }
 
+Expected<bool> parse_switch(const program_options::variables_map& map, const char* option) {
+  const auto& text = map[option].as<std::string>();
+  if (text == "on") return true;
+  if (text == "off") return false;
+  return usage_error(fmt::format("--{} {}: use on or off", option, text));
+}
+
+// 0 where it is not given. From a few slices on, so that concurrent requests find room.
+Expected<std::uint64_t> parse_cache_size(const program_options::variables_map& map,
+                                         const char* option) {
+  constexpr std::uint64_t kMin = std::uint64_t{64} << 10;
+  constexpr std::uint64_t kMax = std::uint64_t{16} << 30;
+  if (!map.contains(option)) return 0;
+  const auto& text = map[option].as<std::string>();
+  const auto size = blockdev::parse_byte_size(text);
+  if (!size) return size;
+  if (*size < kMin || *size > kMax)
+    return usage_error(fmt::format("--{} {}: use 64K to 16G", option, text));
+  return size;
+}
+
 Expected<void> take_image(const program_options::variables_map& map, ServeOptions& options) {
   std::optional<Error> error;
   auto& image = options.image;
-  take(blockdev::parse_image_format(map["format"].as<std::string>()), image.format, error);
+  image.format = blockdev::ImageFormat::kByName;
+  if (map.contains("format"))
+    take(blockdev::parse_image_format(map["format"].as<std::string>()), image.format, error);
+  take(parse_cache_size(map, "l2-cache-size"), image.l2_cache_bytes, error);
+  take(parse_cache_size(map, "refcount-cache-size"), image.refcount_cache_bytes, error);
   take(blockdev::parse_cache_mode(map["cache"].as<std::string>()), image.cache, error);
   take(parse_discard(map["discard"].as<std::string>()), image.discard, error);
+  take(parse_switch(map, "share-flushes"), image.share_flushes, error);
   if (error) return std::unexpected(std::move(*error));
   image.read_only = map["read-only"].as<bool>();
 
   const bool has_path = map.contains("image") || map.contains("blk-file");
+  if (map.contains("write-behind")) {
+    take(blockdev::parse_write_behind(map["write-behind"].as<std::string>(), image.cache),
+         image.write_behind_bytes, error);
+    if (error) return std::unexpected(std::move(*error));
+  }
   if (image.format == blockdev::ImageFormat::kNull) {
+    if (image.write_behind_bytes != 0)
+      return usage_error("a null disk keeps nothing; leave --write-behind away");
     if (has_path)
       return usage_error(
-          "a null disk takes no image; leave the file name away or use --format raw");
+          "a null disk takes no image; leave the file name away or name another --format");
     if (!map.contains("size"))
       return usage_error("a null disk needs a size; add for example --size 1G");
     take(blockdev::parse_byte_size(map["size"].as<std::string>()), image.null_size_bytes, error);
@@ -269,8 +331,8 @@ Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> argu
   program_options::options_description description("Options");
   description.add_options()("help", "print this text and exit");
   program_options::positional_options_description positional;
-  positional.add("monitor", 1).add("command", 1);
-  const auto map = parse(arguments, description, positional, {"monitor", "command"});
+  positional.add("monitor", 1).add("command", 1).add("argument", 1);
+  const auto map = parse(arguments, description, positional, {"monitor", "command", "argument"});
   if (!map) return std::unexpected(map.error());
   if (map->contains("help")) {
     std::ostringstream text;
@@ -281,8 +343,22 @@ Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> argu
     return usage_error(
         "name the monitor's socket and a command, such as query-aio; see vblk ctl --help");
   }
-  return CtlOptions{.monitor_path = (*map)["monitor"].as<std::string>(),
-                    .command = (*map)["command"].as<std::string>()};
+  CtlOptions options{.monitor_path = (*map)["monitor"].as<std::string>(),
+                     .command = (*map)["command"].as<std::string>(),
+                     .argument = {}};
+  const auto takes = std::ranges::find(kCtlArguments, options.command, &CtlArgument::command);
+  const bool has_word = map->contains("argument");
+  if (takes == kCtlArguments.end() && has_word) {
+    return usage_error(fmt::format("{} takes no word such as '{}'; see vblk ctl --help",
+                                   options.command, (*map)["argument"].as<std::string>()));
+  }
+  if (takes != kCtlArguments.end()) {
+    if (!has_word)
+      return usage_error(
+          fmt::format("{}: name {}; see vblk ctl --help", takes->command, takes->what));
+    options.argument = {std::string(takes->name), (*map)["argument"].as<std::string>()};
+  }
+  return options;
 }
 
 }  // namespace vblk::cli

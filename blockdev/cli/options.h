@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <variant>
 
 #include "aio/engine_set.h"
@@ -37,6 +38,8 @@ struct ServeOptions {
 struct CtlOptions {
   std::string monitor_path;
   std::string command;
+  // Name and text, for the command's "arguments"; only some have one.
+  std::optional<std::pair<std::string, std::string>> argument;
 };
 
 // What a command line asks for besides the command itself: the text to print on standard output,

@@ -7,10 +7,13 @@
 // Threads: this one serves the vhost-user socket; each I/O thread owns its queues and engines; the
 // monitor has its own. Signals arrive on this thread's server through SignalWatcher's thread.
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <functional>
+#include <future>
 #include <memory>
+#include <optional>
 #include <pthread.h>
 #include <string>
 #include <string_view>
@@ -23,9 +26,12 @@
 #include <fmt/core.h>
 #include <fmt/format.h>
 
+#include "blockdev/byte_size.h"
 #include "blockdev/cli/commands.h"
 #include "blockdev/cli/monitor.h"
 #include "blockdev/cli/options.h"
+#include "blockdev/engine_switch.h"
+#include "blockdev/image/open_image.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/log.h"
 #include "blockdev/vhost_user/server.h"
@@ -37,9 +43,13 @@ using IoThreads = std::vector<std::unique_ptr<blockdev::IoThread>>;
 
 namespace {
 
+// What comes so soon after the first signal is no impatience: timeout(1) signals its child and then
+// the whole process group, and a terminal's Ctrl-C reaches who is also told by its parent.
+constexpr std::chrono::seconds kSameSignal{1};
+
 // SIGTERM and SIGINT as an ordinary thread that waits for them: no handler, nothing to be careful
-// about in one. The first asks the server to stop; a second ends the process at once, for a disk
-// that never answers.
+// about in one. The first asks the server to stop; another one, a second later or more, ends the
+// process at once, for a disk that never answers.
 class SignalWatcher {
  public:
   // Blocks the signals in the calling thread; threads made later inherit that.
@@ -54,15 +64,18 @@ class SignalWatcher {
 
   void start(std::move_only_function<void()> on_first) {
     thread_ = std::thread([this, on_first = std::move(on_first)]() mutable {
+      using Clock = std::chrono::steady_clock;
       int signal = 0;
-      bool first = true;
+      std::optional<Clock::time_point> first;
       while (sigwait(&signals_, &signal) == 0 && !finished_) {
-        if (!std::exchange(first, false)) {
+        if (!first) {
+          first = Clock::now();
+          log::info("{}: draining and flushing", name_of(signal));
+          on_first();
+        } else if (Clock::now() - *first >= kSameSignal) {
           log::error("second {}: leaving without waiting for requests in flight", name_of(signal));
           ::_exit(kExitFailure);
         }
-        log::info("{}: draining and flushing", name_of(signal));
-        on_first();
       }
     });
   }
@@ -125,9 +138,13 @@ void log_routes(blockdev::IoThread& thread) {
 
 json::object engine_counters(const aio::Engine& engine) {
   const auto& statistics = engine.statistics();
+  json::object of_kinds;
+  for (const aio::IoKind kind : aio::kAllKinds)
+    of_kinds[aio::to_string(kind)] = engine.statistics_of(kind).queued;
   return {{"engine", engine.name()},
           {"in-flight", engine.in_flight()},
           {"requests", statistics.requests},
+          {"requests-by-kind", std::move(of_kinds)},
           {"submit-calls", statistics.submit_calls},
           {"submitted", statistics.submitted},
           {"resubmitted", statistics.resubmitted},
@@ -154,7 +171,9 @@ json::value query_aio(const IoThreads& threads) {
       for (const auto& engine : context.engines().engines())
         engines.push_back(engine_counters(*engine));
       const auto& loop = context.loop().statistics();
-      return json::object{{"routes", std::move(routes)},
+      return json::object{{"aio", context.engines().selection().to_string()},
+                          {"routes", std::move(routes)},
+                          {"auto", json::value_from(context.engines().auto_report())},
                           {"engines", std::move(engines)},
                           {"sleeps", loop.sleeps},
                           {"polls", loop.polls},
@@ -162,6 +181,65 @@ json::value query_aio(const IoThreads& threads) {
     }));
   }
   return json::object{{"iothreads", std::move(answer)}};
+}
+
+Expected<json::value> set_aio(blockdev::EngineSwitch& engine_switch, const IoThreads& threads,
+                              const json::object& arguments) {
+  const json::value* const text = arguments.if_contains("aio");
+  if (text == nullptr || !text->is_string()) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      "set-aio: the argument 'aio' is missing; it is ENGINE or KIND=ENGINE,...");
+  }
+  const auto wanted = aio::AioSelection::parse(std::string_view(text->as_string()), "set-aio",
+                                               engine_switch.selection());
+  if (!wanted) return std::unexpected(wanted.error());
+  const std::string before = engine_switch.selection().to_string();
+  const auto changed = engine_switch.change(threads, *wanted);
+  if (!changed) {
+    return make_error(changed.error().kind,
+                      fmt::format("set-aio: nothing is changed: {}", changed.error().message),
+                      changed.error().errno_value);
+  }
+  log::info("engines changed from {} to {}", before, wanted->to_string());
+  for (const auto& note : changed->notes) log::warning("{}", note);
+  json::array held_up_us;
+  for (const auto time : changed->held_up)
+    held_up_us.emplace_back(std::chrono::duration<double, std::micro>(time).count());
+  return json::object{{"aio", wanted->to_string()},
+                      {"before", before},
+                      {"notes", json::value_from(changed->notes)},
+                      {"held-up-us", std::move(held_up_us)}};
+}
+
+// Waits for the I/O thread that does it: as long as the requests beyond a smaller end take.
+Expected<json::value> resize(blockdev::BlockNode& node, const virtio::BlkDeviceOptions& device,
+                             blockdev::IoThread& thread, vhost_user::Server& server,
+                             const json::object& arguments) {
+  const json::value* const text = arguments.if_contains("size");
+  if (text == nullptr || !text->is_string()) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      "resize: the argument 'size' is missing; it is a text such as 10G");
+  }
+  const auto size = blockdev::parse_byte_size(std::string_view(text->as_string()));
+  if (!size) return make_error(size.error().kind, fmt::format("resize: {}", size.error().message));
+  if (*size % device.logical_block_bytes != 0) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("resize: {} bytes are no multiple of the logical block size {}",
+                                  *size, device.logical_block_bytes));
+  }
+  const std::uint64_t before = node.size_bytes();
+  std::promise<Expected<void>> outcome;
+  thread.loop().post([&] {
+    node.resize(*size, thread.context(),
+                [&outcome](Expected<void> result) { outcome.set_value(std::move(result)); });
+  });
+  if (auto result = outcome.get_future().get(); !result) {
+    return make_error(result.error().kind, fmt::format("resize: {}", result.error().message),
+                      result.error().errno_value);
+  }
+  log::info("'{}' had {} bytes and has {} now", node.name(), before, *size);
+  server.notify_config_change();
+  return json::object{{"size", *size}, {"before", before}};
 }
 
 json::value query_status(vhost_user::Server& server, const blockdev::BlockNode& node) {
@@ -178,12 +256,16 @@ json::value query_status(vhost_user::Server& server, const blockdev::BlockNode& 
                      {"interrupts", ring.statistics.interrupts},
                      {"kicks", ring.statistics.kicks}});
   }
-  return json::object{{"image", node.name()},
-                      {"size", node.size_bytes()},
-                      {"read-only", node.limits().read_only},
-                      {"connected", status->connected},
-                      {"features", status->features},
-                      {"queues", std::move(rings)}};
+  const auto flushes = node.flush_statistics();
+  return json::object{
+      {"image", node.name()},
+      {"size", node.size_bytes()},
+      {"read-only", node.limits().read_only},
+      {"connected", status->connected},
+      {"features", status->features},
+      {"flushes",
+       {{"requested", flushes.submitted}, {"issued", flushes.begun}, {"elided", flushes.elided}}},
+      {"queues", std::move(rings)}};
 }
 
 void print_ready(const ServeOptions& options) {
@@ -200,6 +282,9 @@ Expected<void> serve(const ServeOptions& options, SignalWatcher& signals) {
   if (!node) return std::unexpected(node.error());
   const auto device = virtio::BlkDevice::create(**node, options.device);
   if (!device) return std::unexpected(device.error());
+  blockdev::EngineSwitch engine_switch(options.aio, [&options](aio::EngineName name) {
+    return aio::EngineSet::make_engine(name, options.engine);
+  });
   const auto threads = start_io_threads(options);
   if (!threads) return std::unexpected(threads.error());
   const auto server = vhost_user::Server::create(
@@ -208,8 +293,14 @@ Expected<void> serve(const ServeOptions& options, SignalWatcher& signals) {
   std::unique_ptr<Monitor> monitor;
   if (!options.monitor_path.empty()) {
     MonitorHandlers handlers;
-    handlers["query-aio"] = [&threads] { return query_aio(*threads); };
-    handlers["query-status"] = [&server, &node] { return query_status(**server, **node); };
+    handlers["query-aio"] = [&](const json::object&) { return query_aio(*threads); };
+    handlers["query-status"] = [&](const json::object&) { return query_status(**server, **node); };
+    handlers["set-aio"] = [&](const json::object& arguments) {
+      return set_aio(engine_switch, *threads, arguments);
+    };
+    handlers["resize"] = [&](const json::object& arguments) {
+      return resize(**node, options.device, *threads->front(), **server, arguments);
+    };
     auto started = Monitor::start(options.monitor_path, std::move(handlers));
     if (!started) return std::unexpected(std::move(started.error()));
     monitor = std::move(*started);

@@ -154,19 +154,26 @@ class Experiment {
     if (!server) return std::unexpected(std::move(server.error()));
     auto driver = driver::BlkDriver::adopt((*server)->take_socket());
     if (!driver) return std::unexpected(std::move(driver.error()));
+    auto target = bench::adopt_driver(std::move(*driver),
+                                      {.socket_path = image_.name(), .process = (*server)->pid()});
+    if (!target) return std::unexpected(std::move(target.error()));
     StampedContent content;
-    auto load = bench::LoadGenerator::create(**driver, (*server)->pid(), image_.size_bytes(),
-                                             kDepthMax, kBlockBytes, &content);
-    if (!load) return std::unexpected(std::move(load.error()));
     for (std::size_t i = 0; i < kWorkloads.size(); ++i) {
       tell(engine, kWorkloads[i]);
-      const auto measurement =
-          load->run(kWorkloads[i].load, options_.cell_time / 10, options_.cell_time, random_());
-      if (!measurement) return std::unexpected(measurement.error());
-      results_[engine].series[i].add(*measurement);
+      bench::Workload workload = kWorkloads[i].load;
+      workload.name = kWorkloads[i].name;
+      workload.size_bytes = image_.size_bytes();
+      workload.ramp_time = options_.cell_time / 10;
+      workload.run_time = options_.cell_time;
+      workload.seed = random_();
+      const auto result = bench::run_jobs(
+          **target, {.jobs = {workload}, .content = [&content](std::size_t) { return &content; }});
+      if (!result) return std::unexpected(result.error());
+      if (result->error) return std::unexpected(*result->error);
+      results_[engine].series[i].add(*result);
       ++cells_done_;
     }
-    driver->reset();  // the server ends with its connection
+    target->reset();  // the server ends with its connection
     return (*server)->finish();
   }
 

@@ -99,11 +99,21 @@ std::string workload_verdict(const std::vector<EngineResults>& results, std::siz
 
 }  // namespace
 
-void Series::add(const bench::Measurement& measurement) {
-  operations_per_second.push_back(measurement.operations_per_second);
-  cpu_us_per_operation.push_back(measurement.cpu_us_per_operation);
-  context_switches_per_operation.push_back(measurement.context_switches_per_operation);
-  latencies.merge(measurement.latencies);
+void Series::add(const bench::RunResult& result) {
+  const bench::JobResult& job = result.jobs.front();
+  const auto& measured =
+      job.latencies[job.workload.flush_every != 0
+                        ? bench::kWriteAndFlush
+                        : static_cast<std::size_t>(job.workload.read_percent == 100
+                                                       ? bench::Operation::kRead
+                                                       : bench::Operation::kWrite)];
+  const auto count = static_cast<double>(measured.total());
+  operations_per_second.push_back(job.per_second(measured.total()));
+  cpu_us_per_operation.push_back(
+      std::chrono::duration<double, std::micro>(result.usage.cpu_time).count() / count);
+  context_switches_per_operation.push_back(
+      static_cast<double>(result.usage.context_switches.sum()) / count);
+  latencies.merge(measured);
 }
 
 std::string table(const std::vector<EngineResults>& results) {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "blockdev/bench/runner.h"
 #include "blockdev/demo/workloads.h"
 
 namespace vblk::demo {
@@ -20,7 +21,7 @@ struct Series {
   std::vector<double> context_switches_per_operation;
   bench::LatencyHistogram latencies;  // of all rounds
 
-  void add(const bench::Measurement& measurement);
+  void add(const bench::RunResult& result);
 };
 
 struct EngineResults {

@@ -54,17 +54,18 @@ void stamp(std::span<std::byte> block, std::uint64_t number) {
 
 }  // namespace
 
-void StampedContent::before_write(std::uint64_t block, std::span<std::byte> data) {
-  stamp(data, block);
+void StampedContent::before_write(std::uint64_t offset_bytes, std::span<std::byte> data) {
+  stamp(data, offset_bytes / kBlockBytes);
 }
 
-void StampedContent::before_read(std::uint64_t block, std::span<std::byte> data) {
-  stamp(data, ~block);
+bool StampedContent::before_read(std::uint64_t offset_bytes, std::span<std::byte> data) {
+  stamp(data, ~(offset_bytes / kBlockBytes));
+  return true;
 }
 
-bool StampedContent::is_right(std::uint64_t block, std::span<const std::byte> data) {
+bool StampedContent::is_right(std::uint64_t offset_bytes, std::span<const std::byte> data) {
   return virtio::load_le<std::uint64_t>(data.data()) == kStampMagic &&
-         virtio::load_le<std::uint64_t>(data.data() + 8) == block;
+         virtio::load_le<std::uint64_t>(data.data() + 8) == offset_bytes / kBlockBytes;
 }
 
 Expected<ScratchImage> ScratchImage::create_temporary(const std::string& directory,

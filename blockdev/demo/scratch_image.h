@@ -13,7 +13,7 @@
 #include <string>
 
 #include "aio/error.h"
-#include "blockdev/bench/closed_loop.h"
+#include "blockdev/bench/block_content.h"
 #include "blockdev/vhost_user/socket.h"
 
 namespace vblk::demo {
@@ -23,9 +23,9 @@ inline constexpr std::size_t kBlockBytes = 4096;
 // The stamps. A read must bring its stamp with it; a write takes it along.
 class StampedContent final : public bench::BlockContent {
  public:
-  void before_write(std::uint64_t block, std::span<std::byte> data) override;
-  void before_read(std::uint64_t block, std::span<std::byte> data) override;
-  [[nodiscard]] bool is_right(std::uint64_t block, std::span<const std::byte> data) override;
+  void before_write(std::uint64_t offset_bytes, std::span<std::byte> data) override;
+  [[nodiscard]] bool before_read(std::uint64_t offset_bytes, std::span<std::byte> data) override;
+  [[nodiscard]] bool is_right(std::uint64_t offset_bytes, std::span<const std::byte> data) override;
 };
 
 class ScratchImage {

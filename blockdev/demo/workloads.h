@@ -4,7 +4,7 @@
 #include <array>
 #include <string_view>
 
-#include "blockdev/bench/closed_loop.h"
+#include "blockdev/bench/workload.h"
 
 namespace vblk::demo {
 
@@ -15,15 +15,12 @@ struct NamedWorkload {
 
 inline constexpr unsigned kDepthMax = 32;
 // Write and flush is one operation, of two requests in sequence.
-inline constexpr std::array kWorkloads{
-    NamedWorkload{"4k random read, depth 1", {.operation = bench::Operation::kRead}},
-    NamedWorkload{"4k random read, depth 32",
-                  {.operation = bench::Operation::kRead, .depth = kDepthMax}},
-    NamedWorkload{"4k random write, depth 1", {.operation = bench::Operation::kWrite}},
-    NamedWorkload{"4k random write, depth 32",
-                  {.operation = bench::Operation::kWrite, .depth = kDepthMax}},
-    NamedWorkload{"4k random write + flush, depth 1",
-                  {.operation = bench::Operation::kWrite, .flush_every = 1}},
+inline const std::array kWorkloads{
+    NamedWorkload{"4k random read, depth 1", {}},
+    NamedWorkload{"4k random read, depth 32", {.depth = kDepthMax}},
+    NamedWorkload{"4k random write, depth 1", {.read_percent = 0}},
+    NamedWorkload{"4k random write, depth 32", {.read_percent = 0, .depth = kDepthMax}},
+    NamedWorkload{"4k random write + flush, depth 1", {.read_percent = 0, .flush_every = 1}},
 };
 
 }  // namespace vblk::demo
