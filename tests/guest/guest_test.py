@@ -142,8 +142,8 @@ def test_read_only(report, guest, options, folder, engine):
     before = image.read_bytes()
     with Server(options.vblk, [image, "--aio", engine, "--read-only"], folder / "s", folder / "log") as server:
         console, ended = guest.boot(server.socket, 1, {"run": "readonly"})
-        report_guest(report, "read-only", console, ended, 8)
-    report.check("read-only: image is unchanged", image.read_bytes() == before)
+        report_guest(report, f"{engine}, read-only", console, ended, 8)
+    report.check(f"{engine}, read-only: image is unchanged", image.read_bytes() == before)
 
 
 def test_write_through(report, guest, options, folder, engine):
@@ -153,12 +153,12 @@ def test_write_through(report, guest, options, folder, engine):
     arguments = [image, "--aio", engine, "--cache", "directsync", "--queues", 2, "--serial", "wt"]
     with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
         console, ended = guest.boot(server.socket, 2, parameters)
-        report_guest(report, "directsync", console, ended, 12)
+        report_guest(report, f"{engine}, directsync", console, ended, 12)
 
 
-def test_root_file_system(report, guest, options, folder, engine):
-    """The host makes a root file system on a raw image, the guest boots from it and writes, the host checks it."""
-    image, content = folder / "disk.img", folder / "content"
+def make_root_file_system(folder, image):
+    """A raw image with a root file system, for tests/guest/root_init to be run from."""
+    content = folder / "content"
     for name in ("bin", "dev", "proc", "sys", "tmp"):
         (content / name).mkdir(parents=True)
     (content / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
@@ -170,17 +170,74 @@ def test_root_file_system(report, guest, options, folder, engine):
     (content / "content.md5").write_text(sums.replace(" content", " /content"))
     make_sparse(image, 96 * MIB)
     run("mke2fs", "-q", "-F", "-t", "ext4", "-d", content, image)
-    with Server(options.vblk, [image, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, {"run": "rootfs"})
-        report_guest(report, "root on the disk", console, ended, 6)
-        report.check("root on the disk: server ends with status 0", server.stop() == 0)
+
+
+def check_root_file_system(report, title, folder, image):
+    """The host's view of what the guest has left in a raw image."""
     status, output = run("e2fsck", "-fn", image)
-    report.check("root on the disk: host's e2fsck finds nothing", status == 0, output)
+    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
     made, sums = folder / "made-by-guest", folder / "sums"
     run("debugfs", "-R", f"dump /made-by-guest {made}", image)
     run("debugfs", "-R", f"dump /made-by-guest.md5 {sums}", image)
     status, output = run("md5sum", "-c", sums, cwd=folder)
-    report.check("root on the disk: host reads what the guest wrote", status == 0, output)
+    report.check(f"{title}: host reads what the guest wrote", status == 0, output)
+
+
+def test_root_file_system(report, guest, options, folder, engine):
+    """The host makes a root file system on a raw image, the guest boots from it and writes, the host checks it."""
+    image, title = folder / "disk.img", f"{engine}, root on the disk"
+    make_root_file_system(folder, image)
+    with Server(options.vblk, [image, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, {"run": "rootfs"})
+        report_guest(report, title, console, ended, 6)
+        report.check(f"{title}: server ends with status 0", server.stop() == 0)
+    check_root_file_system(report, title, folder, image)
+
+
+def check_qcow2(report, title, folder, image):
+    """qemu-img finds neither errors nor leaks; returns the disk as a raw image."""
+    status, output = run("qemu-img", "check", image)
+    report.check(f"{title}: qemu-img check finds nothing, not even leaks", status == 0, output)
+    raw = folder / "disk.raw"
+    status, output = run("qemu-img", "convert", "-O", "raw", image, raw)
+    report.check(f"{title}: qemu-img reads it all", status == 0, output)
+    return raw
+
+
+def test_qcow2(report, guest, options, folder, engine):
+    """An empty qcow2 disk: raw use over two queues, then a file system, whose files the host compares."""
+    image, title = folder / "disk.qcow2", f"{engine}, qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, 256 * MIB)
+    parameters = {"run": "identity,fio,durability,discard,files", "serial": "qcow2", "cache": "write_back"}
+    arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--serial", "qcow2"]
+    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, parameters)
+        report_guest(report, title, console, ended, 17)
+        report.check(f"{title}: server ends with status 0", server.stop() == 0, server.log.read_text())
+    raw = check_qcow2(report, title, folder, image)
+    status, output = run("e2fsck", "-fn", raw)
+    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+    files = folder / "files"
+    files.mkdir()
+    run("debugfs", "-R", f"rdump / {files}", raw)
+    status, output = run("md5sum", "-c", "--quiet", "SUMS", cwd=files)
+    report.check(f"{title}: host reads the guest's files", status == 0, output)
+
+
+def test_root_on_overlay(report, guest, options, folder, engine):
+    """A root file system on an overlay on an overlay on a raw image: the guest boots, and changes the top alone."""
+    base, middle, top, title = (folder / "base.img", folder / "middle.qcow2", folder / "top.qcow2",
+                                f"{engine}, root on an overlay")
+    make_root_file_system(folder, base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.name, middle, cwd=folder)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", middle.name, top, cwd=folder)
+    before = base.read_bytes(), middle.read_bytes()
+    with Server(options.vblk, [top, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
+        console, ended = guest.boot(server.socket, 2, {"run": "rootfs"})
+        report_guest(report, title, console, ended, 6)
+        report.check(f"{title}: server ends with status 0", server.stop() == 0)
+    report.check(f"{title}: what lies below is unchanged", before == (base.read_bytes(), middle.read_bytes()))
+    check_root_file_system(report, title, folder, check_qcow2(report, title, folder, top))
 
 
 def main():
@@ -188,6 +245,7 @@ def main():
     parser.add_argument("--vblk", required=True, help="the program under test")
     parser.add_argument("--cache", required=True, type=Path, help="folder that keeps the guest's kernel")
     parser.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
+    parser.add_argument("--only", metavar="NAME", help="only the batches with this in their names: qcow2, overlay")
     options = parser.parse_args()
     os.environ["PATH"] += ":/sbin:/usr/sbin"
 
@@ -196,9 +254,13 @@ def main():
     batches = [(test_engine, engine) for engine in options.engine or ENGINES]
     batches += [(test_file_system_survives, engine) for engine in options.engine or ENGINES]
     batches += [(test_durability, engine) for engine in options.engine or ENGINES]
-    batches += [(test, (options.engine or ["io_uring"])[0])
-                for test in (test_read_only, test_write_through, test_root_file_system)]
+    batches += [(test, engine) for test in (test_read_only, test_write_through, test_root_file_system)
+                for engine in options.engine or ENGINES]
+    # The engines are below the format, which tests/interop runs on all of them: here one each will do.
+    batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0])]
     for test, engine in batches:
+        if options.only and options.only not in test.__name__:
+            continue
         start = time.monotonic()
         with Folder() as folder:
             try:

@@ -1,13 +1,15 @@
 #!/usr/bin/python3
 """Disks and processes that fail while a driver writes: nothing that was acknowledged is lost. Prints TAP.
 
-ENOSPC comes from a small tmpfs (needs root), EIO from strace's fault injection, everything else from signals.
+ENOSPC comes from a small tmpfs, EIO from a loop device over one (both need root) and strace's fault injection,
+everything else from signals.
 """
 
 import argparse
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -120,6 +122,54 @@ def test_full_disk(report, options, engine):
             report.check(f"{name}: the server ends with 0", server.stop() == 0, server.log.read_text())
 
 
+def test_failing_device(report, options, engine, cache):
+    """A block device that runs out of room below: the kernel's own errors, by every engine's own way."""
+    name = f"{engine}, {cache}, failing device"
+    if os.geteuid() != 0:
+        report.skip(name, "loop devices need root")
+        return
+    with Folder() as folder:
+        small = folder / "small"
+        small.mkdir()
+        # Gone with its last user, and the memory below with the mount namespace.
+        script = f"""mount -t tmpfs -o size=2m tmpfs {small} && truncate -s 8M {small}/disk &&
+            device=$(losetup --direct-io=on --show -f {small}/disk) || exit 1
+            "$@" serve "$device" --socket-path {folder}/s --aio {engine} --cache {cache} & server=$!
+            trap 'kill -TERM $server' TERM
+            wait $server; wait $server; status=$?
+            losetup -d "$device"; exit $status"""
+        server = subprocess.Popen(["unshare", "-m", "bash", "-c", script, "-", options.vblk], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=open(folder / "log", "wb"))
+        try:
+            ready = server.stdout.readline()
+            if not ready.startswith(b"vblk: ready"):
+                report.skip(name, f"no loop device: {(folder / 'log').read_text()}")
+                return
+            with Poke(options.poke, folder / "s") as poke:
+                report.check(f"{name}: a write that fits succeeds", poke("write 0 1024 5").get("status") == STATUS_OK)
+                # The loop driver calls a write that finds some room a success; so the last one is to find none.
+                writes = ["write 8192 2048 6", "write 12000 2048 7", "write 4096 2048 8"]
+                answers = [poke(command) for command in (*writes, "flush", "flush")]
+                text = "\n".join(answer["text"] for answer in answers)
+                statuses = [answer.get("status") for answer in answers]
+                if cache == "none":
+                    report.check(f"{name}: a write that does not fit is an I/O error, a flush of the rest is none",
+                                 statuses[2:] == [STATUS_IOERR, STATUS_OK, STATUS_OK], text)
+                else:
+                    report.check(f"{name}: the flush of a write that does not fit fails, and the next one as well",
+                                 statuses == [STATUS_OK, STATUS_OK, STATUS_OK, STATUS_IOERR, STATUS_IOERR], text)
+                old = poke("read 0 1024")
+                report.check(f"{name}: what was written before is there", old.get("status") == STATUS_OK and
+                             old.get("first") == 5 and old.get("same") == "true", old["text"])
+            server.terminate()
+            status = server.wait(20)
+            report.check(f"{name}: the server ends as its last flush does", status == (0 if cache == "none" else 1),
+                         f"{status}\n{(folder / 'log').read_text()}")
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
 def test_injected_errors(report, options):
     cases = (("a failed write", "pwritev2:error=EIO:when=1", ("write 0 8 1", STATUS_IOERR), ("write 0 8 1", STATUS_OK)),
              ("a failed read", "preadv2:error=EIO:when=1", ("read 0 8", STATUS_IOERR), ("read 0 8", STATUS_OK)),
@@ -188,6 +238,7 @@ def main():
     for engine in ENGINES:
         tests += [(test_driver_dies, engine), (test_full_disk, engine), (test_sizes, engine)]
         for cache in ("none", "writeback"):
+            tests += [(test_failing_device, engine, cache)]
             tests += [(test_stop_under_load, engine, cache), (test_kill_under_load, engine, cache)]
     for test, *arguments in tests:
         try:

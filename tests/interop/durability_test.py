@@ -71,9 +71,14 @@ class FileSystemSyncs:
 
 
 def drive(program, socket, cache):
-    """Requests of drivers of all kinds; returns [(title, answer, whether a sync must be seen, kind)] and false claims."""
+    """Requests of drivers of all kinds.
+
+    Returns [(title, answer, whether a sync must be seen, kind)], false claims, and whether anything is left to flush.
+    """
     requests, claims = [], []
     sector = 0
+    # Whether a flush has anything to do: at first nobody knows what was written before.
+    dirty = cache != "unsafe"
     for refused, name in DRIVERS:
         settings = (None,) if refused & CONFIG_WCE else (None, 0, 1)
         for writeback in settings:
@@ -97,13 +102,16 @@ def drive(program, socket, cache):
                 script = [("write", f"write {sector} 8 170", through, "write"),
                           ("write of one sector", f"write {sector + 64} 1 170", through, "edge"),
                           ("write zeroes", f"zeroes {sector} 8 0", through, "zeroes")]
+                dirty = cache != "unsafe" and (dirty or not through)
                 if not refused & FLUSH:
-                    script.append(("flush", "flush", cache != "unsafe", "flush"))
+                    script.append(("flush", "flush", dirty, "flush"))
+                    script.append(("flush with nothing written since", "flush", False, "flush"))
+                    dirty = False
                 for what, command, must_sync, kind in script:
                     time.sleep(PAUSE_SECONDS)
                     requests.append((f"{title}: {what}", poke(command), must_sync, kind))
                 sector += 128
-    return requests, claims
+    return requests, claims, dirty
 
 
 def check_syscalls(report, engine, cache, requests, syscalls):
@@ -137,12 +145,12 @@ def test_engine_and_cache(report, options, engine, cache):
         with KernelTrace(folder, "ext4/ext4_sync_file_enter", "ext4/ext4_sync_file_exit") as kernel:
             arguments = [image, "--aio", engine, "--cache", cache]
             with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server:
-                requests, claims = drive(options.poke, server.socket, cache)
+                requests, claims, dirty = drive(options.poke, server.socket, cache)
                 time.sleep(PAUSE_SECONDS)
                 begin = time.monotonic_ns()
                 status = server.stop()
                 stop = {"status": status, "begin": begin, "end": time.monotonic_ns(), "text": f"status {status}"}
-                requests.append(("SIGTERM", stop, cache != "unsafe", "flush"))
+                requests.append(("SIGTERM", stop, dirty, "flush"))
         for title, good, detail in claims:
             report.check(f"{engine}, {cache}, {title}", good, detail)
         if wrapper:

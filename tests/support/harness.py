@@ -102,16 +102,12 @@ class Server:
         self.kill()
 
 
-class Poke:
-    """The driver for scripts, tests/interop/poke.cpp, connected to a served disk."""
+class Script:
+    """A driver for scripts: takes a command per line on standard input, and answers each in one line."""
 
-    def __init__(self, program, socket, features_refused=0):
-        self.process = subprocess.Popen([str(program), str(socket), hex(features_refused)], stdin=subprocess.PIPE,
+    def __init__(self, program, *arguments):
+        self.process = subprocess.Popen([str(program), *map(str, arguments)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline().strip()
-        if line != "connected":
-            self.__exit__()
-            raise RuntimeError(f"poke cannot connect: {line}")
 
     def start(self, command):
         print(command, file=self.process.stdin, flush=True)
@@ -137,6 +133,17 @@ class Poke:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+class Poke(Script):
+    """tests/interop/poke.cpp, connected to a served disk."""
+
+    def __init__(self, program, socket, features_refused=0, queues=1):
+        super().__init__(program, socket, hex(features_refused), queues)
+        line = self.process.stdout.readline().strip()
+        if line != "connected":
+            self.__exit__()
+            raise RuntimeError(f"poke cannot connect: {line}")
 
 
 class KernelTrace:
@@ -208,3 +215,18 @@ def run(*command, **options):
         list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         timeout=options.pop("timeout", 120), **options)
     return done.returncode, done.stdout.decode(errors="replace")
+
+
+def refused(report, vblk, title, folder, arguments, names, prefix=()):
+    """Runs `vblk serve` with bad input and checks all that is promised about it."""
+    before = sorted(os.listdir(folder))
+    command = [*prefix, vblk, "serve", *map(str, arguments)]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        report.check(f"{title}: refused", False, "still running after 20 s")
+        return
+    lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line]
+    good = done.returncode > 0 and len(lines) == 1 and names in lines[0] and sorted(os.listdir(folder)) == before
+    report.check(f"{title}: refused in one line that names it", good,
+                 f"status {done.returncode}, expected '{names}' in\n" + "\n".join(lines))
