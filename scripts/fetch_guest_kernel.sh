@@ -14,7 +14,16 @@ mkdir -p "$folder"
 package_file=${VBLK_GUEST_KERNEL_DEB:-}
 if [[ -z $package_file ]]; then
   # The meta package's first dependency is the kernel itself, named with its version.
-  package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p' | head -n 1)
+  find_package() {
+    apt-cache depends linux-image-cloud-amd64 2> /dev/null |
+      sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p' | head -n 1 || true
+  }
+  package=$(find_package)
+  if [[ -z $package && $EUID -eq 0 ]]; then
+    # Containers come without lists of packages.
+    apt-get update -q >&2
+    package=$(find_package)
+  fi
   if [[ -z $package ]]; then
     echo "fetch_guest_kernel: apt knows no linux-image-cloud-amd64: run apt-get update first" >&2
     exit 1
