@@ -9,6 +9,7 @@
 #include <linux/fs.h>
 #include <linux/stat.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -166,10 +167,42 @@ ImageFile::~ImageFile() {
   if (buffered_fd_ >= 0) ::close(buffered_fd_);
 }
 
+// ftruncate(2) zeroes the rest of a file's last page in the page cache, whether or not it moves the
+// end, and collides there with a direct write to the same page that is in flight (alignment.h).
+// Written directly, zeroes come after that write.
+int ImageFile::fill_last_page(std::uint64_t old_bytes, std::uint64_t end_bytes) {
+  const auto page_bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t into_page = old_bytes % page_bytes;
+  const std::uint64_t end = std::min(end_bytes, old_bytes - into_page + page_bytes);
+  if (into_page == 0 || end <= old_bytes || old_bytes % offset_alignment_bytes_ != 0 ||
+      end % offset_alignment_bytes_ != 0)
+    return 0;
+  // A fresh mapping is aligned to pages, and zeroes.
+  const std::size_t bytes = end - old_bytes;
+  void* const zeroes = ::mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (zeroes == MAP_FAILED) return errno;
+  ssize_t count = 0;
+  do {
+    count = ::pwrite(fd_, zeroes, bytes, static_cast<off_t>(old_bytes));
+  } while (count < 0 && errno == EINTR);
+  const int error = count < 0 ? errno : 0;
+  ::munmap(zeroes, bytes);
+  if (error != 0) return error;
+  return static_cast<std::size_t>(count) == bytes ? 0 : ENOSPC;
+}
+
 int ImageFile::resize(std::uint64_t size_bytes) {
   if (!owned_) return set_size_ ? set_size_(size_bytes) : EOPNOTSUPP;
   if (is_block_device_) return size_bytes <= size_bytes_ ? 0 : ENOSPC;
   if (size_bytes > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max())) return EFBIG;
+  if (direct()) {
+    struct stat status{};
+    if (::fstat(fd_, &status) != 0) return errno;
+    const int error = fill_last_page(static_cast<std::uint64_t>(status.st_size), size_bytes);
+    if (error != 0) return error;
+    if (::fstat(fd_, &status) != 0) return errno;
+    if (static_cast<std::uint64_t>(status.st_size) == size_bytes) return 0;
+  }
   int result = 0;
   do {
     result = ::ftruncate(buffered_fd_, static_cast<off_t>(size_bytes));

@@ -51,6 +51,7 @@ class ImageFile {
   Expected<void> measure(const std::string& path);
   Expected<void> measure_device(const std::string& path);
   void probe_alignment();
+  [[nodiscard]] int fill_last_page(std::uint64_t old_bytes, std::uint64_t end_bytes);
 
   int fd_{-1};
   int buffered_fd_{-1};

@@ -114,6 +114,14 @@ void RawNode::do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone
                                        name_, old_bytes),
                            EOPNOTSUPP));
   }
+  // Its last page is written through the page cache now, and directly once it is larger.
+  if (file_->direct() && old_bytes != data_bytes()) {
+    return done(make_error(ErrorKind::kNotSupported,
+                           fmt::format("'{}' ends within a sector; stop it first, and use "
+                                       "'qemu-img resize'",
+                                       name_),
+                           EOPNOTSUPP));
+  }
   if (resizing_.exchange(true)) {
     return done(make_error(ErrorKind::kBusy,
                            fmt::format("the size of '{}' is being changed already", name_), EBUSY));
