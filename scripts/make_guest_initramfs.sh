@@ -36,6 +36,7 @@ copy_program() {
 }
 copy_program mkfs.ext4
 copy_program e2fsck
+copy_program resize2fs
 copy_program fio
 
 (cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) > "$output.tmp"

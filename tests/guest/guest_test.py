@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,8 +36,11 @@ class Guest:
         subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
         self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
 
-    def boot(self, socket, queue_count, parameters):
-        """Boots, waits for power-off; returns (console text, whether it ended in time)."""
+    def boot(self, socket, queue_count, parameters, on_ready=None):
+        """Boots, waits for power-off; returns (console text, whether it ended in time).
+
+        `on_ready` is called, once, when the guest says that it waits for the host.
+        """
         words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
         command = [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
@@ -48,13 +52,17 @@ class Guest:
             "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-net", "none",
         ]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            console, _ = process.communicate(timeout=BOOT_SECONDS_MAX)
-            ended = True
-        except subprocess.TimeoutExpired:
-            process.kill()
-            console, _ = process.communicate()
-            ended = False
+        limit = threading.Timer(BOOT_SECONDS_MAX, process.kill)
+        limit.start()
+        console = b""
+        for line in process.stdout:
+            console += line
+            if on_ready and b"VBLK-GUEST: READY" in line:
+                on_ready()
+                on_ready = None
+        process.wait()
+        ended = limit.is_alive()
+        limit.cancel()
         return console.decode(errors="replace").replace("\r", ""), ended
 
 
@@ -240,6 +248,24 @@ def test_root_on_overlay(report, guest, options, folder, engine):
     check_root_file_system(report, title, folder, check_qcow2(report, title, folder, top))
 
 
+def test_resize(report, guest, options, folder, engine):
+    """A disk that becomes larger under a mounted file system: the guest sees it by itself, and grows into it."""
+    image, title = folder / "disk.qcow2", f"{engine}, a disk that grows"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, 64 * MIB)
+    arguments = [image, "--aio", engine, "--queues", 2, "--monitor", folder / "m"]
+    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
+        def grow():
+            status, output = run(options.vblk, "ctl", folder / "m", "resize", "160M")
+            report.check(f"{title}: ctl resize", status == 0, output)
+        console, ended = guest.boot(server.socket, 2, {"run": "resize", "sectors": 160 * MIB // 512}, grow)
+        report_guest(report, title, console, ended, 8)
+        report.check(f"{title}: server ends with status 0", server.stop() == 0, server.log.read_text())
+    raw = check_qcow2(report, title, folder, image)
+    report.check(f"{title}: the host sees the new size", raw.stat().st_size == 160 * MIB)
+    status, output = run("e2fsck", "-fn", raw)
+    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vblk", required=True, help="the program under test")
@@ -257,7 +283,8 @@ def main():
     batches += [(test, engine) for test in (test_read_only, test_write_through, test_root_file_system)
                 for engine in options.engine or ENGINES]
     # The engines are below the format, which tests/interop runs on all of them: here one each will do.
-    batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0])]
+    batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0]),
+                (test_resize, (options.engine or ENGINES)[-1])]
     for test, engine in batches:
         if options.only and options.only not in test.__name__:
             continue

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 import qcow2_images as qcow2  # noqa: E402
-from harness import ENGINES, Folder, Poke, Report, Script, Server, allocated_bytes, make_sparse, refused, run, wait_until  # noqa: E402
+from harness import ENGINES, Folder, Poke, Report, Script, Server, allocated_bytes, make_sparse  # noqa: E402
+from harness import refused, run, test_seed, wait_until  # noqa: E402
 from qcow2_images import COPIED, KIB, MIB, SECTOR, Header, Recipe, qemu_img, qemu_io  # noqa: E402
 
 QUEUES = ["--queues", "4", "--iothreads", "2"]
@@ -739,8 +740,7 @@ def main():
     options = parser.parse_args()
     for name in ("vblk", "poke", "churn"):
         setattr(options, name, getattr(options, name).resolve())
-    seed = int(os.environ.get("VBLK_TEST_SEED", random.SystemRandom().getrandbits(32)))
-    print(f"# VBLK_TEST_SEED={seed}", flush=True)
+    seed = test_seed()
     options.rounds = int(os.environ.get("VBLK_TEST_ROUNDS", ROUNDS))
     report = Report()
     for name, test in TESTS.items():

@@ -4,6 +4,7 @@ Every check is one TAP line, so that each counts as a case of its own.
 """
 
 import os
+import random
 import select
 import shutil
 import signal
@@ -14,6 +15,13 @@ import time
 from pathlib import Path
 
 ENGINES = ("threads", "native", "io_uring")
+
+
+def test_seed():
+    """The seed of what is random in a test: said at the start, and given by VBLK_TEST_SEED to repeat it."""
+    seed = int(os.environ.get("VBLK_TEST_SEED", random.SystemRandom().getrandbits(32)))
+    print(f"# VBLK_TEST_SEED={seed}", flush=True)
+    return seed
 
 
 class Report:
