@@ -289,8 +289,8 @@ std::string AutoChoice::costs(double Epoch::* cost) const {
   std::string text;
   const Candidate& first = exploration_->candidates.front();
   for (const Candidate& candidate : exploration_->candidates) {
-    std::vector<double> values;
-    for (const Epoch& epoch : candidate.epochs) values.push_back(epoch.*cost);
+    std::vector<double> values(candidate.epochs.size());
+    std::ranges::transform(candidate.epochs, values.begin(), cost);
     text += fmt::format("{}{} {:.1f} us", text.empty() ? "" : ", ", to_string(candidate.engine),
                         median_of(values) / 1000);
     if (&candidate != &first)
@@ -322,6 +322,7 @@ std::string AutoChoice::take_news() { return std::exchange(news_, {}); }
 
 std::vector<std::string> AutoChoice::report() const {
   std::vector<std::string> lines;
+  lines.reserve(known_.size());
   for (const auto& [load, known] : known_)
     lines.push_back(fmt::format("{}: {}: {}", to_string(load), to_string(known.engine), known.why));
   return lines;

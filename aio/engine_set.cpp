@@ -249,6 +249,7 @@ void EngineSet::commit(EngineChange change) {
   retire_unused();
 }
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): what was made for it goes with it.
 void EngineSet::cancel(EngineChange /*change*/) {
   assert(is_changing_);
   is_changing_ = false;
@@ -270,11 +271,12 @@ void EngineSet::update_registrations(EngineChange& change) const {
     }
     // Who registered it has been told by the other engines whether it pays; here it is advice.
     for (const auto& file : registrations_.files) {
-      if (!is_in(change.known_.files, file.id)) static_cast<void>(engine->register_file(file.fd));
+      if (is_in(change.known_.files, file.id)) continue;
+      [[maybe_unused]] const auto advice = engine->register_file(file.fd);
     }
     for (const auto& memory : registrations_.memory) {
-      if (!is_in(change.known_.memory, memory.id))
-        static_cast<void>(engine->register_memory(memory.range));
+      if (is_in(change.known_.memory, memory.id)) continue;
+      [[maybe_unused]] const auto advice = engine->register_memory(memory.range);
     }
   }
 }

@@ -88,7 +88,7 @@ bool EngineTuner::look(Engines engines) {
 }
 
 bool EngineTuner::look_at_trial(Engines engines, Clock::time_point now) {
-  Trial& trial = *trial_;
+  const Trial& trial = *trial_;
   AutoChoice& choice = tuned_[static_cast<std::size_t>(trial.kind)]->choice;
   take_sample(sum(engines, trial.kind), now);
   const auto time = now - trial.begin_time;

@@ -21,9 +21,10 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   explicit AlignedBuffer(std::size_t bytes)
       : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
-  [[nodiscard]] std::byte* data() const { return data_.get(); }
+  [[nodiscard]] std::byte* data() { return data_.get(); }
+  [[nodiscard]] const std::byte* data() const { return data_.get(); }
   [[nodiscard]] std::size_t size() const { return bytes_; }
-  [[nodiscard]] std::span<std::byte> bytes() const { return {data_.get(), bytes_}; }
+  [[nodiscard]] std::span<std::byte> bytes() { return {data_.get(), bytes_}; }
 
  private:
   static constexpr std::align_val_t kAlignment{BouncePool::kAlignment};

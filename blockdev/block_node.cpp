@@ -71,6 +71,7 @@ void BlockNode::resize(std::uint64_t size_bytes, IoContext& context, ResizeDone 
   do_resize(size_bytes, context, std::move(done));
 }
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): others keep it.
 void BlockNode::do_resize(std::uint64_t /*size_bytes*/, IoContext& /*context*/, ResizeDone done) {
   done(make_error(ErrorKind::kNotSupported,
                   fmt::format("'{}' is of a kind that cannot change its size", name_), EOPNOTSUPP));

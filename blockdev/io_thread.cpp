@@ -22,7 +22,7 @@ constexpr int kInterruptSignal = SIGUSR1;
 
 // A handler that does nothing, and without SA_RESTART: the signal itself is the point.
 void install_interrupt_handler_once() {
-  [[maybe_unused]] static const bool kInstalled = [] {
+  [[maybe_unused]] static const bool installed = [] {
     struct sigaction action{};
     action.sa_handler = [](int /*signal*/) {};
     sigemptyset(&action.sa_mask);

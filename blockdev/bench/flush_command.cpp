@@ -51,9 +51,10 @@ std::unexpected<Error> usage_error(std::string message) {
 program_options::options_description describe() {
   program_options::options_description description("Options");
   const auto text = [](const char* name) { return value<std::string>()->value_name(name); };
-  description.add_options()                                                                      //
-      ("socket-path", text("PATH"), "the socket of a vhost-user-blk backend")                    //
-      ("pid", value<int>()->default_value(0)->value_name("PID"), "the process of that backend")  //
+  description.add_options()                                                    //
+      ("socket-path", text("PATH"), "the socket of a vhost-user-blk backend")  //
+      ("pid", value<int>()->default_value(0)->value_name("PID"),
+       "the process of that backend; 0: who listens on the socket")  //
       ("image", text("PATH"),
        "an image, with the engines in this process")                                             //
       ("format", text("raw|qcow2"), "of the image (default: qcow2 if its name ends in .qcow2)")  //

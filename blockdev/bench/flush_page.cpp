@@ -146,6 +146,7 @@ Expected<std::string> time_plot(const FlushReport& report) {
   for (const FlushRow& row : report.rows) {
     if (row.test != FlushTest::kOneByOne || row.timed != "flush") continue;
     std::vector<std::pair<double, double>> points;
+    points.reserve(row.intervals.size());
     for (const Interval& interval : row.intervals)
       points.emplace_back(interval.seconds, interval.p99_ns / 1e6);
     plot.line(row.target, points, "linespoints pt 7 ps 0.4 lw 2");

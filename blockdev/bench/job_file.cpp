@@ -298,7 +298,7 @@ Expected<void> check(const Workload& workload) {
     return wrong("size is not a whole number of requests (bs)");
   if (workload.amount_bytes != 0 && workload.amount_bytes % workload.block_bytes != 0)
     return wrong("io_size is not a whole number of requests (bs)");
-  if (workload.queue_count * workload.depth * workload.block_bytes > kBuffersBytesMax)
+  if (std::size_t{workload.queue_count} * workload.depth * workload.block_bytes > kBuffersBytesMax)
     return wrong("iodepth times numjobs times bs is more than 1G of buffers; use less of one");
   return {};
 }

@@ -203,8 +203,9 @@ program_options::options_description describe_target() {
   description.add_options()                                                    //
       ("socket-path", text("PATH"), "the socket of a vhost-user-blk backend")  //
       ("pid", value<int>()->default_value(0)->value_name("PID"),               //
-       "the process of that backend: report its CPU time, context switches and, for root, io_uring "
-       "punts to kernel workers")  //
+       "the process of that backend, whose CPU time, context switches and, for root, io_uring "
+       "punts "
+       "to kernel workers are reported; 0: who listens on the socket")  //
       ("image", text("PATH"),
        "an image, with an engine in this process")                                               //
       ("format", text("raw|qcow2"), "of the image (default: qcow2 if its name ends in .qcow2)")  //

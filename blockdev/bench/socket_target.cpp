@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <deque>
 #include <mutex>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -192,12 +193,16 @@ Expected<std::unique_ptr<Target>> open_socket_target(const SocketTargetOptions& 
                                      kBufferAlignmentBytes * kBufferAlignmentBytes +
                                  kBufferAlignmentBytes;
   driver_options.memory_bytes =
-      (options.queue_count * (options.runs * options.depth_max * of_each_io + kRoomForRings) +
+      (options.queue_count *
+           (std::size_t{options.runs} * options.depth_max * of_each_io + kRoomForRings) +
        kBufferAlignmentBytes - 1) /
       kBufferAlignmentBytes * kBufferAlignmentBytes;
   auto connected = driver::BlkDriver::connect(options.socket_path, driver_options);
   if (!connected) return std::unexpected(std::move(connected.error()));
-  return adopt_driver(std::move(*connected), options);
+  SocketTargetOptions known = options;
+  if (known.process == 0) known.process = (*connected)->frontend().backend_process();
+  if (known.process == ::getpid()) known.process = 0;
+  return adopt_driver(std::move(*connected), known);
 }
 
 Expected<std::unique_ptr<Target>> adopt_driver(std::unique_ptr<driver::BlkDriver> driver,

@@ -90,7 +90,7 @@ struct SocketTargetOptions {
   unsigned queue_count{1};
   unsigned depth_max{1};  // of each queue
   std::size_t block_bytes_max{4096};
-  pid_t process{0};
+  pid_t process{0};  // 0: who listens on the socket, if that can be known and is another process
   unsigned runs{1};  // that ports are opened for, one after the other
 };
 // A vhost-user-blk backend, ours or another. Errors: as BlkDriver::connect; kCorrupt for a config

@@ -238,6 +238,13 @@ Expected<std::uint16_t> Frontend::stop_ring(std::uint16_t index) {
   return static_cast<std::uint16_t>(state->value);
 }
 
+pid_t Frontend::backend_process() const {
+  ucred credentials{};
+  socklen_t size = sizeof credentials;
+  if (::getsockopt(socket_.get(), SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) return 0;
+  return credentials.pid;
+}
+
 bool Frontend::is_hung_up() const {
   char byte = 0;
   const ssize_t count = ::recv(socket_.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);

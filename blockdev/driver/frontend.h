@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <sys/types.h>
 #include <vector>
 
 #include "aio/error.h"
@@ -76,6 +77,8 @@ class Frontend {
   Expected<void> command(vhost_user::Request request, std::span<const std::byte> payload,
                          std::span<const int> fds = {});
   [[nodiscard]] int socket() const { return socket_.get(); }
+  // The process that listened on the socket, as unix(7) tells it (SO_PEERCRED). 0: not known.
+  [[nodiscard]] pid_t backend_process() const;
   // Whether the backend has closed its end.
   [[nodiscard]] bool is_hung_up() const;
 

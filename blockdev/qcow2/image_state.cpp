@@ -11,7 +11,7 @@ namespace vblk::qcow2 {
 namespace {
 
 // Entries looked at in one go: what a request of 2 MiB spans with clusters of 64 KiB, and one more.
-constexpr unsigned kEntriesPerRead = 33;
+constexpr std::size_t kEntriesPerRead = 33;
 
 // The L2 cache has room for these, however small the disk is: it may grow. 4 MiB of slices, if they
 // are ever used.

@@ -18,7 +18,7 @@ TableCache::TableCache(std::size_t slice_bytes, std::uint64_t bytes, std::uint64
   const std::uint64_t set_count = (wanted + kWays - 1) / kWays;
   sets_ = std::vector<Set>(set_count);
   slots_.resize(set_count * kWays);
-  for (std::size_t number = 0; number < slots_.size(); ++number) slots_[number].number = number;
+  for (std::size_t number = 0; number < slots_.size(); ++number) slots_[number].number_ = number;
   memory_bytes_ = slots_.size() * slice_bytes_;
   void* const mapping = ::mmap(nullptr, memory_bytes_, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -83,7 +83,7 @@ TableCache::Slot* TableCache::claim(std::uint64_t index, std::uint64_t host_offs
   victim->index = index;
   victim->host_offset = host_offset;
   victim->order = {};
-  sets_[victim->number / kWays].note_use(victim->number % kWays);
+  sets_[victim->number_ / kWays].note_use(victim->number_ % kWays);
   return victim;
 }
 
@@ -96,27 +96,27 @@ bool TableCache::is_any_in_flight(std::uint64_t index) const {
 }
 
 void TableCache::set_tag(Slot& slot, std::uint64_t tag) {
-  sets_[slot.number / kWays].tags[slot.number % kWays].store(tag, std::memory_order_relaxed);
+  sets_[slot.number_ / kWays].tags[slot.number_ % kWays].store(tag, std::memory_order_relaxed);
 }
 
 void TableCache::begin_change(Slot& slot) {
-  auto& version = sets_[slot.number / kWays].versions[slot.number % kWays];
+  auto& version = sets_[slot.number_ / kWays].versions[slot.number_ % kWays];
   version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
 
 void TableCache::end_change(Slot& slot) {
-  auto& version = sets_[slot.number / kWays].versions[slot.number % kWays];
+  auto& version = sets_[slot.number_ / kWays].versions[slot.number_ % kWays];
   version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 
 std::uint64_t TableCache::word(const Slot& slot, std::size_t number) const {
-  return std::atomic_ref<std::uint64_t>(words_of(slot.number)[number])
+  return std::atomic_ref<std::uint64_t>(words_of(slot.number_)[number])
       .load(std::memory_order_relaxed);
 }
 
 // Released, so that a reader who sees it sees the odd version before it as well.
 void TableCache::set_word(Slot& slot, std::size_t number, std::uint64_t value) {
-  std::atomic_ref<std::uint64_t>(words_of(slot.number)[number])
+  std::atomic_ref<std::uint64_t>(words_of(slot.number_)[number])
       .store(value, std::memory_order_release);
 }
 

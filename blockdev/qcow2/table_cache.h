@@ -46,7 +46,7 @@ class TableCache {
 
    private:
     friend class TableCache;
-    std::size_t number{0};
+    std::size_t number_{0};
   };
 
   // Room for `bytes` of slices, rounded up to whole sets, and never more than `slice_count` need.

@@ -129,6 +129,12 @@ Expected<std::string> ask_child(const std::vector<std::string>& words, const std
                     words_of_it.empty() ? "the run " + how_it_died(status) : words_of_it);
 }
 
+bool is_peer_command(const std::string& peer) { return peer.find("{socket}") != std::string::npos; }
+
+std::string peer_socket(const std::string& peer, const std::string& engine) {
+  return replaced(peer, "{aio}", engine);
+}
+
 Expected<std::unique_ptr<ServerProcess>> ServerProcess::start_vblk(const std::string& image_path,
                                                                    const std::string& engine) {
   std::unique_ptr<ServerProcess> server(new ServerProcess);

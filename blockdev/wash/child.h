@@ -15,6 +15,11 @@ namespace vblk::wash {
 // returns what it prints. Error: kIo with the last line of its standard error, or how it died.
 Expected<std::string> ask_child(const std::vector<std::string>& words, const std::string& input);
 
+// What --peer names is a command that starts a server, in which {socket} stands, or the sockets of
+// servers that run already, {aio} standing for the engine of each.
+[[nodiscard]] bool is_peer_command(const std::string& peer);
+[[nodiscard]] std::string peer_socket(const std::string& peer, const std::string& engine);
+
 // A vhost-user-blk server on a socket in a temporary folder of its own.
 class ServerProcess {
  public:

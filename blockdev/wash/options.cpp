@@ -8,6 +8,7 @@
 
 #include "blockdev/byte_size.h"
 #include "blockdev/wash/analysis.h"
+#include "blockdev/wash/child.h"
 
 namespace vblk::wash {
 
@@ -45,9 +46,10 @@ program_options::options_description describe() {
       ("output", text("DIR"), "the folder of the result, new or to be gone on with")  //
       ("preset", text("NAME"), "quick (default), standard, full or smoke")            //
       ("size", text("SIZE"), "make an image that is not there, raw, of this size")    //
-      ("peer", text("COMMAND"),
-       "another vhost-user-blk server to measure beside vblk serve; {image}, {aio} and {socket} in "
-       "the command stand for the image, the engine by QEMU's name, and the socket")         //
+      ("peer", text("SOCKET|COMMAND"),
+       "another vhost-user-blk server to measure beside vblk serve: a command that starts it, in "
+       "which {image}, {aio} and {socket} stand for the image, the engine by QEMU's name, and the "
+       "socket; or the sockets of servers that run, a path with {aio}")                      //
       ("ram", text("on|off"), "measure a loop device over memory, too (default: on; root)")  //
       ("randseed", text("N"), "seed of all orders and loads (default: a new one)")           //
       ("force", program_options::bool_switch(),
@@ -110,11 +112,16 @@ Expected<std::variant<WashOptions, bench::HelpText>> parse_options(std::span<cha
   if (ram != "on" && ram != "off") return usage_error(fmt::format("--ram {}: use on or off", ram));
   options.ram = ram == "on";
   options.peer = text_of(*map, "peer", "");
-  if (map->contains("peer") && (options.peer.find("{socket}") == std::string::npos ||
-                                options.peer.find("{image}") == std::string::npos)) {
-    return usage_error("--peer: the command must say where {image} and {socket} go");
+  const bool peer_is_command = is_peer_command(options.peer);
+  const auto peer_says = [&options](const char* word) {
+    return options.peer.find(word) != std::string::npos;
+  };
+  if (map->contains("peer") && !peer_says(peer_is_command ? "{image}" : "{aio}")) {
+    return usage_error(
+        "--peer: a command must say where {image} and {socket} go, and the path of running "
+        "servers' sockets where {aio} goes");
   }
-  if (!options.peer.empty() && !options.image_paths.empty() &&
+  if (peer_is_command && !options.image_paths.empty() &&
       options.image_paths.front().ends_with(".qcow2"))
     return usage_error("--peer: the other server writes to the first image as raw; name a raw one");
   options.force = (*map)["force"].as<bool>();

@@ -216,16 +216,16 @@ Expected<RunRecord> measure_stream(const RunSpec& spec, const Family& family, co
 }
 
 // A socket that is there may not be listened on yet.
-Expected<std::unique_ptr<bench::Target>> connect(const ServerProcess& server,
+Expected<std::unique_ptr<bench::Target>> connect(const std::string& socket_path, pid_t process,
                                                  const bench::Workload& workload) {
   constexpr int kAttempts = 100;
   constexpr std::chrono::milliseconds kBetween{10};
   Expected<std::unique_ptr<bench::Target>> target;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
-    target = bench::open_socket_target({.socket_path = server.socket_path(),
+    target = bench::open_socket_target({.socket_path = socket_path,
                                         .depth_max = workload.depth,
                                         .block_bytes_max = workload.block_bytes,
-                                        .process = server.pid()});
+                                        .process = process});
     if (target || target.error().errno_value != ECONNREFUSED) break;
     std::this_thread::sleep_for(kBetween);
   }
@@ -236,11 +236,19 @@ Expected<RunRecord> measure_served(const RunSpec& spec, const Family& family, co
   const auto workload = workload_of(spec, family);
   if (!workload) return std::unexpected(workload.error());
   const std::string engine(aio::to_string(arm.engine));
-  auto server = arm.server == Server::kVblk
-                    ? ServerProcess::start_vblk(spec.image_path, engine)
-                    : ServerProcess::start_peer(spec.peer, spec.image_path, engine);
-  if (!server) return std::unexpected(std::move(server.error()));
-  auto target = connect(**server, *workload);
+  std::unique_ptr<ServerProcess> server;
+  std::string socket_path;
+  if (arm.server == Server::kPeer && !is_peer_command(spec.peer)) {
+    socket_path = peer_socket(spec.peer, engine);
+  } else {
+    auto started = arm.server == Server::kVblk
+                       ? ServerProcess::start_vblk(spec.image_path, engine)
+                       : ServerProcess::start_peer(spec.peer, spec.image_path, engine);
+    if (!started) return std::unexpected(std::move(started.error()));
+    server = std::move(*started);
+    socket_path = server->socket_path();
+  }
+  auto target = connect(socket_path, server ? server->pid() : 0, *workload);
   if (!target) return std::unexpected(std::move(target.error()));
   const auto result = drive(**target, {*workload}, spec);
   if (!result) return std::unexpected(result.error());

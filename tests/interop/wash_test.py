@@ -2,6 +2,7 @@
 """`vblk wash` as a user meets it: every arm runs, it stops and goes on, and everything that goes wrong. Prints TAP."""
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import html.parser
@@ -17,7 +18,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import Folder, Report, make_sparse, run, wait_until  # noqa: E402
+from harness import ENGINES, Folder, Report, Server, make_sparse, run, wait_until  # noqa: E402
 
 MIB = 1 << 20
 PEER = ("qemu-storage-daemon --blockdev driver=file,node-name=f,filename={image},cache.direct=on,aio={aio} "
@@ -167,10 +168,14 @@ def test_browser(report, page):
 
 
 def test_kill_and_resume(report, vblk):
-    with Folder() as folder:
+    """With other servers that run already."""
+    with Folder() as folder, contextlib.ExitStack() as servers:
         image, result = folder / "a.img", folder / "result"
+        for engine in ENGINES:
+            make_sparse(folder / engine, 64 * MIB)
+            servers.enter_context(Server(vblk, [folder / engine, "--aio", engine], folder / f"{engine}.s", folder / "log"))
         command = ["--image", image, "--size", "64M", "--output", result, "--preset", "smoke", "--ram", "off",
-                   "--randseed", "9", "--eta", "never"]
+                   "--randseed", "9", "--eta", "never", "--peer", folder / "{aio}.s"]
         seen = 0
         for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
             process = subprocess.Popen([str(vblk), "wash", *map(str, command)], stdout=subprocess.PIPE,
@@ -196,6 +201,11 @@ def test_kill_and_resume(report, vblk):
         runs = runs_of(result)
         report.check("it goes on to the end, past a torn line", status == 0 and "torn" in output, f"status {status}\n{output}")
         report.check("what was measured before is still there", len(runs) > seen, len(runs))
+        served = [one for one in runs if one["arm"].startswith("peer-")]
+        report.check("servers that ran already have been measured, with their processor time",
+                     {one["arm"] for one in served} == {f"peer-{engine}" for engine in ENGINES} and
+                     all(one["metrics"].get("cpu", 0) > 0 for one in served if not one["error"]) and
+                     not any(one["error"] for one in served), [one["error"] for one in served])
         kept = {(one["cell"], one["arm"], one["round"]) for one in runs}
         rounds = json.loads((result / "analysis.json").read_text())["presets"]["smoke"]["rounds"]
         cells = {one["cell"] for one in runs}
@@ -240,6 +250,7 @@ def test_bad_input(report, vblk):
                 ("unknown option", [*common, "--image", image, "--warp"], "warp"),
                 ("ram that is neither", [*common, "--image", image, "--ram", "perhaps"], "perhaps"),
                 ("peer without a socket", [*common, "--image", image, "--peer", "server"], "{socket}"),
+                ("one socket for all engines", [*common, "--image", image, "--peer", "/run/disk.sock"], "{aio}"),
                 ("peer and qcow2", ["--output", out, "--image", folder / "x.qcow2", "--peer", "{image} {socket}"], "raw"),
                 ("odd seed", [*common, "--image", image, "--randseed", "x"], "randseed"),
                 ("odd size", [*common, "--image", image, "--size", "big"], "--size"),
@@ -321,12 +332,20 @@ def test_progress(report, vblk):
                      "".join(lines))
 
 
+def test_documented_result(report, vblk):
+    """The tables of docs/wash.md are those of the result that is kept beside it."""
+    program = Path(__file__).resolve().parent.parent.parent / "scripts" / "wash_tables.py"
+    status, output = run(program, "--check")
+    report.check("docs/wash.md has the tables of its result", status == 0, output)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--vblk", required=True, type=Path)
     options = parser.parse_args()
     report = Report()
-    for test in (test_bad_input, test_devices, test_full_disk, test_whole, test_kill_and_resume, test_progress):
+    for test in (test_documented_result, test_bad_input, test_devices, test_full_disk, test_whole, test_kill_and_resume,
+                 test_progress):
         test(report, options.vblk.resolve())
     report.exit()
 
