@@ -115,7 +115,8 @@ TEST_F(PageCacheTest, leaves_to_a_worker_what_is_not_there) {
   finish();
   expect_content(read);
   EXPECT_EQ(engine_->statistics().page_cache_hits, 0U);
-  EXPECT_EQ(engine_->pool_statistics().threads, 1U);
+  // A second one helps where the first is slow to start.
+  EXPECT_GE(engine_->pool_statistics().threads, 1U);
 }
 
 TEST_F(PageCacheTest, leaves_long_copies_to_a_worker) {

@@ -227,6 +227,16 @@ CheckedImage Checker::check() {
                         references_[cluster]));
     if (count > references_[cluster]) ++checked_.leaks;
   }
+  // The end of the file may be lost where refcounts of what lay beyond it are not.
+  const std::uint64_t per_block = cluster_ * 8 >> order_;
+  const std::uint64_t blocks = get_be(image_, 56, 4) * cluster_ / 8;
+  for (std::uint64_t block = references_.size() / per_block; block < blocks; ++block) {
+    if (word(get_be(image_, 48, 8) + block * 8) == 0) continue;
+    const std::uint64_t first = std::max<std::uint64_t>(block * per_block, references_.size());
+    for (std::uint64_t cluster = first; cluster < (block + 1) * per_block; ++cluster) {
+      if (refcount(cluster) > 0) ++checked_.leaks;
+    }
+  }
   return std::move(checked_);
 }
 

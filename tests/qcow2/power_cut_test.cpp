@@ -143,7 +143,7 @@ class PowerCutRun {
         failure = check("closed", image_, model, true);
         const std::uint64_t leaks = check_image(image_, formatted_.backing).leaks;
         if (failure.empty() && leaks > leaks_before_ && !work_.may_fail)
-          failure = fmt::format("closed with {} leaked clusters", leaks);
+          failure = fmt::format("closed with {} leaked clusters, {} before", leaks, leaks_before_);
       } else {
         guest.give_up();
         rig.switch_off();
