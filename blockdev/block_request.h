@@ -41,6 +41,9 @@ struct BlockRequest {
   BlockOperation operation{BlockOperation::kRead};
   bool write_through{false};  // kWrite, kWriteZeroes: stable on the disk when it completes
   bool may_unmap{false};      // kWriteZeroes: may deallocate
+  // Whatever changes the disk: when it completes, nothing of it is in this process alone, so that
+  // SIGKILL cannot take it back. It need not be stable on the disk.
+  bool outlives_process{false};
   // Multiples of kSectorBytes for whatever changes the disk (alignment.h says why); reads take any.
   std::uint64_t offset_bytes{0};
   std::uint64_t length_bytes{0};  // sum of the iovecs for kRead and kWrite

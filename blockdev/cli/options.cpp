@@ -59,12 +59,13 @@ std::unexpected<Error> usage_error(std::string message) {
 // Options as they are typed: text, checked afterwards so that every error is ours to word.
 program_options::options_description serve_description() {
   program_options::options_description description("Options");
-  description.add_options()                                                                     //
-      ("socket-path", value<std::string>()->value_name("PATH"),                                 //
-       "listen on this Unix socket for the frontend")                                           //
-      ("fd", value<std::string>()->value_name("N"),                                             //
-       "use the inherited vhost-user socket with this number instead, listening or connected")  //
-      ("blk-file", value<std::string>()->value_name("PATH"), "another way to name IMAGE")       //
+  description.add_options()                                      //
+      ("socket-path", value<std::string>()->value_name("PATH"),  //
+       "listen on this Unix socket for the frontend")            //
+      ("fd", value<std::string>()->value_name("N"),              //
+       "use the inherited vhost-user socket with this number instead, listening or connected; "
+       "one that systemd passes (LISTEN_FDS) is used without being named")                 //
+      ("blk-file", value<std::string>()->value_name("PATH"), "another way to name IMAGE")  //
       ("format", value<std::string>()->value_name("raw|qcow2|null"),
        "format of the image (default: qcow2 if its name ends in .qcow2, otherwise raw); 'null' is "
        "a "
@@ -109,7 +110,10 @@ program_options::options_description serve_description() {
        "registered-buffers (off: pins all guest memory, never with a balloon)")     //
       ("poll-max-us", value<std::string>()->default_value("32")->value_name("US"),  //
        "longest that an I/O thread goes on looking for work before it sleeps, where that "
-       "pays; 0 to 10000, 0: it sleeps at once")                                          //
+       "pays; 0 to 10000, 0: it sleeps at once")  //
+      ("recovery", value<std::string>()->default_value("on")->value_name("on|off"),
+       "whether requests in flight survive this server, for the next one to finish; 'off' saves "
+       "qcow2 a write for each new cluster")                                              //
       ("monitor", value<std::string>()->value_name("PATH"),                               //
        "answer 'vblk ctl' on this Unix socket")                                           //
       ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),     //
@@ -272,7 +276,20 @@ Expected<void> take_device(const program_options::variables_map& map, ServeOptio
   return {};
 }
 
-Expected<void> take_socket(const program_options::variables_map& map, ServeOptions& options) {
+Expected<void> take_socket(const program_options::variables_map& map,
+                           std::optional<int> activated_fd, ServeOptions& options) {
+  if (activated_fd) {
+    for (const char* option : {"socket-path", "fd"}) {
+      if (map.contains(option)) {
+        return usage_error(fmt::format(
+            "a socket is passed by LISTEN_FDS, and --{} names another; leave one of them away",
+            option));
+      }
+    }
+    options.socket_fd = *activated_fd;
+    options.socket_is_activated = true;
+    return {};
+  }
   if (map.contains("socket-path") == map.contains("fd")) {
     return usage_error(
         "give either --socket-path PATH or --fd N, so that a frontend can reach the disk");
@@ -298,7 +315,8 @@ std::string capabilities() {
 
 }  // namespace
 
-Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments) {
+Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments,
+                                                   std::optional<int> activated_fd) {
   // "Other options and arguments should be ignored" (vhost-user.rst, "Backend program
   // conventions").
   for (const auto& argument : arguments) {
@@ -318,8 +336,11 @@ Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> 
   if (auto done = take_image(*map, options); !done) return std::unexpected(std::move(done.error()));
   if (auto done = take_device(*map, options); !done)
     return std::unexpected(std::move(done.error()));
-  if (auto done = take_socket(*map, options); !done)
+  if (auto done = take_socket(*map, activated_fd, options); !done)
     return std::unexpected(std::move(done.error()));
+  const auto recovery = parse_switch(*map, "recovery");
+  if (!recovery) return std::unexpected(recovery.error());
+  options.recovery = *recovery;
   if (map->contains("monitor")) options.monitor_path = (*map)["monitor"].as<std::string>();
   const auto level = log::parse_level((*map)["log-level"].as<std::string>());
   if (!level) return std::unexpected(level.error());

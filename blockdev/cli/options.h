@@ -29,9 +29,11 @@ struct ServeOptions {
   aio::EngineOptions engine;
   unsigned iothread_count{1};
   blockdev::IoLoopOptions loop;
-  std::string socket_path;   // empty with socket_fd
-  int socket_fd{-1};         // -1 with socket_path
-  std::string monitor_path;  // empty: no monitor
+  std::string socket_path;          // empty with socket_fd
+  int socket_fd{-1};                // -1 with socket_path
+  bool recovery{true};              // frontends may have requests in flight carried over
+  bool socket_is_activated{false};  // socket_fd comes from a service manager, which keeps it
+  std::string monitor_path;         // empty: no monitor
   log::Level log_level{log::Level::kInfo};
 };
 
@@ -51,9 +53,10 @@ struct Answer {
 template <typename Options>
 using Parsed = std::variant<Options, Answer>;
 
-// `arguments` are those after the command's name. Error: kInvalidArgument, one line naming the
-// option.
-Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments);
+// `arguments` are those after the command's name, `activated_fd` is activated_socket()'s. Error:
+// kInvalidArgument, one line naming the option.
+Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments,
+                                                   std::optional<int> activated_fd);
 Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> arguments);
 
 }  // namespace vblk::cli

@@ -30,6 +30,7 @@
 #include "blockdev/cli/commands.h"
 #include "blockdev/cli/monitor.h"
 #include "blockdev/cli/options.h"
+#include "blockdev/cli/socket_activation.h"
 #include "blockdev/engine_switch.h"
 #include "blockdev/image/open_image.h"
 #include "blockdev/io_thread.h"
@@ -242,7 +243,8 @@ Expected<json::value> resize(blockdev::BlockNode& node, const virtio::BlkDeviceO
   return json::object{{"size", *size}, {"before", before}};
 }
 
-json::value query_status(vhost_user::Server& server, const blockdev::BlockNode& node) {
+json::value query_status(vhost_user::Server& server, const virtio::BlkDevice& device) {
+  const blockdev::BlockNode& node = device.node();
   const auto status = server.status();
   if (!status) return json::object{{"busy", true}};
   json::array rings;
@@ -251,6 +253,7 @@ json::value query_status(vhost_user::Server& server, const blockdev::BlockNode& 
                      {"broken", ring.broken},
                      {"in-flight", ring.in_flight},
                      {"requests", ring.statistics.requests},
+                     {"recovered", ring.statistics.recovered},
                      {"errors", ring.statistics.errors},
                      {"unsupported", ring.statistics.unsupported},
                      {"interrupts", ring.statistics.interrupts},
@@ -261,6 +264,7 @@ json::value query_status(vhost_user::Server& server, const blockdev::BlockNode& 
       {"image", node.name()},
       {"size", node.size_bytes()},
       {"read-only", node.limits().read_only},
+      {"writeback", !device.write_through()},
       {"connected", status->connected},
       {"features", status->features},
       {"flushes",
@@ -287,14 +291,19 @@ Expected<void> serve(const ServeOptions& options, SignalWatcher& signals) {
   });
   const auto threads = start_io_threads(options);
   if (!threads) return std::unexpected(threads.error());
-  const auto server = vhost_user::Server::create(
-      {.socket_path = options.socket_path, .socket_fd = options.socket_fd}, **device, *threads);
+  const auto server = vhost_user::Server::create({.socket_path = options.socket_path,
+                                                  .socket_fd = options.socket_fd,
+                                                  .socket_must_listen = options.socket_is_activated,
+                                                  .backend = {.offers_recovery = options.recovery}},
+                                                 **device, *threads);
   if (!server) return std::unexpected(server.error());
   std::unique_ptr<Monitor> monitor;
   if (!options.monitor_path.empty()) {
     MonitorHandlers handlers;
     handlers["query-aio"] = [&](const json::object&) { return query_aio(*threads); };
-    handlers["query-status"] = [&](const json::object&) { return query_status(**server, **node); };
+    handlers["query-status"] = [&](const json::object&) {
+      return query_status(**server, **device);
+    };
     handlers["set-aio"] = [&](const json::object& arguments) {
       return set_aio(engine_switch, *threads, arguments);
     };
@@ -316,7 +325,12 @@ Expected<void> serve(const ServeOptions& options, SignalWatcher& signals) {
 }  // namespace
 
 int serve_command(std::span<const std::string> arguments) {
-  const auto parsed = parse_serve_options(arguments);
+  const auto activated_fd = activated_socket();
+  if (!activated_fd) {
+    fmt::print(stderr, "vblk: serve: {}\n", activated_fd.error().message);
+    return kExitUsage;
+  }
+  const auto parsed = parse_serve_options(arguments, *activated_fd);
   if (!parsed) {
     fmt::print(stderr, "vblk: serve: {}\n", parsed.error().message);
     return kExitUsage;

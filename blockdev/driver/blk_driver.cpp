@@ -33,6 +33,10 @@ FrontendOptions frontend_options(const BlkDriverOptions& options) {
   frontend.features_mask &= kUsableFeatures;
   if (!options.indirect) frontend.features_mask &= ~feature_bit(kFIndirectDesc);
   if (!options.event_idx) frontend.features_mask &= ~feature_bit(kFEventIdx);
+  // Who accepts it has to use it: some backends take it for granted.
+  if (!options.inflight) {
+    frontend.protocol_features_mask &= ~(std::uint64_t{1} << vhost_user::kProtocolFInflightShmfd);
+  }
   return frontend;
 }
 
@@ -60,7 +64,14 @@ Expected<std::unique_ptr<BlkDriver>> BlkDriver::start(std::unique_ptr<Frontend> 
   driver->memory_ = std::move(*memory);
   driver->scratch_ = driver->memory_->allocate(kScratchBytes, kScratchBytes);
   driver->frontend_ = std::move(frontend);
+  driver->frontend_options_ = frontend_options(options);
   auto done = driver->frontend_->negotiate();
+  if (done && options.inflight) {
+    auto inflight = driver->frontend_->get_inflight(options.queue_count, options.queue_size);
+    if (!inflight) return std::unexpected(std::move(inflight.error()));
+    driver->inflight_ = std::move(*inflight);
+    done = driver->frontend_->set_inflight(*driver->inflight_);
+  }
   if (done) done = driver->frontend_->set_memory(*driver->memory_);
   if (done) done = driver->start_queues(options);
   if (!done) return std::unexpected(std::move(done.error()));
@@ -110,6 +121,33 @@ Expected<void> BlkDriver::start_queues(const BlkDriverOptions& options) {
     queues_.push_back(std::move(queue));
   }
   return {};
+}
+
+Expected<void> BlkDriver::reconnect(const std::string& socket_path) {
+  assert(inflight_.has_value());
+  auto frontend = Frontend::connect(socket_path, frontend_options_);
+  if (!frontend) return std::unexpected(std::move(frontend.error()));
+  if (auto resumed = resume(**frontend); !resumed) return resumed;
+  frontend_ = std::move(*frontend);
+  return {};
+}
+
+Expected<void> BlkDriver::resume(Frontend& frontend) {
+  auto done = frontend.negotiate();
+  if (!done) return done;
+  // The rings are laid out, and the requests in them made, for what was negotiated then.
+  if (frontend.features() != frontend_->features()) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("the backend has features {:#x}; the one before had {:#x}",
+                                  frontend.features(), frontend_->features()));
+  }
+  done = frontend.set_inflight(*inflight_);
+  if (done) done = frontend.set_memory(*memory_);
+  for (std::size_t i = 0; i < queues_.size() && done; ++i) {
+    const DriverQueue& ring = *queues_[i].ring;
+    done = frontend.start_ring(static_cast<std::uint16_t>(i), ring, ring.device_used_index());
+  }
+  return done;
 }
 
 BlkDriver::~BlkDriver() {

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -32,6 +33,8 @@ struct BlkDriverOptions {
   std::size_t memory_region_count{1};
   bool indirect{true};  // use indirect descriptors where the backend has them
   bool event_idx{true};
+  // Have the backend keep what is in flight, so that reconnect() loses nothing.
+  bool inflight{false};
   FrontendOptions frontend;
 };
 
@@ -68,7 +71,8 @@ struct BlkIo {
 class BlkDriver {
  public:
   // Connects, negotiates, shares memory and starts the queues. Errors: as Frontend's;
-  // kInvalidArgument if the backend has fewer queues.
+  // kInvalidArgument if the backend has fewer queues; kNotSupported if it does not keep what is in
+  // flight where that is asked for.
   static Expected<std::unique_ptr<BlkDriver>> connect(const std::string& socket_path,
                                                       const BlkDriverOptions& options = {});
   // The same on a socket that is connected already.
@@ -76,6 +80,13 @@ class BlkDriver {
                                                     const BlkDriverOptions& options = {});
   // Stops the queues; a backend that does not answer is left as it is.
   ~BlkDriver();
+
+  // Goes on with another backend of the same disk, after the one before has gone: with the memory
+  // and the rings as they are, and BlkDriverOptions::inflight (asserted). Every request in flight
+  // is answered in time, once, by the one or the other. Nobody else uses the driver meanwhile.
+  // After an error it may be called again. Errors: as connect()'s; kNotSupported if the backend
+  // offers less than the one before.
+  Expected<void> reconnect(const std::string& socket_path);
   BlkDriver(const BlkDriver&) = delete;
   BlkDriver& operator=(const BlkDriver&) = delete;
 
@@ -84,6 +95,8 @@ class BlkDriver {
   // The ring itself, for chains that no driver would make. Take their completions from it as well:
   // poll() and wait() know only what submit() put there.
   [[nodiscard]] DriverQueue& queue(std::uint16_t index) { return *queues_[index].ring; }
+  // With BlkDriverOptions::inflight; for tests that write into it what no backend would.
+  [[nodiscard]] const std::optional<InflightFile>& inflight() const { return inflight_; }
   [[nodiscard]] const BlkConfig& config() const { return config_; }
   Expected<BlkConfig> read_config();
 
@@ -125,11 +138,14 @@ class BlkDriver {
   void abandon(std::uint16_t queue, const BlkIo& io);
   Expected<void> check_queue_count(std::uint16_t wanted);
   Expected<void> start_queues(const BlkDriverOptions& options);
+  Expected<void> resume(Frontend& frontend);
   Expected<std::uint8_t> change_range(std::uint32_t type, std::uint64_t sector,
                                       std::uint32_t sector_count, bool unmap);
 
   std::unique_ptr<DriverMemory> memory_;
   std::unique_ptr<Frontend> frontend_;
+  FrontendOptions frontend_options_;
+  std::optional<InflightFile> inflight_;
   std::vector<Queue> queues_;
   std::span<std::byte> scratch_;  // for the synchronous calls' own data
   BlkConfig config_;

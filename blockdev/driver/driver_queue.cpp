@@ -151,13 +151,14 @@ void DriverQueue::publish() {
   ++kicks_;
 }
 
-bool DriverQueue::has_used() const {
-  return load_acquire_le<std::uint16_t>(used_ + kUsedIndexOffset) != used_index_;
+std::uint16_t DriverQueue::device_used_index() const {
+  return load_acquire_le<std::uint16_t>(used_ + kUsedIndexOffset);
 }
 
+bool DriverQueue::has_used() const { return device_used_index() != used_index_; }
+
 Expected<std::optional<DriverQueue::Used>> DriverQueue::take_used() {
-  const auto device_index = load_acquire_le<std::uint16_t>(used_ + kUsedIndexOffset);
-  const auto available = static_cast<std::uint16_t>(device_index - used_index_);
+  const auto available = static_cast<std::uint16_t>(device_used_index() - used_index_);
   if (available == 0) return std::nullopt;
   if (available > in_flight_) {
     return make_error(

@@ -74,6 +74,10 @@ class DriverQueue {
   [[nodiscard]] std::uint64_t kicks() const { return kicks_; }
   [[nodiscard]] std::uint64_t wake_ups() const { return wake_ups_; }
 
+  // The used ring's idx as the device has it now: where a backend goes on that finds nothing in
+  // flight (SET_VRING_BASE).
+  [[nodiscard]] std::uint16_t device_used_index() const;
+
   // The rings themselves, for tests that write into them what no driver would.
   [[nodiscard]] std::byte* descriptor_table() const { return descriptors_; }
   [[nodiscard]] std::byte* avail_ring() const { return avail_; }

@@ -20,9 +20,9 @@ namespace {
 constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
 
 // What a frontend that does no more than this one can accept. QEMU's would be more.
-constexpr std::uint64_t kUsableProtocolFeatures = bit(kProtocolFMq) | bit(kProtocolFReplyAck) |
-                                                  bit(kProtocolFConfig) |
-                                                  bit(kProtocolFConfigureMemSlots);
+constexpr std::uint64_t kUsableProtocolFeatures =
+    bit(kProtocolFMq) | bit(kProtocolFReplyAck) | bit(kProtocolFConfig) |
+    bit(kProtocolFInflightShmfd) | bit(kProtocolFConfigureMemSlots);
 
 constexpr std::chrono::milliseconds kConnectRetry{5};
 
@@ -105,11 +105,16 @@ Expected<Message> Frontend::receive(Request expected) {
   }
 }
 
-Expected<std::vector<std::byte>> Frontend::call(Request request, std::span<const std::byte> payload,
-                                                std::span<const int> fds, std::uint32_t flags) {
+Expected<Message> Frontend::exchange(Request request, std::span<const std::byte> payload,
+                                     std::span<const int> fds, std::uint32_t flags) {
   if (auto sent = send(request, payload, fds, flags); !sent)
     return std::unexpected(std::move(sent.error()));
-  auto answer = receive(request);
+  return receive(request);
+}
+
+Expected<std::vector<std::byte>> Frontend::call(Request request, std::span<const std::byte> payload,
+                                                std::span<const int> fds, std::uint32_t flags) {
+  auto answer = exchange(request, payload, fds, flags);
   if (!answer) return std::unexpected(std::move(answer.error()));
   return std::move(answer->payload);
 }
@@ -208,6 +213,40 @@ Expected<void> Frontend::add_region(const DriverMemory::Region& region) {
 Expected<void> Frontend::remove_region(const DriverMemory::Region& region) {
   return command(Request::kRemMemReg,
                  payload_with(SingleMemoryRegion{.padding = 0, .region = region.description}));
+}
+
+Expected<void> Frontend::check_inflight() const {
+  if ((protocol_features_ & bit(kProtocolFInflightShmfd)) != 0) return {};
+  return make_error(ErrorKind::kNotSupported,
+                    "the backend does not keep what is in flight (INFLIGHT_SHMFD)");
+}
+
+Expected<InflightFile> Frontend::get_inflight(std::uint16_t queue_count, std::uint16_t queue_size) {
+  if (auto possible = check_inflight(); !possible)
+    return std::unexpected(std::move(possible.error()));
+  auto answer = exchange(Request::kGetInflightFd, payload_with(Inflight{.mmap_size = 0,
+                                                                        .mmap_offset = 0,
+                                                                        .queue_count = queue_count,
+                                                                        .queue_size = queue_size,
+                                                                        .padding = 0}));
+  if (!answer) return std::unexpected(std::move(answer.error()));
+  InflightFile inflight;
+  if (answer->payload.size() >= kInflightBytesMin && answer->payload.size() <= sizeof(Inflight))
+    std::memcpy(&inflight.description, answer->payload.data(), kInflightBytesMin);
+  if (answer->fds.size() != 1 || inflight.description.mmap_size == 0) {
+    return make_error(ErrorKind::kCorrupt,
+                      fmt::format("the backend answers GET_INFLIGHT_FD with {} bytes and {} "
+                                  "descriptors",
+                                  answer->payload.size(), answer->fds.size()));
+  }
+  inflight.fd = std::move(answer->fds[0]);
+  return inflight;
+}
+
+Expected<void> Frontend::set_inflight(const InflightFile& inflight) {
+  if (auto possible = check_inflight(); !possible) return possible;
+  const int fds[] = {inflight.fd.get()};
+  return command(Request::kSetInflightFd, payload_with(inflight.description), fds);
 }
 
 Expected<void> Frontend::start_ring(std::uint16_t index, const DriverQueue& queue,

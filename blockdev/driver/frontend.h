@@ -28,6 +28,13 @@ struct FrontendOptions {
   std::uint64_t protocol_features_mask{~std::uint64_t{0}};
 };
 
+// Where a backend keeps what it has in flight, so that its successor can go on (vhost-user.rst,
+// "Inflight I/O tracking"). Its owner hands it to each backend that serves the same rings.
+struct InflightFile {
+  vhost_user::UniqueFd fd;
+  vhost_user::Inflight description{};
+};
+
 class Frontend {
  public:
   // Connects to `path`. Errors: kNotFound, kPermission, kBusy (its backlog stays full), or what
@@ -59,6 +66,12 @@ class Frontend {
   Expected<void> add_region(const DriverMemory::Region& region);
   Expected<void> remove_region(const DriverMemory::Region& region);
 
+  // Has the backend make an in-flight area for so many queues of so many entries
+  // (GET_INFLIGHT_FD), and gives one to a backend, before any ring is started (SET_INFLIGHT_FD).
+  // Error: also kNotSupported without INFLIGHT_SHMFD.
+  Expected<InflightFile> get_inflight(std::uint16_t queue_count, std::uint16_t queue_size);
+  Expected<void> set_inflight(const InflightFile& inflight);
+
   // Hands the rings of `queue` to the backend and enables them. `next_avail` is where the backend
   // goes on.
   Expected<void> start_ring(std::uint16_t index, const DriverQueue& queue,
@@ -85,6 +98,12 @@ class Frontend {
  private:
   Frontend(vhost_user::UniqueFd socket, const FrontendOptions& options);
   Expected<vhost_user::Message> receive(vhost_user::Request expected);
+  // Sends and waits for the reply, descriptors included.
+  Expected<vhost_user::Message> exchange(vhost_user::Request request,
+                                         std::span<const std::byte> payload,
+                                         std::span<const int> fds = {},
+                                         std::uint32_t flags = vhost_user::kVersion);
+  [[nodiscard]] Expected<void> check_inflight() const;
   Expected<std::uint64_t> call_u64(vhost_user::Request request);
 
   vhost_user::UniqueFd socket_;

@@ -157,8 +157,11 @@ struct ImageState {
 
   // ---- Any thread.
   std::atomic<bool> is_corrupt{false};
-  // Changes of the metadata so far, and those that are known to be stable.
-  std::atomic<std::uint64_t> changes{0};
+  // Changes of the metadata so far, those that are in the file or the kernel's cache of it, and
+  // those that are known to be stable. The first stands for all that was in the file when it was
+  // opened: a process that was killed may have written it, and never flushed it.
+  std::atomic<std::uint64_t> changes{1};
+  std::atomic<std::uint64_t> written_changes{1};
   std::atomic<std::uint64_t> stable_changes{0};
   std::atomic<std::uint64_t> file_end{0};  // bytes of `file`
   TableCache l2_cache;
@@ -203,6 +206,11 @@ struct ImageState {
   }
   [[nodiscard]] bool has_backing_at(std::uint64_t guest_offset) const {
     return backing != nullptr && guest_offset < backing->size_bytes();
+  }
+  // Whether the metadata as it was at change number `change` is in the file: what a successor of
+  // this process would find there.
+  [[nodiscard]] bool is_written(std::uint64_t change) const {
+    return written_changes.load(std::memory_order_acquire) >= change;
   }
   [[nodiscard]] bool is_stable() const {
     return changes.load(std::memory_order_acquire) ==

@@ -26,6 +26,8 @@ struct Qcow2Node::ForwardedRequest {
   Qcow2Node* node{nullptr};
   ThreadState* thread{nullptr};
   unsigned epoch{0};
+  // Change of the metadata that must be written before the request completes; 0: none.
+  std::uint64_t written_first{0};
   ForwardedRequest* next_free{nullptr};
 };
 
@@ -219,6 +221,9 @@ void Qcow2Node::forward(BlockRequest& request, ThreadState& thread, unsigned epo
   forwarded.node = this;
   forwarded.thread = &thread;
   forwarded.epoch = epoch;
+  // The mapping was looked up before this is read, so the change that made it is counted in.
+  forwarded.written_first =
+      request.outlives_process ? state_.changes.load(std::memory_order_acquire) : 0;
   request.forwarded = &forwarded;
   request.offset_bytes = offset;
   request.complete = &Qcow2Node::forwarded_done;
@@ -233,9 +238,24 @@ void Qcow2Node::forwarded_done(BlockRequest& request, int error) {
   request.complete = forwarded.complete;
   request.node = &node;
   ThreadState& thread = *forwarded.thread;
+  const std::uint64_t written_first = forwarded.written_first;
   thread.leave(forwarded.epoch);
   thread.put(forwarded);
-  if (request.operation == BlockOperation::kWrite) node.flushes_.note_change();
+  if (request.operation == BlockOperation::kWrite) {
+    node.flushes_.note_change();
+    if (error == 0 && !node.state_.is_written(written_first)) {
+      node.finish_when_written(request, thread.context());
+      return;
+    }
+  }
+  request.complete(request, error);
+}
+
+// The data is written, and its mapping is still in memory alone: a successor of this process would
+// not find what the guest had been told is done. Those who wait share a write-back.
+Detached Qcow2Node::finish_when_written(BlockRequest& request, IoContext& context) {
+  const int error = co_await write_back_.run(context, request);
+  flushes_.note_change();
   request.complete(request, error);
 }
 
@@ -325,6 +345,9 @@ Detached Qcow2Node::run_request(BlockRequest& request, ThreadState& thread) {
     // What the write has changed in the mapping must be as stable as the data.
     flushes_.note_change();
     error = co_await BlockIo(*this, thread.context(), BlockOperation::kFlush, 0, 0);
+  } else if (error == 0 && request.outlives_process && request.operation != BlockOperation::kRead &&
+             !state_.is_written(state_.changes.load(std::memory_order_acquire))) {
+    error = co_await write_back_.run(thread.context(), request);
   }
   bool must_flush = false;
   {

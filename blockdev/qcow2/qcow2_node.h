@@ -126,6 +126,7 @@ class Qcow2Node final : public blockdev::BlockNode {
   void forward(BlockRequest& request, ThreadState& thread, unsigned epoch, BlockNode& child,
                std::uint64_t offset);
   void finish(BlockRequest& request, ThreadState& thread, int error);
+  blockdev::Detached finish_when_written(BlockRequest& request, IoContext& context);
   static void forwarded_done(BlockRequest& request, int error);
   void flush_as_leader(BlockRequest& leader);
   void refill_if_low(IoContext& context);

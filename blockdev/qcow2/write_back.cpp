@@ -227,6 +227,8 @@ Task<int> WriteBack::run(IoContext& context, BlockRequest& token) {
     guard.lock();
     settle(round, error, context);
   }
+  // One at a time, so the numbers only grow.
+  if (error == 0) state_.written_changes.store(until, std::memory_order_release);
   guard.unlock();
   end_turn(context);
   co_return error;

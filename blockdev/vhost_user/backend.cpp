@@ -2,15 +2,20 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <chrono>
+#include <fcntl.h>
 #include <functional>
 #include <future>
 #include <limits>
+#include <sys/mman.h>
+#include <unistd.h>
 #include <utility>
 
 #include <fmt/core.h>
 
 #include "blockdev/log.h"
+#include "blockdev/virtio/blk_wire.h"
 
 namespace vblk::vhost_user {
 
@@ -105,6 +110,10 @@ const Backend::Rule* Backend::rule_for(Request request) {
       Rule{Request::kSetBackendReqFd, 0, kU64, 1, false, &Backend::set_backend_req_fd},
       Rule{Request::kGetConfig, kConfigMin, kConfigMax, 0, true, &Backend::get_config},
       Rule{Request::kSetConfig, kConfigMin, kConfigMax, 0, false, &Backend::set_config},
+      Rule{Request::kGetInflightFd, kInflightBytesMin, sizeof(Inflight), 0, true,
+           &Backend::get_inflight_fd},
+      Rule{Request::kSetInflightFd, kInflightBytesMin, sizeof(Inflight), 1, false,
+           &Backend::set_inflight_fd},
       Rule{Request::kGetMaxMemSlots, 0, 0, 0, true, &Backend::get_max_mem_slots},
       Rule{Request::kAddMemReg, sizeof(SingleMemoryRegion), sizeof(SingleMemoryRegion), 1, false,
            &Backend::add_mem_reg},
@@ -117,10 +126,12 @@ const Backend::Rule* Backend::rule_for(Request request) {
 }
 
 Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
-                 std::span<const std::unique_ptr<blockdev::IoThread>> io_threads)
+                 std::span<const std::unique_ptr<blockdev::IoThread>> io_threads,
+                 const BackendOptions& options)
     : socket_(std::move(socket)),
       device_(device),
       io_threads_(io_threads),
+      options_(options),
       rings_(device.options().queue_count) {
   for (std::size_t i = 0; i < rings_.size(); ++i) rings_[i].index = static_cast<std::uint16_t>(i);
 }
@@ -182,8 +193,10 @@ Expected<void> Backend::acknowledge(const Message& message, const Expected<void>
   return reply_u64(message, outcome ? 0 : 1);
 }
 
-Expected<void> Backend::reply(const Message& message, std::span<const std::byte> payload) {
-  return send_message(socket_.get(), {message.header.request, kVersion | kFlagReply, 0}, payload);
+Expected<void> Backend::reply(const Message& message, std::span<const std::byte> payload,
+                              std::span<const int> fds) {
+  return send_message(socket_.get(), {message.header.request, kVersion | kFlagReply, 0}, payload,
+                      fds);
 }
 
 Expected<void> Backend::reply_u64(const Message& message, std::uint64_t value) {
@@ -208,6 +221,7 @@ Expected<void> Backend::set_features(Message& message) {
     auto set = device_.set_features(features & ~bit(kFProtocolFeatures));
     if (!set) return set;
     features_ = features;
+    carry_writeback_over();
     // "the back-end must enable all rings immediately" ("Ring states").
     if ((features & bit(kFProtocolFeatures)) == 0) {
       for (Ring& ring : rings_) ring.enabled = true;
@@ -219,15 +233,18 @@ Expected<void> Backend::set_features(Message& message) {
 Expected<void> Backend::accept_silently(Message& /*message*/) { return {}; }
 
 Expected<void> Backend::get_protocol_features(Message& message) {
-  return reply_u64(message, kOfferedProtocolFeatures);
+  return reply_u64(message, offered_protocol_features());
+}
+
+std::uint64_t Backend::offered_protocol_features() const {
+  return kOfferedProtocolFeatures |
+         (options_.offers_recovery ? bit(kProtocolFInflightShmfd) : std::uint64_t{0});
 }
 
 Expected<void> Backend::set_protocol_features(Message& message) {
   const auto features = payload_of<std::uint64_t>(message);
-  if ((features & ~kOfferedProtocolFeatures) != 0) {
-    return refused(
-        fmt::format("bits {:#x} were not offered", features & ~kOfferedProtocolFeatures));
-  }
+  const std::uint64_t surplus = features & ~offered_protocol_features();
+  if (surplus != 0) return refused(fmt::format("bits {:#x} were not offered", surplus));
   protocol_features_ = features;
   return {};
 }
@@ -276,7 +293,10 @@ Expected<void> Backend::set_config(Message& message) {
   if (head.size_bytes != bytes.size()) {
     return refused(fmt::format("announces {} bytes and brings {}", head.size_bytes, bytes.size()));
   }
-  return device_.write_config(head.offset, bytes);
+  auto written = device_.write_config(head.offset, bytes);
+  // Only `writeback` can be written.
+  if (written && inflight_ != nullptr) inflight_->keep_writeback(!device_.write_through());
+  return written;
 }
 
 // ---- Memory
@@ -345,6 +365,92 @@ Expected<void> Backend::get_max_mem_slots(Message& message) {
   return reply_u64(message, virtio::GuestMemory::kMaxRegions);
 }
 
+// ---- Requests in flight
+
+namespace {
+
+// A file that nobody can shorten or lengthen. It is zeroes: regions that are not initialized yet.
+Expected<UniqueFd> make_inflight_file(std::uint64_t size_bytes) {
+  UniqueFd fd(::memfd_create("vblk-inflight", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0 ||
+      ::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) != 0) {
+    const int error = errno;
+    return make_error(kind_of_errno(error),
+                      fmt::format("cannot make {} bytes of memory for the requests in flight: {}",
+                                  size_bytes, describe_errno(error)),
+                      error);
+  }
+  return fd;
+}
+
+}  // namespace
+
+Expected<virtio::InflightDescription> Backend::inflight_description(const Message& message) const {
+  if (!negotiated_protocol(kProtocolFInflightShmfd))
+    return refused("INFLIGHT_SHMFD was not negotiated");
+  Inflight wire{};
+  std::memcpy(&wire, message.payload.data(), kInflightBytesMin);
+  if (wire.queue_count == 0 || wire.queue_count > rings_.size()) {
+    return refused(fmt::format("for {} queues; there are {}", wire.queue_count, rings_.size()));
+  }
+  if (wire.queue_size == 0 || wire.queue_size > device_.options().queue_size_max) {
+    return refused(fmt::format("for queues of {} entries; up to {} are taken, see --queue-size",
+                               wire.queue_size, device_.options().queue_size_max));
+  }
+  return virtio::InflightDescription{.size_bytes = wire.mmap_size,
+                                     .offset_bytes = wire.mmap_offset,
+                                     .queue_count = wire.queue_count,
+                                     .queue_size = wire.queue_size};
+}
+
+// The file is the frontend's from here on; it comes back by SET_INFLIGHT_FD, now and to whoever
+// serves this disk after us.
+Expected<void> Backend::get_inflight_fd(Message& message) {
+  const auto wanted = inflight_description(message);
+  if (!wanted) return std::unexpected(wanted.error());
+  const std::uint64_t size_bytes =
+      virtio::InflightArea::bytes_for(wanted->queue_count, wanted->queue_size);
+  const auto file = make_inflight_file(size_bytes);
+  if (!file) return std::unexpected(file.error());
+  std::vector<std::byte> payload;
+  append(payload, Inflight{.mmap_size = size_bytes,
+                           .mmap_offset = 0,
+                           .queue_count = wanted->queue_count,
+                           .queue_size = wanted->queue_size,
+                           .padding = 0});
+  payload.resize(message.payload.size());  // with or without the padding, as it was asked
+  const int fds[] = {file->get()};
+  return reply(message, payload, fds);
+}
+
+Expected<void> Backend::set_inflight_fd(Message& message) {
+  if (message.fds.empty()) return refused("no descriptor comes with it");
+  const auto description = inflight_description(message);
+  if (!description) return std::unexpected(description.error());
+  // What is in flight now would be in flight in the old area.
+  for (const Ring& ring : rings_) {
+    if (ring.queue != nullptr) return refused(fmt::format("queue {} is running", ring.index));
+  }
+  auto area = virtio::InflightArea::map(message.fds[0].get(), *description);
+  if (!area) return std::unexpected(std::move(area.error()));
+  inflight_ = std::move(*area);
+  carry_writeback_over();
+  return {};
+}
+
+// A driver reads and sets `writeback` once; a frontend that goes on with another backend does not
+// repeat it, and the other backend may have been started with another cache mode.
+void Backend::carry_writeback_over() {
+  const bool can_be_set =
+      (device_.negotiated_features() & virtio::feature_bit(virtio::kBlkFConfigWce)) != 0;
+  if (inflight_ == nullptr || !can_be_set) return;
+  const auto writeback = inflight_->writeback();
+  if (!writeback) return inflight_->keep_writeback(!device_.write_through());
+  const std::byte value{*writeback ? std::uint8_t{1} : std::uint8_t{0}};
+  [[maybe_unused]] const auto written =
+      device_.write_config(virtio::kBlkConfigWriteback, {&value, 1});
+}
+
 // ---- Rings
 
 Expected<Backend::Ring*> Backend::ring_at(std::uint64_t index) {
@@ -371,7 +477,8 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .used_address = ring.addresses.used_user_address,
                                     .kick_fd = ring.kick.get(),
                                     .call_fd = ring.call.get(),
-                                    .error_fd = ring.error.get()};
+                                    .error_fd = ring.error.get(),
+                                    .inflight = inflight_};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
   run_on(thread, [&] {

@@ -29,6 +29,7 @@
 #include "blockdev/virtio/blk_device.h"
 #include "blockdev/virtio/blk_queue.h"
 #include "blockdev/virtio/guest_memory.h"
+#include "blockdev/virtio/inflight_area.h"
 
 namespace vblk::vhost_user {
 
@@ -40,11 +41,19 @@ struct RingStatus {
   virtio::BlkQueueStatistics statistics;
 };
 
+struct BackendOptions {
+  // INFLIGHT_SHMFD: frontends may have what is in flight carried over to the next backend. The disk
+  // then has to outlive this process with every change that it completes, which may cost it
+  // something (BlockRequest::outlives_process).
+  bool offers_recovery{true};
+};
+
 class Backend {
  public:
   // All must outlive the backend. `socket` is the connection.
   Backend(UniqueFd socket, virtio::BlkDevice& device,
-          std::span<const std::unique_ptr<blockdev::IoThread>> io_threads);
+          std::span<const std::unique_ptr<blockdev::IoThread>> io_threads,
+          const BackendOptions& options = {});
   // Stops the rings, waits for what is in flight, and resets the device for the next frontend.
   ~Backend();
   Backend(const Backend&) = delete;
@@ -83,7 +92,8 @@ class Backend {
   Expected<void> handle(Message& message);
   Expected<void> check(const Rule& rule, const Message& message) const;
   Expected<void> acknowledge(const Message& message, const Expected<void>& outcome);
-  Expected<void> reply(const Message& message, std::span<const std::byte> payload);
+  Expected<void> reply(const Message& message, std::span<const std::byte> payload,
+                       std::span<const int> fds = {});
   Expected<void> reply_u64(const Message& message, std::uint64_t value);
 
   Expected<void> get_features(Message& message);
@@ -107,6 +117,10 @@ class Backend {
   Expected<void> set_backend_req_fd(Message& message);
   Expected<void> get_config(Message& message);
   Expected<void> set_config(Message& message);
+  Expected<void> get_inflight_fd(Message& message);
+  Expected<void> set_inflight_fd(Message& message);
+  Expected<virtio::InflightDescription> inflight_description(const Message& message) const;
+  void carry_writeback_over();
 
   Expected<Ring*> ring_at(std::uint64_t index);
   [[nodiscard]] blockdev::IoThread& thread_of(const Ring& ring) const;
@@ -116,15 +130,18 @@ class Backend {
   Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
+  [[nodiscard]] std::uint64_t offered_protocol_features() const;
 
   UniqueFd socket_;
   UniqueFd backend_channel_;
   virtio::BlkDevice& device_;
   std::span<const std::unique_ptr<blockdev::IoThread>> io_threads_;
+  const BackendOptions options_;
   MessageReader reader_;
   std::uint64_t features_{0};  // VHOST_USER_F_PROTOCOL_FEATURES included
   std::uint64_t protocol_features_{0};
   std::shared_ptr<const virtio::GuestMemory> memory_;
+  std::shared_ptr<const virtio::InflightArea> inflight_;  // none before SET_INFLIGHT_FD
   std::vector<Ring> rings_;
 };
 

@@ -46,6 +46,10 @@ std::string_view name_of(Request request) {
       return "GET_CONFIG";
     case Request::kSetConfig:
       return "SET_CONFIG";
+    case Request::kGetInflightFd:
+      return "GET_INFLIGHT_FD";
+    case Request::kSetInflightFd:
+      return "SET_INFLIGHT_FD";
     case Request::kGetMaxMemSlots:
       return "GET_MAX_MEM_SLOTS";
     case Request::kAddMemReg:

@@ -39,6 +39,8 @@ enum class Request : std::uint32_t {
   kSetBackendReqFd = 21,
   kGetConfig = 24,
   kSetConfig = 25,
+  kGetInflightFd = 31,
+  kSetInflightFd = 32,
   kGetMaxMemSlots = 36,
   kAddMemReg = 37,
   kRemMemReg = 38,
@@ -61,6 +63,7 @@ inline constexpr unsigned kProtocolFMq = 0;
 inline constexpr unsigned kProtocolFReplyAck = 3;
 inline constexpr unsigned kProtocolFBackendReq = 5;
 inline constexpr unsigned kProtocolFConfig = 9;
+inline constexpr unsigned kProtocolFInflightShmfd = 12;
 inline constexpr unsigned kProtocolFConfigureMemSlots = 15;
 
 // "Header": request, flags, size; 32 bits each.
@@ -119,10 +122,20 @@ struct ConfigHead {
   std::uint32_t size_bytes;
   std::uint32_t flags;
 };
+// "Inflight description": 20 bytes, or 24 where its C structure is sent with the padding at its
+// end, as QEMU does, which also takes no other answer. kInflightBytesMin says which are looked at.
+struct Inflight {
+  std::uint64_t mmap_size;
+  std::uint64_t mmap_offset;
+  std::uint16_t queue_count;
+  std::uint16_t queue_size;
+  std::uint32_t padding;
+};
+inline constexpr std::size_t kInflightBytesMin = 20;
 static_assert(sizeof(VringState) == 8 && sizeof(VringAddress) == 40 &&
               sizeof(MemoryRegionDescription) == 32);
 static_assert(sizeof(SingleMemoryRegion) == 40 && sizeof(MemoryTableHead) == 8 &&
-              sizeof(ConfigHead) == 12);
+              sizeof(ConfigHead) == 12 && sizeof(Inflight) == 24);
 
 // A payload as bytes, front to back.
 template <typename T>

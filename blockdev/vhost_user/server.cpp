@@ -3,6 +3,7 @@
 #include <cassert>
 #include <cerrno>
 #include <chrono>
+#include <fcntl.h>
 #include <functional>
 #include <future>
 #include <optional>
@@ -44,6 +45,7 @@ struct Server::State {
 
   virtio::BlkDevice& device;
   const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads;
+  BackendOptions backend_options;
   std::optional<blockdev::UnixListener> listener;
   UniqueFd inherited;  // listening
   int listening_fd{-1};
@@ -84,10 +86,20 @@ Expected<std::unique_ptr<Server>> Server::create(
     const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads) {
   assert(!io_threads.empty());
   auto state = std::make_unique<State>(device, io_threads);
+  state->backend_options = options.backend;
   if (options.socket_fd >= 0) {
     const auto listens = is_listening(options.socket_fd);
     if (!listens) return std::unexpected(listens.error());
+    if (!*listens && options.socket_must_listen) {
+      return make_error(
+          ErrorKind::kInvalidArgument,
+          fmt::format("descriptor {} is a socket that does not listen; let the socket "
+                      "unit have ListenStream= and Accept=no",
+                      options.socket_fd));
+    }
     if (*listens) {
+      // Somebody else who has the socket may accept first.
+      ::fcntl(options.socket_fd, F_SETFL, ::fcntl(options.socket_fd, F_GETFL) | O_NONBLOCK);
       state->inherited.reset(options.socket_fd);
       state->listening_fd = options.socket_fd;
     } else {
@@ -147,7 +159,7 @@ void Server::State::accept_later() {
 void Server::State::connect(UniqueFd socket) {
   if (log::peer_line_allowed()) log::info("a frontend has connected");
   connection.assign(socket.get());
-  backend = std::make_unique<Backend>(std::move(socket), device, io_threads);
+  backend = std::make_unique<Backend>(std::move(socket), device, io_threads, backend_options);
   wait_for_message();
 }
 

@@ -21,8 +21,10 @@
 namespace vblk::vhost_user {
 
 struct ServerOptions {
-  std::string socket_path;  // listen here; or
-  int socket_fd{-1};        // an inherited socket, listening or connected; taken over
+  std::string socket_path;         // listen here; or
+  int socket_fd{-1};               // an inherited socket, listening or connected; taken over
+  bool socket_must_listen{false};  // a connected one is refused
+  BackendOptions backend;
 };
 
 struct ServerStatus {

@@ -19,6 +19,8 @@
 #include "blockdev/virtio/blk_request.h"
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/guest_memory_guard.h"
+#include "blockdev/virtio/inflight_region.h"
+#include "blockdev/virtio/little_endian.h"
 #include "blockdev/virtio/virtqueue.h"
 
 namespace vblk::virtio {
@@ -136,27 +138,36 @@ struct BlkQueue::Slot : blockdev::BlockRequest {
 
 namespace {
 constexpr const char* kMemoryGone = "guest memory has been taken away under the queue";
+constexpr const char* kInflightGone = "the in-flight area has been taken away under the queue";
 }  // namespace
 
 struct BlkQueue::State {
   State(BlkDevice& blk_device, blockdev::IoContext& io_context,
         std::shared_ptr<const GuestMemory> guest_memory, const Virtqueue::Layout& layout,
-        std::uint16_t queue_index)
+        const BlkQueueSetup& setup, InflightRecovery recovery)
       : device(blk_device),
         context(io_context),
         memory(std::move(guest_memory)),
+        inflight(setup.inflight),
         ring(layout, *memory),
-        index(queue_index),
+        index(setup.index),
+        is_resumed(!recovery.is_fresh),
+        recovered_heads(std::move(recovery.heads)),
+        is_recovering(!recovered_heads.empty()),
         iovecs(layout.size, room_per_slot(layout.size)),
         slots(layout.size),
         attachment(io_context, blk_device.node(), *memory) {
     for (std::size_t i = 0; i < slots.size(); ++i) {
       slots[i].queue = this;
       slots[i].head = static_cast<std::uint16_t>(i);
+      // Whoever goes on after us must find what the driver was told is done.
+      slots[i].outlives_process = inflight != nullptr;
     }
   }
 
   bool pop_one();
+  std::size_t recover_one();
+  bool start_request(std::uint16_t head, const Chain& chain);
   void dispatch(Slot& slot, const BlkCommand& command);
   void submit_transfer(Slot& slot, blockdev::BlockOperation operation, const BlkCommand& command);
   void submit_segment(Slot& slot);
@@ -173,8 +184,13 @@ struct BlkQueue::State {
   blockdev::IoContext& context;
   blockdev::Poller* poller{nullptr};  // the queue itself, as the loop knows it
   std::shared_ptr<const GuestMemory> memory;
+  std::shared_ptr<const InflightArea> inflight;  // may be none
   Virtqueue ring;
   const std::uint16_t index;
+  const bool is_resumed;                             // goes on where a predecessor stopped
+  const std::vector<std::uint16_t> recovered_heads;  // to be taken again, in this order
+  std::size_t next_recovered{0};
+  bool is_recovering;  // until the last of them has completed
   IovecArena iovecs;
   std::vector<Slot> slots;  // by head index; never resized
   Attachment attachment;
@@ -204,7 +220,7 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
     return bad(fmt::format("size {} is no power of two up to {}", setup.size,
                            device.options().queue_size_max));
   }
-  const Virtqueue::Layout layout{
+  Virtqueue::Layout layout{
       .descriptor_table =
           memory->translate_user(setup.descriptor_address, descriptor_table_bytes(setup.size)),
       .avail_ring = memory->translate_user(setup.avail_address, avail_ring_bytes(setup.size)),
@@ -226,8 +242,25 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
   if (is_bad(layout.used_ring, 4))
     return bad(fmt::format("used ring at {:#x} is outside guest memory or not aligned",
                            setup.used_address));
+  InflightRecovery recovery;
+  if (setup.inflight != nullptr) {
+    if (setup.index >= setup.inflight->queue_count()) {
+      return bad(fmt::format("the in-flight area is for {} queues", setup.inflight->queue_count()));
+    }
+    layout.inflight = setup.inflight->region(setup.index);
+    auto recovered = layout.inflight.recover(
+        load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset), setup.size);
+    if (!recovered) return bad(recovered.error().message);
+    recovery = std::move(*recovered);
+    if (!recovery.is_fresh) layout.next_avail = recovery.next_avail;
+  }
+  if (!recovery.heads.empty() && log::peer_line_allowed()) {
+    log::info("queue {}: {} requests were in flight when a predecessor ended; they are done again",
+              setup.index, recovery.heads.size());
+  }
   try {
-    auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup.index);
+    auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup,
+                                         std::move(recovery));
     state->attachment.announce();
     std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
     queue->set_call_fd(setup.call_fd);
@@ -248,7 +281,7 @@ BlkQueue::BlkQueue(std::unique_ptr<State> state) : state_(std::move(state)) {
 }
 
 BlkQueue::~BlkQueue() {
-  assert(state_->in_flight == 0 && "stop() before destruction");
+  assert(in_flight() == 0 && "stop() before destruction");
   state_->context.loop().remove_poller(*this);
 }
 
@@ -263,6 +296,9 @@ void BlkQueue::stop(std::move_only_function<void()> stopped) {
 void BlkQueue::set_call_fd(int fd) {
   make_non_blocking(fd);
   state_->call_fd = fd;
+  // A predecessor may have died between what it published and its interrupt, or have sent that to
+  // another descriptor. One too many is harmless; one too few hangs the guest.
+  if (state_->is_resumed) signal(fd);
 }
 
 void BlkQueue::set_error_fd(int fd) {
@@ -297,12 +333,16 @@ void BlkQueue::State::watch_kicks() {
 }
 
 bool BlkQueue::broken() const { return state_->is_broken; }
-std::size_t BlkQueue::in_flight() const { return state_->in_flight; }
+std::size_t BlkQueue::in_flight() const {
+  return state_->in_flight + state_->recovered_heads.size() - state_->next_recovered;
+}
 std::uint16_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
 const BlkQueueStatistics& BlkQueue::statistics() const { return state_->statistics; }
 
 std::size_t BlkQueue::poll() {
-  if (state_->stopping || state_->is_broken) return 0;
+  if (state_->is_broken) return 0;
+  if (state_->is_recovering) return state_->recover_one();
+  if (state_->stopping) return 0;
   state_->check_memory();
   unsigned count = 0;
   while (count < kPopsPerPoll && !state_->is_broken && state_->pop_one()) ++count;
@@ -315,7 +355,7 @@ void BlkQueue::settle() {
     ++state.statistics.interrupts;
     signal(state.call_fd);
   }
-  if (state.stopping && state.in_flight == 0 && state.stopped) {
+  if (state.stopping && state.in_flight == 0 && !state.is_recovering && state.stopped) {
     // Whoever runs the ring next may wait for a kick at once. The last access to guest memory.
     static_cast<void>(state.ring.enable_notifications());
     // Not called from here: it may destroy this queue.
@@ -327,6 +367,8 @@ bool BlkQueue::prepare_to_sleep() {
   // A stop that settle() has not seen yet: stop() may be called between the cycle and the sleep.
   if (state_->stopping) return state_->in_flight > 0 || !state_->stopped;
   if (state_->is_broken) return true;
+  // The next one's turn comes with a completion; new ones are not looked for.
+  if (state_->is_recovering) return state_->in_flight > 0;
   // Nothing would end the sleep ("if the invalid FD flag is set ... polling should be used").
   if (state_->kick_fd < 0) return false;
   return state_->ring.enable_notifications();
@@ -337,28 +379,15 @@ void BlkQueue::wake_up() {
   state_->ring.disable_notifications();
 }
 
-// Takes one chain off the ring and starts it. False if there is none, or the ring is broken.
-bool BlkQueue::State::pop_one() {
-  Chain chain;
-  // A slot and its room are found by the head, so that is asked first.
-  const auto head = ring.peek_head();
-  if (!head) {
-    if (ring.broken_reason() != nullptr) break_ring(ring.broken_reason());
-    return false;
-  }
-  Slot& slot = slots[*head];
-  if (slot.busy) {
-    break_ring("a descriptor chain is made available again while it is in flight");
-    return false;
-  }
-  if (ring.pop(iovecs.room(*head), chain) == Virtqueue::Pop::kBroken) {
-    break_ring(ring.broken_reason());
-    return false;
-  }
+// False: the chain cannot be answered, and the ring is broken. Inline, because one of its two
+// callers starts every request.
+[[gnu::always_inline]] inline bool BlkQueue::State::start_request(std::uint16_t head,
+                                                                  const Chain& chain) {
   if (chain.last_writable_byte == nullptr) {
     break_ring("a request has no place for its status byte");
     return false;
   }
+  Slot& slot = slots[head];
   slot.busy = true;
   slot.status = chain.last_writable_byte;
   slot.writable_bytes = chain.problem == nullptr ? chain.writable_bytes : 0;
@@ -371,6 +400,47 @@ bool BlkQueue::State::pop_one() {
     dispatch(slot, parse_blk_request(chain, limits(), slot.segments));
   }
   return true;
+}
+
+// Takes the next of a predecessor's requests when the one before has completed. Whether something
+// was done, as a number.
+std::size_t BlkQueue::State::recover_one() {
+  if (in_flight > 0) return 0;
+  if (next_recovered == recovered_heads.size()) {
+    is_recovering = false;
+    return 1;
+  }
+  check_memory();
+  if (is_broken) return 0;
+  const std::uint16_t head = recovered_heads[next_recovered];
+  Chain chain;
+  if (ring.take_again(head, iovecs.room(head), chain) == Virtqueue::Pop::kBroken) {
+    break_ring(ring.broken_reason());
+    return 0;
+  }
+  ++next_recovered;
+  ++statistics.recovered;
+  return start_request(head, chain) ? 1 : 0;
+}
+
+// Takes one chain off the ring and starts it. False if there is none, or the ring is broken.
+bool BlkQueue::State::pop_one() {
+  Chain chain;
+  // A slot and its room are found by the head, so that is asked first.
+  const auto head = ring.peek_head();
+  if (!head) {
+    if (ring.broken_reason() != nullptr) break_ring(ring.broken_reason());
+    return false;
+  }
+  if (slots[*head].busy) {
+    break_ring("a descriptor chain is made available again while it is in flight");
+    return false;
+  }
+  if (ring.pop(iovecs.room(*head), chain) == Virtqueue::Pop::kBroken) {
+    break_ring(ring.broken_reason());
+    return false;
+  }
+  return start_request(*head, chain);
 }
 
 BlkRequestLimits BlkQueue::State::limits() const {
@@ -471,6 +541,7 @@ void BlkQueue::State::check_memory() {
   const std::uint64_t faults = guarded_memory_fault_count();
   if (faults == std::exchange(faults_seen, faults)) return;
   if (memory->faulted()) break_ring(kMemoryGone);
+  if (inflight != nullptr && inflight->faulted()) break_ring(kInflightGone);
 }
 
 // "The ring is stopped and its error descriptor signalled": the driver has to reset the device.
@@ -478,6 +549,9 @@ void BlkQueue::State::check_memory() {
 void BlkQueue::State::break_ring(const char* reason) {
   memory_gone |= memory->faulted();
   if (memory_gone) reason = kMemoryGone;
+  // Nobody waits for what would have been taken again.
+  next_recovered = recovered_heads.size();
+  is_recovering = false;
   if (std::exchange(is_broken, true)) return;
   if (log::peer_line_allowed())
     log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);

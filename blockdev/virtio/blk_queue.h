@@ -5,6 +5,14 @@
 // found by the chain's head index. poll() pops every available chain; completions push used
 // entries; settle() publishes them at once and interrupts if the driver asked.
 //
+// A queue whose in-flight area says that a predecessor has died takes that one's requests again,
+// before anything from the avail ring, and one after another, in the order in which they were
+// popped: the next is submitted when the one before has completed. Engines run requests side by
+// side, and of two writes to the same place the last one popped would then not be the last one
+// done; nor can the queue see which requests touch each other, for a format may map them to the
+// same cluster. It costs the time of a queue's worth of requests, once. New requests that the
+// driver sends meanwhile wait, as requests do at a disk that is slow for a moment.
+//
 // Threads: all calls on the I/O thread that owns the queue, except where noted. The kick eventfd
 // only ends a sleep; while the loop is awake the avail ring is looked at directly and kicks are
 // suppressed.
@@ -20,6 +28,7 @@
 #include "blockdev/io_loop.h"
 #include "blockdev/virtio/blk_device.h"
 #include "blockdev/virtio/guest_memory.h"
+#include "blockdev/virtio/inflight_area.h"
 
 namespace vblk::virtio {
 
@@ -34,11 +43,14 @@ struct BlkQueueSetup {
   int kick_fd{-1};   // -1: polled only, the loop never sleeps; stays the caller's
   int call_fd{-1};   // -1: no interrupts; stays the caller's
   int error_fd{-1};  // signalled when the ring is broken; stays the caller's
+  // Where what is in flight is kept for a successor (SET_INFLIGHT_FD); nullptr: nowhere.
+  std::shared_ptr<const InflightArea> inflight{};
 };
 
 // Counters since the queue started; read on the I/O thread.
 struct BlkQueueStatistics {
   std::uint64_t requests{0};
+  std::uint64_t recovered{0};    // of those: a predecessor had them in flight
   std::uint64_t errors{0};       // completed with IOERR
   std::uint64_t unsupported{0};  // completed with UNSUPP
   std::uint64_t interrupts{0};
@@ -49,16 +61,17 @@ class BlkQueue final : public blockdev::Poller {
  public:
   // Checks the ring's addresses against `memory`, prepares the slots and registers with
   // `context.loop()`. `device` and `context` must outlive the queue.
-  // Error: kInvalidArgument naming the address that is wrong; kExhausted.
+  // Error: kInvalidArgument naming the address that is wrong, or what is wrong with its part of the
+  // in-flight area; kExhausted.
   static Expected<std::unique_ptr<BlkQueue>> start(BlkDevice& device, blockdev::IoContext& context,
                                                    std::shared_ptr<const GuestMemory> memory,
                                                    const BlkQueueSetup& setup);
   // Requires in_flight() == 0 (asserted): stop() first.
   ~BlkQueue() override;
 
-  // Stops popping; `stopped` runs from the loop once nothing is in flight and all used entries are
-  // published. next_avail() is then final, and guest memory is not touched any more. Once
-  // (asserted).
+  // Stops popping; `stopped` runs from the loop once nothing is in flight, a predecessor's requests
+  // included, and all used entries are published. next_avail() is then final, and guest memory is
+  // not touched any more. Once (asserted).
   void stop(std::move_only_function<void()> stopped);
 
   // SET_VRING_CALL, SET_VRING_ERR and SET_VRING_KICK on a running ring. -1 turns the signal off.
@@ -68,6 +81,7 @@ class BlkQueue final : public blockdev::Poller {
 
   // The ring is broken (a malformed avail ring or chain without reachable status): it pops no more.
   [[nodiscard]] bool broken() const;
+  // A predecessor's requests included, which wait for their turn.
   [[nodiscard]] std::size_t in_flight() const;
   [[nodiscard]] std::uint16_t next_avail() const;
   [[nodiscard]] const BlkQueueStatistics& statistics() const;

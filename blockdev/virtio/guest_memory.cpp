@@ -1,18 +1,10 @@
 #include "blockdev/virtio/guest_memory.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <limits>
-#include <linux/magic.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
-#include <unistd.h>
 #include <utility>
 
 #include <fmt/format.h>
-
-#include "blockdev/virtio/guest_memory_guard.h"
 
 namespace vblk::virtio {
 
@@ -30,35 +22,6 @@ bool contains(std::uint64_t start, std::uint64_t size_bytes, std::uint64_t addre
   return offset_bytes <= size_bytes && length_bytes <= size_bytes - offset_bytes;
 }
 
-// Mappings of hugetlbfs files start and end on huge pages.
-std::size_t page_bytes_of(int fd) {
-  struct statfs file_system{};
-  if (::fstatfs(fd, &file_system) == 0 && file_system.f_type == HUGETLBFS_MAGIC)
-    return static_cast<std::size_t>(file_system.f_bsize);
-  return static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-}
-
-Expected<void> check_file(int fd, std::uint64_t size_bytes, std::uint64_t mmap_offset) {
-  struct stat status{};
-  if (::fstat(fd, &status) != 0) {
-    const int error = errno;
-    return make_error(ErrorKind::kInvalidArgument,
-                      "cannot map guest memory: " + describe_errno(error), error);
-  }
-  if (!S_ISREG(status.st_mode))
-    return make_error(ErrorKind::kInvalidArgument,
-                      "cannot map guest memory: its descriptor is not a file (memfd, shm, "
-                      "hugetlbfs); share the guest's memory by one");
-  const auto file_bytes = static_cast<std::uint64_t>(status.st_size);
-  if (!contains(0, file_bytes, mmap_offset, size_bytes))
-    return make_error(
-        ErrorKind::kInvalidArgument,
-        fmt::format("cannot map guest memory: {} bytes at offset {} do not lie in its file of {} "
-                    "bytes",
-                    size_bytes, mmap_offset, file_bytes));
-  return {};
-}
-
 }  // namespace
 
 Expected<std::shared_ptr<const MemoryRegion>> MemoryRegion::map(int fd, std::uint64_t guest_address,
@@ -71,35 +34,14 @@ Expected<std::shared_ptr<const MemoryRegion>> MemoryRegion::map(int fd, std::uin
                       fmt::format("cannot map guest memory: region at {:#x} of {:#x} bytes is "
                                   "empty or wraps around",
                                   guest_address, size_bytes));
-  if (auto checked = check_file(fd, size_bytes, mmap_offset); !checked)
-    return std::unexpected(checked.error());
-
-  // Rounded outwards to pages. Neither sum overflows: the range lies in a file, below 2^63.
-  const std::size_t page_bytes = page_bytes_of(fd);
-  const std::uint64_t map_begin = mmap_offset & ~(std::uint64_t{page_bytes} - 1);
-  const std::uint64_t map_end =
-      (mmap_offset + size_bytes + page_bytes - 1) & ~(std::uint64_t{page_bytes} - 1);
-  void* const mapping = ::mmap(nullptr, map_end - map_begin, PROT_READ | PROT_WRITE,
-                               MAP_SHARED | MAP_NORESERVE, fd, static_cast<off_t>(map_begin));
-  if (mapping == MAP_FAILED) {
-    const int error = errno;
-    return make_error(
-        kind_of_errno(error),
-        fmt::format("cannot map {} bytes of guest memory: {}", size_bytes, describe_errno(error)),
-        error);
-  }
+  auto mapping = SharedMapping::map(fd, size_bytes, mmap_offset, "guest memory");
+  if (!mapping) return std::unexpected(std::move(mapping.error()));
   std::shared_ptr<MemoryRegion> region(new MemoryRegion());
   region->guest_address_ = guest_address;
   region->size_bytes_ = size_bytes;
   region->user_address_ = user_address;
-  region->mapping_ = mapping;
-  region->mapping_bytes_ = map_end - map_begin;
-  region->host_ = static_cast<std::byte*>(mapping) + (mmap_offset - map_begin);
-  region->guard_entry_ = guard_memory(mapping, region->mapping_bytes_, page_bytes);
-  if (region->guard_entry_ < 0)
-    return make_error(ErrorKind::kExhausted,
-                      fmt::format("cannot guard guest memory: {} regions are mapped already",
-                                  kGuardedMappingsMax));
+  region->host_ = mapping->host();
+  region->mapping_ = std::move(*mapping);
   return region;
 }
 
@@ -112,15 +54,6 @@ std::shared_ptr<const MemoryRegion> MemoryRegion::wrap(std::byte* host, std::uin
   region->user_address_ = user_address;
   region->host_ = host;
   return region;
-}
-
-MemoryRegion::~MemoryRegion() {
-  if (guard_entry_ >= 0) unguard_memory(guard_entry_);
-  if (mapping_ != nullptr) ::munmap(mapping_, mapping_bytes_);
-}
-
-bool MemoryRegion::faulted() const {
-  return guard_entry_ >= 0 && guarded_memory_faulted(guard_entry_);
 }
 
 Expected<std::shared_ptr<const GuestMemory>> GuestMemory::create(

@@ -4,9 +4,7 @@
 // queues are quiesced before the old mappings go (vhost_user/). Bytes inside are hostile and change
 // under our feet: read each once, into a copy.
 //
-// A frontend can also shrink the file behind a region after we mapped it; touching it would kill
-// the process with SIGBUS. The guard (guest_memory_guard.h) turns that into a flag on the
-// region.
+// A frontend can also shrink the file behind a region after we mapped it: shared_mapping.h.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +15,7 @@
 #include <vector>
 
 #include "aio/error.h"
-#include "blockdev/virtio/guest_memory_guard.h"
+#include "blockdev/virtio/shared_mapping.h"
 
 namespace vblk::virtio {
 
@@ -34,7 +32,6 @@ class MemoryRegion {
   static std::shared_ptr<const MemoryRegion> wrap(std::byte* host, std::uint64_t guest_address,
                                                   std::uint64_t size_bytes,
                                                   std::uint64_t user_address);
-  ~MemoryRegion();
   MemoryRegion(const MemoryRegion&) = delete;
   MemoryRegion& operator=(const MemoryRegion&) = delete;
 
@@ -42,9 +39,8 @@ class MemoryRegion {
   [[nodiscard]] std::uint64_t size_bytes() const { return size_bytes_; }
   [[nodiscard]] std::uint64_t user_address() const { return user_address_; }
   [[nodiscard]] std::byte* host() const { return host_; }
-  // Whether the file was shrunk and a page that is gone was touched: since then the region holds
-  // zeroes there, and whoever shared it must be cut off. Any thread.
-  [[nodiscard]] bool faulted() const;
+  // As SharedMapping::faulted().
+  [[nodiscard]] bool faulted() const { return mapping_.faulted(); }
 
  private:
   MemoryRegion() = default;
@@ -52,9 +48,7 @@ class MemoryRegion {
   std::uint64_t size_bytes_{0};
   std::uint64_t user_address_{0};  // the frontend's virtual address of the region
   std::byte* host_{nullptr};
-  void* mapping_{nullptr};  // what to unmap: page-aligned, so it may start before `host_`
-  std::size_t mapping_bytes_{0};
-  int guard_entry_{-1};  // guest_memory_guard.h
+  SharedMapping mapping_;  // nothing where the region is wrapped
 };
 
 class GuestMemory {

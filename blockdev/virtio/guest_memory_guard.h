@@ -19,8 +19,8 @@
 namespace vblk::virtio {
 
 // Regions guarded at once in this process: two tables of GuestMemory::kMaxRegions (a new one is
-// mapped before the old one goes) for each of two connections.
-inline constexpr std::size_t kGuardedMappingsMax = std::size_t{2} * 2 * 512;
+// mapped before the old one goes) for each of two connections, and so two in-flight areas.
+inline constexpr std::size_t kGuardedMappingsMax = std::size_t{2} * 2 * (512 + 1);
 
 // Guards [begin, begin + size_bytes), both multiples of `page_bytes`. Installs the handler first
 // time. Returns the entry, or -1 if the table is full. Any thread.

@@ -37,6 +37,7 @@ struct Virtqueue::Walk {
 Virtqueue::Virtqueue(const Layout& layout, const GuestMemory& memory)
     : layout_(layout),
       translator_(memory),
+      inflight_(layout.inflight),
       next_avail_(layout.next_avail),
       avail_index_(layout.next_avail),
       used_index_(load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset)),
@@ -77,10 +78,10 @@ std::optional<std::uint16_t> Virtqueue::peek_head() {
   return std::nullopt;
 }
 
-Virtqueue::Pop Virtqueue::pop(std::span<iovec> room, Chain& chain) {
+// Inline, because one of its two callers pops every request.
+[[gnu::always_inline]] inline Virtqueue::Pop Virtqueue::take(std::span<iovec> room, Chain& chain) {
   Walk state{.room = room};
   if (!walk(state)) return Pop::kBroken;
-  ++next_avail_;
   chain = {.head = head_,
            .readable = room.first(state.readable_count),
            .writable = room.subspan(state.readable_count, state.used_count - state.readable_count),
@@ -89,6 +90,18 @@ Virtqueue::Pop Virtqueue::pop(std::span<iovec> room, Chain& chain) {
            .problem = state.problem,
            .last_writable_byte = state.last_writable_byte};
   return Pop::kChain;
+}
+
+Virtqueue::Pop Virtqueue::pop(std::span<iovec> room, Chain& chain) {
+  if (take(room, chain) == Pop::kBroken) return Pop::kBroken;
+  ++next_avail_;
+  if (inflight_) inflight_.popped(head_);
+  return Pop::kChain;
+}
+
+Virtqueue::Pop Virtqueue::take_again(std::uint16_t head, std::span<iovec> room, Chain& chain) {
+  head_ = head;
+  return take(room, chain);
 }
 
 // Follows the chain in the descriptor table. False if its structure does not hold (the ring is
@@ -176,12 +189,15 @@ void Virtqueue::push_used(std::uint16_t head, std::uint32_t length_bytes) {
   store_le<std::uint32_t>(element, head);
   store_le<std::uint32_t>(element + 4, length_bytes);
   ++used_index_;
+  if (inflight_) inflight_.completed(head);
 }
 
 bool Virtqueue::publish() {
   const std::uint16_t old_index = published_used_index_;
   store_release_le(layout_.used_ring + kUsedIndexOffset, used_index_);
   published_used_index_ = used_index_;
+  if (inflight_)
+    inflight_.published(used_index_, static_cast<std::uint16_t>(used_index_ - old_index));
   // The index must be visible before the driver's wish is read: the driver does the opposite, so
   // that one of the two sees the other ("Receiving Used Buffers From The Device").
   std::atomic_thread_fence(std::memory_order_seq_cst);

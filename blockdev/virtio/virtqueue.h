@@ -14,6 +14,7 @@
 #include <sys/uio.h>
 
 #include "blockdev/virtio/guest_memory.h"
+#include "blockdev/virtio/inflight_region.h"
 #include "blockdev/virtio/split_ring.h"
 
 namespace vblk::virtio {
@@ -48,6 +49,7 @@ class Virtqueue {
     std::uint16_t next_avail;  // where to go on in the avail ring
     bool event_idx;            // VIRTIO_F_EVENT_IDX negotiated
     bool indirect;             // VIRTIO_F_INDIRECT_DESC negotiated
+    InflightRegion inflight;   // recovered; or nothing: buffers in flight are not tracked
   };
   enum class Pop : std::uint8_t { kChain, kBroken };
 
@@ -61,6 +63,9 @@ class Virtqueue {
   // Takes the next available chain, after peek_head() has shown that there is one. After kBroken,
   // broken_reason() tells why, and nothing more is popped.
   Pop pop(std::span<iovec> room, Chain& chain);
+  // Takes the chain at `head`, which a predecessor has popped and not completed
+  // (InflightRecovery::heads): as pop(), but the avail ring stays where it is.
+  Pop take_again(std::uint16_t head, std::span<iovec> room, Chain& chain);
 
   // Adds a used element; seen by the driver only after publish(). `length_bytes`: bytes written to
   // the chain's writable part.
@@ -82,6 +87,7 @@ class Virtqueue {
  private:
   struct Walk;
   bool broken(const char* reason);
+  Pop take(std::span<iovec> room, Chain& chain);
   bool walk(Walk& walk);
   bool walk_indirect(const Descriptor& descriptor, Walk& walk);
   void add(const Descriptor& descriptor, Walk& walk);
@@ -90,11 +96,12 @@ class Virtqueue {
 
   const Layout layout_;
   AddressTranslator translator_;
+  InflightRegion inflight_;
   std::uint16_t next_avail_;
   std::uint16_t avail_index_;  // the driver's index as last read
   std::uint16_t used_index_;
   std::uint16_t published_used_index_;
-  std::uint16_t head_{0};  // as peek_head() has read it, once
+  std::uint16_t head_{0};  // as peek_head() has read it, once; or what is taken again
   bool published_before_{false};
   const char* broken_reason_{nullptr};
 };

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 #include <utility>
 
@@ -214,10 +215,12 @@ std::chrono::nanoseconds ServedPath::cpu_time() const {
   return sum;
 }
 
-SteppedPath::SteppedPath(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines)
+SteppedPath::SteppedPath(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines,
+                         std::shared_ptr<const virtio::InflightArea> inflight)
     : device_(make_device(node, 1)), context_(loop_, std::move(engines)) {
-  queue_ = value_of(
-      virtio::BlkQueue::start(*device_, context_, driver_.guest_memory(), driver_.setup(0)));
+  virtio::BlkQueueSetup setup = driver_.setup(0);
+  setup.inflight = std::move(inflight);
+  queue_ = value_of(virtio::BlkQueue::start(*device_, context_, driver_.guest_memory(), setup));
 }
 
 void SteppedPath::finish() {
@@ -235,6 +238,18 @@ std::unique_ptr<aio::EngineSet> engine(aio::EngineName name) {
   aio::AioSelection selection;
   selection.engine_of_kind.fill(name);
   return value_of(aio::EngineSet::create(selection, {}));
+}
+
+std::shared_ptr<const virtio::InflightArea> inflight_area() {
+  const virtio::InflightDescription description{
+      .size_bytes = virtio::InflightArea::bytes_for(1, kQueueSize),
+      .offset_bytes = 0,
+      .queue_count = 1,
+      .queue_size = kQueueSize};
+  const vhost_user::UniqueFd fd(::memfd_create("inflight", MFD_CLOEXEC));
+  if (::ftruncate(fd.get(), static_cast<off_t>(description.size_bytes)) != 0)
+    throw std::runtime_error("no memory for what is in flight");
+  return value_of(virtio::InflightArea::map(fd.get(), description));
 }
 
 ScratchFile::ScratchFile()

@@ -24,6 +24,7 @@
 #include "blockdev/virtio/blk_device.h"
 #include "blockdev/virtio/blk_queue.h"
 #include "blockdev/virtio/guest_memory.h"
+#include "blockdev/virtio/inflight_area.h"
 #include "tests/support/temp_dir.h"
 
 namespace vblk::measure {
@@ -109,7 +110,9 @@ class ServedPath {
 // One queue without a thread, to be taken through the cycle of its loop step by step.
 class SteppedPath {
  public:
-  SteppedPath(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines);
+  // `inflight`: where the queue keeps what is in flight; nullptr: nowhere.
+  SteppedPath(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines,
+              std::shared_ptr<const virtio::InflightArea> inflight = nullptr);
 
   [[nodiscard]] Driver& driver() { return driver_; }
   // The phases of a cycle, in this order.
@@ -133,6 +136,9 @@ class SteppedPath {
 // Does nothing, and completes it at the next reap(): what is left is the cost of everything else.
 std::unique_ptr<aio::EngineSet> instant_engine();
 std::unique_ptr<aio::EngineSet> engine(aio::EngineName name);
+
+// For one queue of kQueueSize.
+std::shared_ptr<const virtio::InflightArea> inflight_area();
 
 // A file of kDiskBytes with data in it, open for O_DIRECT, in a directory of its own.
 class ScratchFile {

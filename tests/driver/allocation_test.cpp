@@ -43,6 +43,7 @@ struct Case {
   aio::EngineName engine;
   blockdev::CacheMode cache;
   blockdev::ImageFormat format{blockdev::ImageFormat::kRaw};
+  bool inflight{false};
 };
 
 // A raw image of zeroes, or a qcow2 image in which all is mapped.
@@ -128,7 +129,8 @@ TEST_P(Allocation, five_thousand_requests_allocate_nothing) {
       blockdev::open_image({.path = path, .format = GetParam().format, .cache = GetParam().cache});
   if (!node) GTEST_SKIP() << node.error().message;
   test::Served served(**node, {.make_engines = make_engines});
-  const auto driver = BlkDriver::connect(served.path(), {.memory_bytes = std::size_t{4} << 20});
+  const auto driver = BlkDriver::connect(
+      served.path(), {.memory_bytes = std::size_t{4} << 20, .inflight = GetParam().inflight});
   ASSERT_TRUE(driver.has_value()) << driver.error().message;
   Load load(**driver);
   load.run(2000);
@@ -147,11 +149,15 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{aio::EngineName::kIoUring, blockdev::CacheMode::kWriteback},
                       Case{aio::EngineName::kThreads, blockdev::CacheMode::kNone, kQcow2},
                       Case{aio::EngineName::kNative, blockdev::CacheMode::kNone, kQcow2},
-                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kNone, kQcow2}),
+                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kNone, kQcow2},
+                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kNone,
+                           blockdev::ImageFormat::kRaw, true},
+                      Case{aio::EngineName::kIoUring, blockdev::CacheMode::kNone, kQcow2, true}),
     [](const auto& each) {
       return std::string(aio::to_string(each.param.engine)) + "_" +
              std::string(blockdev::to_string(each.param.cache)) +
-             (each.param.format == kQcow2 ? "_qcow2" : "");
+             (each.param.format == kQcow2 ? "_qcow2" : "") +
+             (each.param.inflight ? "_with_recovery" : "");
     });
 
 TEST(AllocationCounter, counts) {

@@ -7,7 +7,9 @@ program serves the disk, watches the console, and then looks at the image from t
 
 import argparse
 import contextlib
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, KernelTrace, Report, Server, allocated_bytes, make_sparse, run  # noqa: E402
+from harness import ENGINES, Folder, KernelTrace, Report, Server, allocated_bytes, make_sparse, run, wait_until  # noqa: E402
 
 SOURCE = Path(__file__).resolve().parent
 SCRIPTS = SOURCE.parent.parent / "scripts"
@@ -36,16 +38,17 @@ class Guest:
         subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
         self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
 
-    def boot(self, socket, queue_count, parameters, on_ready=None):
+    def boot(self, socket, queue_count, parameters, on_ready=None, reconnects=False):
         """Boots, waits for power-off; returns (console text, whether it ended in time).
 
-        `on_ready` is called, once, when the guest says that it waits for the host.
+        `on_ready` is called, once, when the guest says that it waits for the host. `reconnects`: QEMU goes on with
+        whoever listens at `socket` next, when its backend has gone.
         """
         words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
         command = [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
             "-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
-            "-chardev", f"socket,id=c,path={socket}",
+            "-chardev", f"socket,id=c,path={socket}" + (",reconnect=1" if reconnects else ""),
             "-device", f"vhost-user-blk-pci,chardev=c,num-queues={queue_count}",
             "-kernel", str(self.vmlinuz), "-initrd", str(self.initramfs),
             "-append", f"console=ttyS0 quiet panic=-1 {words}",
@@ -202,10 +205,12 @@ def test_root_file_system(report, guest, options, folder, engine):
     check_root_file_system(report, title, folder, image)
 
 
-def check_qcow2(report, title, folder, image):
+def check_qcow2(report, title, folder, image, leaks_allowed=False):
     """qemu-img finds neither errors nor leaks; returns the disk as a raw image."""
     status, output = run("qemu-img", "check", image)
-    report.check(f"{title}: qemu-img check finds nothing, not even leaks", status == 0, output)
+    allowed = (0, 3) if leaks_allowed else (0,)
+    report.check(f"{title}: qemu-img check finds {'leaks at most' if leaks_allowed else 'nothing, not even leaks'}",
+                 status in allowed, output)
     raw = folder / "disk.raw"
     status, output = run("qemu-img", "convert", "-O", "raw", image, raw)
     report.check(f"{title}: qemu-img reads it all", status == 0, output)
@@ -266,6 +271,50 @@ def test_resize(report, guest, options, folder, engine):
     report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
 
 
+KILLS = 6
+
+
+def test_recovery(report, guest, options, folder, engine):
+    """The server is killed again and again under a guest that writes and verifies, and the next one goes on."""
+    image, title = folder / "disk.qcow2", f"{engine}, a server that is killed"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, 192 * MIB)
+    arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--iothreads", 2,
+                 "--monitor", folder / "m"]
+    # An emulated processor is slow, and the disk is not: without this, seldom is anything in flight.
+    slow_disk = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pwritev2", "-e", "inject=pwritev2:delay_enter=20ms"]
+
+    def serve(number):
+        return Server(options.vblk, arguments, folder / "s", folder / f"log-{number}", slow_disk)
+    servers = [serve(0)]
+
+    def is_in_flight():
+        status = json.loads(run(options.vblk, "ctl", folder / "m", "query-status")[1])
+        return sum(queue["in-flight"] for queue in status.get("queues", [])) > 4
+
+    def kill_and_restart():
+        for number in range(1, KILLS + 1):
+            # QEMU tries once a second.
+            time.sleep(random.uniform(1, 3))
+            wait_until(is_in_flight, 5)
+            servers[-1].kill()
+            servers.append(serve(number))
+    try:
+        parameters = {"run": "recovery", "seconds": 5 * KILLS}
+        console, ended = guest.boot(servers[0].socket, 2, parameters, kill_and_restart, reconnects=True)
+        report_guest(report, title, console, ended, 10)
+        report.check(f"{title}: it was killed", len(servers) == KILLS + 1, len(servers))
+        logs = "\n".join(server.log.read_text() for server in servers)
+        found = sum(int(count) for count in re.findall(r"(\d+) requests were in flight when", logs))
+        report.check(f"{title}: requests were in flight", found > 0, logs)
+        print(f"# {title}: {KILLS} kills, {found} requests recovered", file=sys.stderr, flush=True)
+        report.check(f"{title}: the last server ends with status 0", servers[-1].stop() == 0, logs)
+    finally:
+        servers[-1].kill()
+    raw = check_qcow2(report, title, folder, image, leaks_allowed=True)
+    status, output = run("e2fsck", "-fn", raw)
+    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vblk", required=True, help="the program under test")
@@ -284,7 +333,7 @@ def main():
                 for engine in options.engine or ENGINES]
     # The engines are below the format, which tests/interop runs on all of them: here one each will do.
     batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0]),
-                (test_resize, (options.engine or ENGINES)[-1])]
+                (test_resize, (options.engine or ENGINES)[-1]), (test_recovery, "threads")]
     for test, engine in batches:
         if options.only and options.only not in test.__name__:
             continue

@@ -10,6 +10,10 @@
 // that overlaps with a write may find a sector with words of the old and words of the new content:
 // neither virtio nor the page cache promises more.
 //
+// With `connect ... keep` the driver keeps its rings and goes on with whoever listens on the socket
+// next, as a virtual machine does: nothing is abandoned, every request must be answered once, and
+// what was answered before the backend died must be there.
+//
 // One thread drives all queues: what matters is that the backend has them on several.
 #include <algorithm>
 #include <array>
@@ -24,6 +28,8 @@
 #include <span>
 #include <sstream>
 #include <string>
+#include <thread>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -38,7 +44,10 @@ namespace {
 
 constexpr const char* kUsage = R"(usage: churn
 commands:
-  connect SOCKET QUEUES       again without `disconnect` after the backend was killed
+  connect SOCKET QUEUES [keep]
+                              again without `disconnect` after the backend was killed; keep: goes on
+                              with the next backend on the socket by itself
+  forget                      the next backend finds nothing in flight: what is, is never answered
   disconnect
   adopt                       the disk is as it should be now: the model is made from it
   load FILE                   the model is made from a raw image
@@ -46,10 +55,11 @@ commands:
                               there, and adopts what was found
   compare FILE                compares a raw image with the model
   dump FILE                   reads the whole disk into a raw image
-  run SEED COUNT DEPTH CLUSTER MIX
+  run SEED COUNT DEPTH CLUSTER MIX [SECONDS]
                               COUNT requests, DEPTH in flight on each queue; CLUSTER: bytes to which
                               much is aligned; MIX: any of w(rite) r(ead) d(iscard) z(eroes)
-                              u(nmapping zeroes) f(lush), as often as it is to be
+                              u(nmapping zeroes) f(lush), as often as it is to be; SECONDS: after
+                              these no more are sent
   fill BYTES                  writes the whole disk in requests of this size
   flush
 )";
@@ -58,6 +68,9 @@ constexpr std::size_t kIoBytesMax = std::size_t{256} << 10;
 constexpr std::size_t kSectorsMax = kIoBytesMax / virtio::kSectorBytes;
 constexpr std::size_t kDepthMax = 32;
 constexpr std::chrono::seconds kSilence{30};
+// When it is known that some requests are not answered any more.
+constexpr std::chrono::seconds kSilenceOfForgotten{2};
+constexpr std::chrono::milliseconds kReconnectPause{2};
 
 using Hash = std::uint64_t;
 
@@ -153,9 +166,14 @@ class Churn {
   void flushed(std::uint64_t before);
   bool drain();
   bool poll_all(bool may_sleep);
+  bool reconnect();
   void complain(std::uint64_t sector, Hash found, const char* when);
 
   std::unique_ptr<driver::BlkDriver> driver_;
+  std::string path_;
+  bool keeps_{false};
+  bool forgets_{false};
+  std::uint64_t reconnects_{0};
   std::uint16_t queue_count_{0};
   std::uint64_t long_max_{1};  // sectors of a request without data
   std::deque<Slot> slots_;
@@ -194,13 +212,16 @@ void Churn::abandon() {
 }
 
 std::string Churn::connect(std::istream& words) {
-  std::string path;
-  words >> path >> queue_count_;
+  std::string mode;
+  words >> path_ >> queue_count_ >> mode;
+  keeps_ = mode == "keep";
+  forgets_ = false;
+  reconnects_ = 0;
   if (driver_) abandon();
   slots_.clear();
   driver_.reset();
-  driver::BlkDriverOptions options{.queue_count = queue_count_};
-  auto driver = driver::BlkDriver::connect(path, options);
+  driver::BlkDriverOptions options{.queue_count = queue_count_, .inflight = keeps_};
+  auto driver = driver::BlkDriver::connect(path_, options);
   if (!driver) return "connect error: " + driver.error().message;
   driver_ = std::move(*driver);
   is_lost_ = false;
@@ -402,12 +423,36 @@ bool Churn::poll_all(bool may_sleep) {
   for (std::uint16_t queue = 0; queue < queue_count_; ++queue) {
     if (driver_->queue(queue).in_flight() == 0) continue;
     if (const auto slept = driver_->sleep(queue, std::chrono::microseconds(300)); !slept) {
+      if (keeps_) return reconnect();
       is_lost_ = true;
       lost_why_ = slept.error().message;
       return false;
     }
     break;
   }
+  return true;
+}
+
+// The backend has gone: on with the next one, which may take a while to come.
+bool Churn::reconnect() {
+  if (forgets_) {
+    const driver::InflightFile& inflight = *driver_->inflight();
+    const std::vector<std::byte> nothing(inflight.description.mmap_size);
+    [[maybe_unused]] const auto written =
+        ::pwrite(inflight.fd.get(), nothing.data(), nothing.size(), 0);
+  }
+  const auto deadline = std::chrono::steady_clock::now() + kSilence;
+  for (;;) {
+    const auto reconnected = driver_->reconnect(path_);
+    if (reconnected) break;
+    if (std::chrono::steady_clock::now() > deadline) {
+      is_lost_ = true;
+      lost_why_ = reconnected.error().message;
+      return false;
+    }
+    std::this_thread::sleep_for(kReconnectPause);
+  }
+  ++reconnects_;
   return true;
 }
 
@@ -434,7 +479,9 @@ std::string Churn::run(std::istream& words) {
   std::size_t depth = 1;
   std::uint64_t cluster = 65536;
   std::string mix;
+  double seconds = 1e6;
   words >> seed >> count >> depth >> cluster >> mix;
+  if (double given = 0; words >> given) seconds = given;
   if (mix.empty() || mix.find_first_not_of("wrdzuf") != std::string::npos)
     return fmt::format("run error: '{}' is no mix", mix);
   std::mt19937_64 random(seed);
@@ -443,12 +490,18 @@ std::string Churn::run(std::istream& words) {
   const std::uint64_t until = completions_ + count;
   std::uint64_t started = completions_;
   auto last = std::chrono::steady_clock::now();
+  const auto stop_at = last + std::chrono::duration<double>(seconds);
+  const std::uint64_t reconnects_before = reconnects_;
+  const auto silence = forgets_ ? kSilenceOfForgotten : kSilence;
   std::uint64_t seen = completions_;
-  while (completions_ < until && !is_lost_) {
+  bool sends = true;
+  std::chrono::steady_clock::duration longest{0};
+  while (completions_ < until && !is_lost_ && (sends || in_flight_ > 0)) {
+    sends = std::chrono::steady_clock::now() < stop_at;
     std::vector<std::size_t> busy(queue_count_);
     for (const Slot& slot : slots_) busy[slot.queue] += slot.busy ? 1 : 0;
     for (Slot& slot : slots_) {
-      if (slot.busy || busy[slot.queue] >= depth || started >= until) continue;
+      if (slot.busy || busy[slot.queue] >= depth || started >= until || !sends) continue;
       bool ready = false;
       for (int attempt = 0; attempt < 4 && !ready; ++attempt)
         ready = prepare(slot, random, mix, cluster);
@@ -459,16 +512,20 @@ std::string Churn::run(std::istream& words) {
     for (std::uint16_t queue = 0; queue < queue_count_; ++queue) driver_->kick(queue);
     if (!poll_all(true)) break;
     const auto now = std::chrono::steady_clock::now();
+    longest = std::max(longest, now - last);
     if (completions_ != seen) last = now;
     seen = completions_;
-    if (now - last > kSilence) {
+    if (now - last > silence) {
       is_lost_ = true;
       lost_why_ = fmt::format("{} requests are not answered", in_flight_);
     }
   }
   const std::string lost = is_lost_ ? fmt::format(" why={}", lost_why_) : "";
-  return fmt::format("run done={} failed={} bad={} lost={}{}{}", completions_ + count - until,
-                     failed_, bad_, is_lost_ ? 1 : 0, first_bad_, lost);
+  const auto silence_ms = std::chrono::duration_cast<std::chrono::milliseconds>(longest).count();
+  return fmt::format(
+      "run done={} started={} failed={} bad={} lost={} reconnects={} longest-silence-ms={}{}{}",
+      completions_ + count - until, started + count - until, failed_, bad_, is_lost_ ? 1 : 0,
+      reconnects_ - reconnects_before, silence_ms, first_bad_, lost);
 }
 
 std::string Churn::fill(std::istream& words) {
@@ -603,6 +660,10 @@ std::string Churn::answer(const std::string& line) {
     return "disconnected";
   }
   if (!driver_ || is_lost_) return "error: not connected";
+  if (command == "forget") {
+    forgets_ = keeps_;
+    return keeps_ ? "forgets" : "forget error: connect with keep";
+  }
   if (command == "run") return run(words);
   if (command == "fill") return fill(words);
   if (command == "flush") {

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, Report, Server, make_sparse, refused, run  # noqa: E402
+from harness import ENGINES, Folder, Report, Server, activation, make_sparse, refused, run  # noqa: E402
 
 MIB = 1 << 20
 MANUAL_PAGE = Path(__file__).resolve().parent.parent.parent / "docs/man/vblk.1"
@@ -71,6 +71,7 @@ def test_bad_options(report, vblk):
                 ("serial that is too long", [image, *at, "--serial", "x" * 21], "serial"),
                 ("size of an image", [image, *at, "--size", "1G"], "--size"),
                 ("null disk without size", ["--format", "null", *at], "size"),
+                ("recovery that is neither on nor off", [image, *at, "--recovery", "maybe"], "recovery"),
                 ("descriptor that is not open", [image, "--fd", "97"], "97"),
         ):
             refused(report, vblk, title, folder, arguments, names)
@@ -334,12 +335,45 @@ def test_conventions(report, vblk):
                 report.check("--fd: SIGTERM ends with 0", server.wait(20) == 0)
 
 
+def test_activation(report, vblk):
+    """sd_listen_fds(3): a socket that is passed needs no option, and goes with none that names another."""
+    with Folder() as folder:
+        image, path = folder / "disk.img", folder / "s"
+        make_sparse(image, MIB)
+        (folder / "file").touch()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(1)
+            with Server(vblk, [image], path, folder / "log", listener=listener) as server:
+                status, output = run(vblk, "bench", "--socket-path", path, "--rw", "read", "--runtime", 0.1, "--ramp_time", 0)
+                report.check("LISTEN_FDS: served", status == 0, output)
+                report.check("LISTEN_FDS: SIGTERM ends with 0 and leaves the socket", server.stop() == 0 and path.exists())
+            near, far = socket.socketpair()
+            with near, far:
+                for title, fd, count, arguments, names in (
+                        ("a socket that is passed, beside --socket-path", listener, 1, ["--socket-path", folder / "t"], "--socket-path"),
+                        ("a socket that is passed, beside --fd", listener, 1, ["--fd", "7"], "--fd"),
+                        ("two sockets that are passed", listener, 2, [], "LISTEN_FDS=2"),
+                        ("a connected socket that is passed", near, 1, [], "does not listen"),
+                ):
+                    command = [*activation(fd.fileno(), count), vblk, "serve", image, *arguments]
+                    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, timeout=20,
+                                          pass_fds=[fd.fileno()])
+                    lines = done.stderr.decode().splitlines()
+                    report.check(f"{title}: refused in one line that names it",
+                                 done.returncode > 0 and len(lines) == 1 and names in lines[0], done.stderr.decode())
+        prefix = ["sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<"{folder}/file"', "-"]
+        refused(report, vblk, "a file that is passed as a socket", folder, [image], "descriptor 3", prefix)
+        prefix = ["sh", "-c", 'LISTEN_PID=1 LISTEN_FDS=1 exec "$@"', "-"]
+        refused(report, vblk, "a socket that is passed to somebody else", folder, [image], "socket", prefix)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
-    for test in (test_answers, test_manual_page, test_conventions, test_monitor, test_io_uring_features,
+    for test in (test_answers, test_manual_page, test_conventions, test_activation, test_monitor, test_io_uring_features,
                  test_bad_images, test_bad_options,
                  test_bad_sockets, test_short_of_descriptors, test_refused_engines, test_locks, test_end_of_life,
                  test_two_signals):

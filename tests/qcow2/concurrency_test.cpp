@@ -108,6 +108,7 @@ class Concurrency : public ::testing::Test {
     const std::vector<std::size_t> owners = deal_sectors(spec, random);
     Work work = testing::random_work(random);
     work.operations = 250;
+    work.outlives_process = random() % 2 == 0;
     Tags disk = initial;
     on_threads(
         make_engines, [&](std::vector<std::unique_ptr<Context>>& contexts, std::size_t number) {
@@ -311,6 +312,7 @@ void work_in_shared_sectors(blockdev::BlockNode& node, Context& context, std::si
       }
       request->write_through = kind == BlockOperation::kWrite && random() % 8 == 0;
       request->may_unmap = random() % 2 == 0;
+      request->outlives_process = random() % 4 == 0;
       request->begin = ++clock;
       context.start(node, *request);
       in_flight.push_back(std::move(request));

@@ -29,6 +29,8 @@ struct Work {
   std::uint64_t length_sectors_max{32};
   std::uint64_t hot_sectors{0};  // only so many at the beginning of the disk; 0: all
   bool may_fail{false};
+  bool outlives_process{false};    // asked of every change
+  bool kill_takes_nothing{false};  // what has completed must be there when the process was killed
 };
 
 // One guest request, and what it does to the model.
@@ -123,6 +125,7 @@ class Guest {
     request->write_through =
         (operation == BlockOperation::kWrite || operation == BlockOperation::kWriteZeroes) &&
         random_() % 100 < work_.through_percent;
+    request->outlives_process = work_.outlives_process && operation != BlockOperation::kRead;
     submit(std::move(request));
   }
   void submit(std::unique_ptr<GuestRequest> request) {
@@ -150,7 +153,7 @@ class Guest {
         if (request.error != 0) {
           model_.failed(i);
         } else {
-          model_.completed(i, request.write_through);
+          model_.completed(i, request.write_through || work_.kill_takes_nothing);
         }
       }
       return;

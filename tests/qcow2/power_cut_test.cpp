@@ -7,6 +7,9 @@
 //   - every sector holds what was flushed, or something later that the guest wrote there;
 //   - a snapshot is as it was.
 //
+// And the death of the process alone, where the disk keeps all that was written: what the guest was
+// told is done must be there then too, flushed or not, if that was asked for (outlives_process).
+//
 // VBLK_POWER_CUT_RUNS: how many random images, each with its random work, in each test.
 // VBLK_TEST_SEED repeats one.
 #include <algorithm>
@@ -129,7 +132,7 @@ class PowerCutRun {
         if (is_time) failure = cut(rig.disk, model);
         if (!failure.empty()) break;
       }
-      image_ = rig.disk.after_power_cut(random_());
+      image_ = left_by(rig.disk);
       // Sometimes the guest's work is finished and the image closed before it.
       if (failure.empty() && random_() % 4 == 0) {
         for (std::uint64_t steps = 0; !guest.is_idle(); ++steps) {
@@ -155,10 +158,17 @@ class PowerCutRun {
     return failure;
   }
 
+  Bytes left_by(const SimulatedDisk& disk) {
+    return work_.kill_takes_nothing ? disk.current() : disk.after_power_cut(random_());
+  }
+
   std::string cut(const SimulatedDisk& disk, const GuestModel& model) {
     using enum SimulatedDisk::Unflushed;
-    std::vector<SimulatedDisk::Unflushed> fates{kLost, kKept, kByWrite};
-    fates.insert(fates.end(), cuts_.by_sector, kBySector);
+    std::vector<SimulatedDisk::Unflushed> fates{kKept};
+    if (!work_.kill_takes_nothing) {
+      fates.insert(fates.end(), {kLost, kByWrite});
+      fates.insert(fates.end(), cuts_.by_sector, kBySector);
+    }
     for (const auto fate : fates) {
       constexpr std::array kNames{"lost", "kept", "lost or kept by write",
                                   "lost or kept by sector"};
@@ -275,6 +285,41 @@ TEST_F(PowerCut, after_errors_of_the_disk_leaves_an_image_without_errors) {
 
 TEST_F(PowerCut, after_errors_of_the_disk_leaves_many_tables_without_errors) {
   run(run_count(3), true, 10);
+}
+
+// ---- The process alone.
+
+// What a guest that knows nothing of it would go on with.
+Scene scene_of_kills(std::uint64_t seed, bool many_tables) {
+  Scene scene(seed, many_tables);
+  scene.work.kill_takes_nothing = true;
+  scene.work.outlives_process = true;
+  scene.cuts.percent = 10;
+  return scene;
+}
+
+TEST_F(PowerCut, of_the_process_alone_takes_nothing_that_was_to_outlive_it) {
+  std::mt19937_64 seeds(test::test_seed());
+  for (int i = 0; i < run_count(10); ++i) {
+    const Scene scene = scene_of_kills(seeds(), i % 4 == 0);
+    PowerCutRun run(scene.spec, scene.rig, scene.work, scene.cuts, scene.seed);
+    const std::string failure = run.run(3);
+    ASSERT_TRUE(failure.empty() && !HasFailure())
+        << "run " << i << " (" << scene.to_string() << "): " << failure;
+  }
+}
+
+TEST_F(PowerCut, finds_what_dies_with_the_process) {
+  int found = 0;
+  for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+    Scene scene = scene_of_kills(seed, true);
+    scene.work.outlives_process = false;
+    scene.work.flush_percent = 0;
+    scene.work.through_percent = 0;
+    PowerCutRun run(scene.spec, scene.rig, scene.work, scene.cuts, scene.seed);
+    found += run.run(1).empty() ? 0 : 1;
+  }
+  EXPECT_EQ(found, 6);
 }
 
 // ---- Another opinion.

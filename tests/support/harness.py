@@ -60,19 +60,32 @@ class Folder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def activation(fd, count=1):
+    """A wrapper that becomes the program behind it, with a descriptor passed as sd_listen_fds(3) has it."""
+    return ["sh", "-c", f'LISTEN_PID=$$ LISTEN_FDS={count} exec "$@" 3<&{fd}', "activation"]
+
+
 class Server:
     """A running `vblk serve`. `wrapper` is a command that runs it, such as strace with its options.
 
-    A wrapper either stays as the server's parent or becomes the server itself.
+    A wrapper either stays as the server's parent or becomes the server itself. With `listener`, a socket that listens at
+    `socket` already, the server gets it as systemd would pass it.
     """
 
-    def __init__(self, vblk, arguments, socket, log, wrapper=(), wrapper_stays=True):
+    def __init__(self, vblk, arguments, socket, log, wrapper=(), wrapper_stays=True, listener=None):
         self.socket = Path(socket)
         self.log = Path(log)
         self.wrapped = bool(wrapper) and wrapper_stays
-        command = [*wrapper, str(vblk), "serve", *map(str, arguments), "--socket-path", str(socket)]
+        command = [*wrapper, str(vblk), "serve", *map(str, arguments)]
+        passed = ()
+        if listener is None:
+            command += ["--socket-path", str(socket)]
+        else:
+            passed = (listener.fileno(),)
+            command = [*activation(listener.fileno()), *command]
         with open(self.log, "wb") as log_file:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file,
+                                            pass_fds=passed)
         line = self._first_line(20)
         if not line.startswith("vblk: ready on "):
             self.kill()
@@ -119,6 +132,10 @@ class Script:
 
     def start(self, command):
         print(command, file=self.process.stdin, flush=True)
+
+    def has_answer(self, seconds):
+        """Whether the answer to start()'s command is there within so many seconds."""
+        return bool(select.select([self.process.stdout], [], [], seconds)[0])
 
     def answer(self):
         """The answer's name=value words as a dictionary; "text" is the whole line."""

@@ -2,6 +2,7 @@
 #include <array>
 #include <random>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 #include <vector>
 
@@ -85,7 +86,14 @@ class Noise {
         return payload_of((std::uint64_t{1} << 32) | (below(2) << kFProtocolFeatures) |
                           (below(4) << 28));
       case kSetProtocolFeatures:
-        return payload_of(std::uint64_t{1} << kProtocolFReplyAck | below(2));
+        return payload_of(std::uint64_t{1} << kProtocolFReplyAck | below(2) |
+                          below(4) << kProtocolFInflightShmfd);
+      case kGetInflightFd:
+      case kSetInflightFd:
+        return payload_of(Inflight{.mmap_size = 4096 * below(4),
+                                   .mmap_offset = below(2) == 0 ? 0 : below(4096) * 8,
+                                   .queue_count = static_cast<std::uint16_t>(1 + below(3)),
+                                   .queue_size = static_cast<std::uint16_t>(1U << below(8))});
       default:
         return {};
     }
@@ -110,17 +118,24 @@ TEST(Fuzz, serves_a_frontend_with_manners_after_any_number_without) {
       RawFrontend frontend(served.path());
       ASSERT_TRUE(frontend.polite().negotiate().has_value());
       const UniqueFd event(::eventfd(1, EFD_CLOEXEC));
+      const UniqueFd area(::memfd_create("area", MFD_CLOEXEC));
+      ASSERT_EQ(::ftruncate(area.get(), 16384), 0);
       for (int i = 0; i < kMessagesPerConnection; ++i) {
         const auto request = static_cast<Request>(noise.below(40));
         const bool wants_memory = request == Request::kSetMemTable ||
-                                  request == Request::kAddMemReg || noise.below(20) == 0;
+                                  request == Request::kAddMemReg ||
+                                  request == Request::kSetInflightFd || noise.below(20) == 0;
         std::vector<int> fds;
         const bool takes_fd = wants_memory || request == Request::kSetVringKick ||
                               request == Request::kSetVringCall ||
                               request == Request::kSetVringErr ||
                               request == Request::kSetBackendReqFd;
-        if (takes_fd && noise.below(10) > 0)
-          fds.push_back(wants_memory ? memory->regions()[0].fd : event.get());
+        // Zeroes are an in-flight area that nobody has used; guest memory is one full of lies.
+        const bool is_area = request == Request::kSetInflightFd && noise.below(2) == 0;
+        if (takes_fd && noise.below(10) > 0) {
+          const int shared = is_area ? area.get() : memory->regions()[0].fd;
+          fds.push_back(wants_memory ? shared : event.get());
+        }
         if (!frontend.polite().command(request, noise.payload(request), fds)) {
           // Refused or cut off: who is cut off starts over.
           if (!frontend.call_u64(Request::kGetQueueNum)) break;

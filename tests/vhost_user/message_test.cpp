@@ -68,7 +68,8 @@ TEST_F(Messages, offers_features_and_protocol_features) {
   EXPECT_EQ(features, served.device().offered_features() | bit(kFProtocolFeatures));
   EXPECT_EQ(frontend.call_u64(Request::kGetProtocolFeatures),
             bit(kProtocolFMq) | bit(kProtocolFReplyAck) | bit(kProtocolFBackendReq) |
-                bit(kProtocolFConfig) | bit(kProtocolFConfigureMemSlots));
+                bit(kProtocolFConfig) | bit(kProtocolFInflightShmfd) |
+                bit(kProtocolFConfigureMemSlots));
   EXPECT_EQ(frontend.call_u64(Request::kGetQueueNum), 2U);
   EXPECT_EQ(frontend.call_u64(Request::kGetMaxMemSlots), virtio::GuestMemory::kMaxRegions);
 }
@@ -217,6 +218,13 @@ std::vector<Violation> violations(const SingleMemoryRegion& shared) {
   const auto ring = [](std::uint32_t index, std::uint32_t value) {
     return payload_of(VringState{index, value});
   };
+  // Of one queue of 64 entries, which takes 1088 bytes.
+  const auto inflight = [](auto change) {
+    Inflight area{.mmap_size = 1088, .mmap_offset = 0, .queue_count = 1, .queue_size = 64};
+    change(area);
+    return payload_of(area);
+  };
+  const auto as_it_is = [](auto& /*area*/) {};
   const auto table = [](std::uint32_t count) { return MemoryTableHead{count, 0}; };
   const std::byte one{1};
   const std::byte two{2};
@@ -285,6 +293,31 @@ std::vector<Violation> violations(const SingleMemoryRegion& shared) {
       {"enabling a queue that is not there", kSetVringEnable, ring(2, 1)},
       {"neither enabled nor disabled", kSetVringEnable, ring(0, 2)},
       {"a channel that was not negotiated", kSetBackendReqFd, {}, 1},
+      {"an in-flight area without a descriptor", kSetInflightFd, inflight(as_it_is)},
+      {"an in-flight area with two descriptors", kSetInflightFd, inflight(as_it_is), 2},
+      {"an in-flight area that is described in part", kSetInflightFd, Bytes(19), 1},
+      {"an in-flight area of no queues", kSetInflightFd,
+       inflight([](auto& area) { area.queue_count = 0; }), 1},
+      {"an in-flight area of more queues than there are", kSetInflightFd, inflight([](auto& area) {
+         area.queue_count = 3;
+         area.mmap_size = 4096;
+       }),
+       1},
+      {"an in-flight area of queues without entries", kSetInflightFd,
+       inflight([](auto& area) { area.queue_size = 0; }), 1},
+      {"an in-flight area of queues that are too large", kSetInflightFd, inflight([](auto& area) {
+         area.queue_size = 256;
+         area.mmap_size = 8192;
+       }),
+       1},
+      {"an in-flight area that is too small", kSetInflightFd,
+       inflight([](auto& area) { area.mmap_size = 1087; }), 1},
+      {"an in-flight area beyond the end of its file", kSetInflightFd,
+       inflight([](auto& area) { area.mmap_offset = kRegionBytes - 1024; }), 1},
+      {"an in-flight area that is larger than its file", kSetInflightFd,
+       inflight([](auto& area) { area.mmap_size = ~std::uint64_t{0}; }), 1},
+      {"an in-flight area that is not aligned", kSetInflightFd,
+       inflight([](auto& area) { area.mmap_offset = 12; }), 1},
       {"a capacity", kSetConfig, payload_of(ConfigHead{0, 8, 0}, std::uint64_t{1})},
       {"a writeback of 2", kSetConfig,
        payload_of(ConfigHead{virtio::kBlkConfigWriteback, 1, 0}, two)},
@@ -330,6 +363,17 @@ TEST_F(Messages, ends_the_connection_after_a_wrong_message_that_expects_an_answe
       {"the base of a queue that is not there", Request::kGetVringBase,
        payload_of(VringState{2, 0})},
       {"a base too short", Request::kGetVringBase, Bytes(4)},
+      {"an in-flight area of no queues", Request::kGetInflightFd,
+       payload_of(Inflight{.queue_count = 0, .queue_size = 64})},
+      {"an in-flight area of queues without entries", Request::kGetInflightFd,
+       payload_of(Inflight{.queue_count = 1, .queue_size = 0})},
+      {"an in-flight area of more queues than there are", Request::kGetInflightFd,
+       payload_of(Inflight{.queue_count = 0xffff, .queue_size = 64})},
+      {"an in-flight area of queues that are too large", Request::kGetInflightFd,
+       payload_of(Inflight{.queue_count = 1, .queue_size = 0xffff})},
+      {"an in-flight area that is described in part", Request::kGetInflightFd, Bytes(19)},
+      {"an in-flight area with a descriptor", Request::kGetInflightFd,
+       payload_of(Inflight{.queue_count = 1, .queue_size = 64}), 1},
       {"a config without a head", Request::kGetConfig, Bytes(11)},
       {"a config that is too long", Request::kGetConfig, Bytes(12 + 257)},
   };

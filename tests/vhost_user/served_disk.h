@@ -120,6 +120,7 @@ struct ServedOptions {
   std::uint16_t queue_count{2};
   unsigned io_thread_count{2};
   int socket_fd{-1};  // inherited, instead of a path
+  bool offers_recovery{true};
   blockdev::EngineSetFactory make_engines = [] { return aio::EngineSet::create({}, {}); };
 };
 
@@ -134,7 +135,8 @@ class Served {
     for (unsigned i = 0; i < options.io_thread_count; ++i)
       threads_.push_back(blockdev::IoThread::start("io", {}, options.make_engines).value());
     server_ = vhost_user::Server::create({.socket_path = options.socket_fd < 0 ? path() : "",
-                                          .socket_fd = options.socket_fd},
+                                          .socket_fd = options.socket_fd,
+                                          .backend = {.offers_recovery = options.offers_recovery}},
                                          *device_, threads_)
                   .value();
     thread_ = std::thread([this] { outcome_ = server_->run(); });

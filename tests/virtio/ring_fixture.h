@@ -54,6 +54,7 @@ class MemoryNode final : public blockdev::BlockNode {
     std::uint64_t length_bytes;
     bool write_through;
     bool may_unmap;
+    bool outlives_process;
   };
 
   explicit MemoryNode(std::size_t size_bytes, bool read_only = false) : disk(size_bytes) {
@@ -86,7 +87,8 @@ class MemoryNode final : public blockdev::BlockNode {
                         .offset_bytes = request.offset_bytes,
                         .length_bytes = request.length_bytes,
                         .write_through = request.write_through,
-                        .may_unmap = request.may_unmap};
+                        .may_unmap = request.may_unmap,
+                        .outlives_process = request.outlives_process};
     records.push_back(record);
     const int error = fault ? fault(record, records.size() - 1) : 0;
     if (error == 0) carry_out(request);
@@ -319,6 +321,7 @@ struct RigOptions {
   std::string serial{"serial"};
   bool with_kick{true};
   std::shared_ptr<const MemoryRegion> more_memory;
+  std::shared_ptr<const InflightArea> inflight;
 };
 
 // Device, queue and ring together.
@@ -358,6 +361,7 @@ class Rig {
     if (options.with_kick) setup.kick_fd = kick.fd();
     setup.call_fd = call.fd();
     setup.error_fd = error.fd();
+    setup.inflight = options.inflight;
     auto started = BlkQueue::start(*device, *context, memory.shared(), setup);
     ASSERT_TRUE(started.has_value()) << started.error().message;
     queue = std::move(*started);

@@ -1,0 +1,72 @@
+#include "blockdev/virtio/inflight_area.h"
+
+#include <fmt/format.h>
+
+#include "blockdev/virtio/little_endian.h"
+
+namespace vblk::virtio {
+
+namespace {
+
+// "vblk-wb" and the value, so that nothing another backend may keep there is taken for it.
+constexpr std::uint64_t kWritebackOff = 0x7662'6c6b'2d77'6200;
+constexpr std::uint64_t kWritebackOn = kWritebackOff | 1;
+
+}  // namespace
+
+Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
+    int fd, const InflightDescription& description) {
+  const auto [size_bytes, offset_bytes, queue_count, queue_size] = description;
+  if (queue_count == 0 || queue_size == 0) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("an in-flight area for {} queues of {} entries", queue_count, queue_size));
+  }
+  const std::uint64_t needed = region_bytes_for(queue_count, queue_size);
+  if (size_bytes < needed) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("an in-flight area of {} bytes; {} queues of {} entries take {}",
+                                  size_bytes, queue_count, queue_size, needed));
+  }
+  // The counters in it are written whole.
+  if (offset_bytes % alignof(std::uint64_t) != 0) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("an in-flight area at offset {}, which is no multiple of {}",
+                                  offset_bytes, alignof(std::uint64_t)));
+  }
+  auto mapping = SharedMapping::map(fd, size_bytes, offset_bytes, "the in-flight area");
+  if (!mapping) return std::unexpected(std::move(mapping.error()));
+  const std::shared_ptr<const InflightArea> area(
+      new InflightArea(std::move(*mapping), description));
+  for (std::uint16_t queue = 0; queue < queue_count; ++queue) {
+    if (auto checked = area->region(queue).check(); !checked) {
+      return make_error(checked.error().kind,
+                        fmt::format("queue {}: {}", queue, checked.error().message));
+    }
+  }
+  if (area->faulted()) {
+    return make_error(ErrorKind::kInvalidArgument, "the in-flight area's file is being shortened");
+  }
+  return area;
+}
+
+std::byte* InflightArea::kept_writeback() const {
+  const std::uint64_t offset = region_bytes_for(queue_count(), queue_size());
+  const bool has_room = description_.size_bytes - offset >= sizeof(std::uint64_t);
+  return has_room ? mapping_.host() + offset : nullptr;
+}
+
+std::optional<bool> InflightArea::writeback() const {
+  const std::byte* const kept = kept_writeback();
+  if (kept == nullptr) return std::nullopt;
+  const auto value = load_acquire<std::uint64_t>(kept);
+  if (value != kWritebackOff && value != kWritebackOn) return std::nullopt;
+  return value == kWritebackOn;
+}
+
+void InflightArea::keep_writeback(bool writeback) const {
+  if (std::byte* const kept = kept_writeback(); kept != nullptr)
+    store_release<std::uint64_t>(kept, writeback ? kWritebackOn : kWritebackOff);
+}
+
+}  // namespace vblk::virtio
