@@ -172,7 +172,7 @@ Qcow2Node::ZeroStep Qcow2Node::zero_in_entry(std::uint64_t guest_offset, std::ui
     entry = {};
     if (is_backed && geometry.extended_l2) entry.bitmap = ~std::uint64_t{0} << kSubclusters;
     if (is_backed && !geometry.extended_l2) entry.descriptor = kFlagZero;
-  } else if (is_compressed) {
+  } else if (is_compressed) {  // NOLINT(bugprone-branch-clone): others are so for other reasons
     return ZeroStep::kMustBeWritten;
   } else if (geometry.extended_l2) {
     entry.bitmap = (old.bitmap & ~mask) | (mask << kSubclusters);

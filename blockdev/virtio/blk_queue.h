@@ -44,7 +44,7 @@ struct BlkQueueSetup {
   int call_fd{-1};   // -1: no interrupts; stays the caller's
   int error_fd{-1};  // signalled when the ring is broken; stays the caller's
   // Where what is in flight is kept for a successor (SET_INFLIGHT_FD); nullptr: nowhere.
-  std::shared_ptr<const InflightArea> inflight{};
+  std::shared_ptr<const InflightArea> inflight;
 };
 
 // Counters since the queue started; read on the I/O thread.

@@ -204,7 +204,7 @@ def test_kill_and_resume(report, vblk):
         served = [one for one in runs if one["arm"].startswith("peer-")]
         report.check("servers that ran already have been measured, with their processor time",
                      {one["arm"] for one in served} == {f"peer-{engine}" for engine in ENGINES} and
-                     all(one["metrics"].get("cpu", 0) > 0 for one in served if not one["error"]) and
+                     all(one["record"]["metrics"].get("cpu", 0) > 0 for one in served if not one["error"]) and
                      not any(one["error"] for one in served), [one["error"] for one in served])
         kept = {(one["cell"], one["arm"], one["round"]) for one in runs}
         rounds = json.loads((result / "analysis.json").read_text())["presets"]["smoke"]["rounds"]
