@@ -15,26 +15,11 @@
 #include <fmt/core.h>
 
 #include "blockdev/bench/flush_report.h"
+#include "blockdev/bench/markup.h"
 
 namespace vblk::bench {
 
 namespace {
-
-std::string escaped(std::string_view text) {
-  std::string safe;
-  for (const char letter : text) {
-    if (letter == '<') {
-      safe += "&lt;";
-    } else if (letter == '>') {
-      safe += "&gt;";
-    } else if (letter == '&') {
-      safe += "&amp;";
-    } else {
-      safe += letter;
-    }
-  }
-  return safe;
-}
 
 // For a string in double quotes.
 std::string for_gnuplot(std::string_view text) {

@@ -113,6 +113,10 @@ Expected<void> set_sync(Workload& workload, std::string_view key, std::string_vi
   return {};
 }
 
+Expected<void> set_flush_every(Workload& workload, std::string_view key, std::string_view value) {
+  return store(number<unsigned>(key, value, 0, 1'000'000'000), workload.flush_every);
+}
+
 Expected<void> set_rate_process(Workload& workload, std::string_view key, std::string_view value) {
   if (value != "linear" && value != "poisson") return wrong_value(key, value, "linear or poisson");
   workload.arrival = value == "linear" ? Arrival::kFixed : Arrival::kPoisson;
@@ -185,14 +189,8 @@ constexpr std::array kKeys{
         [](Workload& workload, std::string_view key, std::string_view value) {
           return store(parse_duration(key, value), workload.ramp_time);
         }},
-    Key{"fsync",
-        [](Workload& workload, std::string_view key, std::string_view value) {
-          return store(number<unsigned>(key, value, 0, 1'000'000'000), workload.flush_every);
-        }},
-    Key{"fdatasync",
-        [](Workload& workload, std::string_view key, std::string_view value) {
-          return store(number<unsigned>(key, value, 0, 1'000'000'000), workload.flush_every);
-        }},
+    Key{"fsync", set_flush_every},
+    Key{"fdatasync", set_flush_every},
     Key{"sync", set_sync},
     Key{"rate_iops", set_rate},
     Key{"rate_process", set_rate_process},

@@ -9,6 +9,7 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/bench/markup.h"
 #include "blockdev/wash/report.h"
 #include "blockdev/wash/svg.h"
 
@@ -58,13 +59,15 @@ summary { cursor: pointer; }
 std::string class_of(const std::string& outcome) { return outcome.substr(0, outcome.find(' ')); }
 
 std::string badge(const std::string& outcome) {
-  return fmt::format("<span class=\"outcome {}\">{}</span>", class_of(outcome), escaped(outcome));
+  return fmt::format("<span class=\"outcome {}\">{}</span>", class_of(outcome),
+                     bench::escaped(outcome));
 }
 
 std::string facts_table(const std::map<std::string, std::string>& facts) {
   std::string table = "<div class=\"scroll\"><table>";
   for (const auto& [name, value] : facts)
-    table += fmt::format("<tr><th>{}</th><td>{}</td></tr>", escaped(name), escaped(value));
+    table +=
+        fmt::format("<tr><th>{}</th><td>{}</td></tr>", bench::escaped(name), bench::escaped(value));
   return table + "</table></div>\n";
 }
 
@@ -75,8 +78,8 @@ std::string headline_table(const Report& report) {
   for (const ClaimResult& claim : report.judgement.claims) {
     table += fmt::format(
         "<tr><td><a href=\"#{0}\">{0}</a></td><td>{1}</td><td>{2}<br><q>{3}</q></td></tr>\n",
-        escaped(claim.claim->id), badge(claim.outcome), escaped(claim.claim->title),
-        escaped(claim.claim->sentence));
+        bench::escaped(claim.claim->id), badge(claim.outcome), bench::escaped(claim.claim->title),
+        bench::escaped(claim.claim->sentence));
   }
   return table + "</table></div>\n";
 }
@@ -105,7 +108,8 @@ std::string cells_table(const Analysis& analysis, const Comparison& comparison,
       "<th>blocks</th><th>verdict</th></tr>\n";
   for (const CellVerdict& cell : cells) {
     const std::string verdict(to_string(cell.verdict));
-    table += fmt::format("<tr><td>{}</td><td>{}</td>", escaped(cell.cell), escaped(cell.metric));
+    table += fmt::format("<tr><td>{}</td><td>{}</td>", bench::escaped(cell.cell),
+                         bench::escaped(cell.metric));
     if (cell.verdict == Verdict::kNotMeasured) {
       table += "<td></td><td></td><td></td>";
     } else {
@@ -117,7 +121,8 @@ std::string cells_table(const Analysis& analysis, const Comparison& comparison,
     table += fmt::format(
         "<td class=\"number\">{}</td><td><span class=\"outcome {}\">{}</span> {}</td></tr>\n",
         cell.log_ratio.count, class_of(verdict),
-        escaped(verdict_text(analysis, comparison, cell.verdict)), escaped(cell.reason));
+        bench::escaped(verdict_text(analysis, comparison, cell.verdict)),
+        bench::escaped(cell.reason));
   }
   return table + "</table></div></details>\n";
 }
@@ -125,11 +130,11 @@ std::string cells_table(const Analysis& analysis, const Comparison& comparison,
 std::string comparison_part(const Analysis& analysis, const ComparisonResult& result) {
   if (result.cells.empty()) return {};
   const Comparison& comparison = *result.comparison;
-  std::string part = fmt::format("<h3>{}{}</h3>\n", escaped(comparison.name),
+  std::string part = fmt::format("<h3>{}{}</h3>\n", bench::escaped(comparison.name),
                                  comparison.decides ? "" : " <small>(decides nothing)</small>");
   part += fmt::format("<p>{} divided by {}; for rates more is better, for times less.</p>\n",
-                      escaped(analysis.arms.at(comparison.aio).what),
-                      escaped(analysis.arms.at(comparison.threads).what));
+                      bench::escaped(analysis.arms.at(comparison.aio).what),
+                      bench::escaped(analysis.arms.at(comparison.threads).what));
   part += forest_plot(forest_rows(analysis, result.cells), "smaller", "greater");
   return part + cells_table(analysis, comparison, result.cells);
 }
@@ -166,17 +171,17 @@ std::string crossover_part(const Analysis& analysis, const Crossover& crossover)
 
 std::string claim_part(const Report& report, const ClaimResult& claim) {
   std::string part =
-      fmt::format("<section id=\"{0}\"><h2>{0} {1} {2}</h2>\n", escaped(claim.claim->id),
-                  escaped(claim.claim->title), badge(claim.outcome));
-  part += fmt::format("<blockquote>{}</blockquote>\n<p>{}</p>\n", escaped(claim.claim->sentence),
-                      escaped(claim.words));
+      fmt::format("<section id=\"{0}\"><h2>{0} {1} {2}</h2>\n", bench::escaped(claim.claim->id),
+                  bench::escaped(claim.claim->title), badge(claim.outcome));
+  part += fmt::format("<blockquote>{}</blockquote>\n<p>{}</p>\n",
+                      bench::escaped(claim.claim->sentence), bench::escaped(claim.words));
   std::set<std::string> reasons;
   for (const MetricOutcome& metric : claim.metrics) {
     if (!metric.reason.empty() && metric.reason != report.judgement.controls.refusal)
       reasons.insert(metric.reason);
   }
   for (const std::string& reason : reasons)
-    part += fmt::format("<p>No verdict where {}.</p>\n", escaped(reason));
+    part += fmt::format("<p>No verdict where {}.</p>\n", bench::escaped(reason));
   if (claim.crossover) part += crossover_part(*report.analysis, *claim.crossover);
   for (const ComparisonResult& comparison : claim.comparisons)
     part += comparison_part(*report.analysis, comparison);
@@ -232,7 +237,7 @@ std::string latency_part(const Report& report) {
       plot.series.push_back({arm, nines(runs->second), true, false});
     }
     const std::string drawn = chart(plot);
-    if (!drawn.empty()) part += fmt::format("<h3>{}</h3>\n{}", escaped(cell.id), drawn);
+    if (!drawn.empty()) part += fmt::format("<h3>{}</h3>\n{}", bench::escaped(cell.id), drawn);
   }
   if (part.empty()) return {};
   return "<section id=\"latencies\"><h2>Latencies</h2>\n<p>Service times where requests wait for "
@@ -245,7 +250,7 @@ std::string latency_part(const Report& report) {
 std::string controls_part(const Report& report) {
   const ControlResult& controls = report.judgement.controls;
   std::string part = "<section id=\"controls\"><h2>Controls</h2>\n";
-  part += fmt::format("<p>{}</p>\n", escaped(controls_text(controls, *report.preset)));
+  part += fmt::format("<p>{}</p>\n", bench::escaped(controls_text(controls, *report.preset)));
   part += "<h3>An engine and itself</h3>\n" +
           forest_plot(forest_rows(*report.analysis, controls.again_cells), "smaller", "greater");
   part += "<h3>The engine slowed down and itself</h3>\n" +
@@ -274,11 +279,12 @@ std::string setting_part(const Report& report) {
   part += "<h3>Devices</h3>\n" + facts_table(experiment.devices);
   part += "<h3>Identity</h3>\n" + facts_table(experiment.identity);
   part += fmt::format("<p>Begun {}, seed {}; {} runs, {} of them failed.</p>\n",
-                      escaped(experiment.started), experiment.seed, report.judgement.runs,
+                      bench::escaped(experiment.started), experiment.seed, report.judgement.runs,
                       report.judgement.failed_runs);
   if (!report.judgement.skipped.empty())
     part += "<h3>Skipped</h3>\n" + facts_table(report.judgement.skipped);
-  for (const std::string& note : report.notes) part += fmt::format("<p>{}</p>\n", escaped(note));
+  for (const std::string& note : report.notes)
+    part += fmt::format("<p>{}</p>\n", bench::escaped(note));
   return part + "</section>\n";
 }
 
@@ -289,11 +295,11 @@ std::string html_report(const Report& report) {
       "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
       "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
       "<title>vblk wash: {}</title>\n<style>{}</style></head><body>\n",
-      escaped(label_of(report)), kStyle);
+      bench::escaped(label_of(report)), kStyle);
   page += fmt::format(
       "<h1>AIO against a thread pool: is it a wash?</h1>\n<p><span class=\"label\">{}"
       "</span> {}</p>\n",
-      escaped(label_of(report)), escaped(report.experiment->started));
+      bench::escaped(label_of(report)), bench::escaped(report.experiment->started));
   page += headline_table(report);
   page += reading_part(report);
   page += controls_part(report);

@@ -5,6 +5,8 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/bench/markup.h"
+
 namespace vblk::wash {
 
 namespace {
@@ -24,13 +26,13 @@ std::string svg_of(double height, const std::string& title, const std::string& b
   return fmt::format(
       "<div class=\"scroll\"><svg viewBox=\"0 0 {:.0f} {:.0f}\" role=\"img\" "
       "aria-label=\"{}\">{}</svg></div>\n",
-      kWidth, height, escaped(title), body);
+      kWidth, height, bench::escaped(title), body);
 }
 
 std::string text_at(double x, double y, const char* anchor, const std::string& text,
                     const char* style = "") {
   return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"{}\" class=\"{}\">{}</text>", x,
-                     y, anchor, style, escaped(text));
+                     y, anchor, style, bench::escaped(text));
 }
 
 std::string line_at(double x1, double y1, double x2, double y2, const std::string& style) {
@@ -113,24 +115,6 @@ std::string drawn(const Series& series, const Scale& x, const Scale& y, std::siz
 
 }  // namespace
 
-std::string escaped(const std::string& text) {
-  std::string safe;
-  for (const char letter : text) {
-    if (letter == '<') {
-      safe += "&lt;";
-    } else if (letter == '>') {
-      safe += "&gt;";
-    } else if (letter == '&') {
-      safe += "&amp;";
-    } else if (letter == '"') {
-      safe += "&quot;";
-    } else {
-      safe += letter;
-    }
-  }
-  return safe;
-}
-
 std::string forest_plot(const std::vector<ForestRow>& rows, const std::string& left,
                         const std::string& right) {
   if (rows.empty()) return {};
@@ -208,7 +192,7 @@ std::string chart(const Chart& chart) {
   body += fmt::format(
       "<text x=\"14\" y=\"{0:.1f}\" transform=\"rotate(-90 14 {0:.1f})\" text-anchor=\"middle\" "
       "class=\"small\">{1}</text>",
-      (kPlotTop + bottom) / 2, escaped(chart.y.label));
+      (kPlotTop + bottom) / 2, bench::escaped(chart.y.label));
   double legend = kPlotTop + 14;
   for (std::size_t i = 0; i < chart.series.size(); ++i) {
     const Series& series = chart.series[i];

@@ -9,9 +9,6 @@
 
 namespace vblk::wash {
 
-// For text in HTML and SVG.
-[[nodiscard]] std::string escaped(const std::string& text);
-
 struct ForestRow {
   std::string label;
   std::string value;          // written at the right end
