@@ -3,12 +3,10 @@
 #include "blockdev/engine_switch.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <future>
 #include <memory>
 #include <random>
 #include <string>
@@ -21,77 +19,17 @@
 #include "aio/simulated_engine.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/raw_node.h"
+#include "tests/blockdev/flushing_writer.h"
 #include "tests/support/seed.h"
 
 namespace vblk::blockdev {
 namespace {
 
+using testing::FlushingWriter;
+
 constexpr std::size_t kIoThreads = 3;
 constexpr std::size_t kWritersPerThread = 4;
 constexpr std::size_t kDiskBytes = std::size_t{16} << 10;
-
-// Writes a sector of its own and flushes, until told to stop. What a flush has covered must be
-// durable.
-class Writer {
- public:
-  Writer(BlockNode& node, aio::SimulatedDisk& disk, IoThread& thread, std::uint64_t sector)
-      : node_(node), disk_(disk), thread_(thread) {
-    request_.writer = this;
-    request_.offset_bytes = sector * kSectorBytes;
-    request_.complete = [](BlockRequest& request, int error) {
-      static_cast<Request&>(request).writer->completed(error);
-    };
-  }
-  void start() {
-    thread_.loop().post([this] { write(); });
-  }
-  void stop() { is_stopping_ = true; }
-  void wait() { done_.get_future().wait(); }
-  // After wait().
-  [[nodiscard]] int lost() const { return lost_; }
-  [[nodiscard]] std::uint64_t rounds() const { return round_; }
-
- private:
-  struct Request : BlockRequest {
-    Writer* writer{nullptr};
-  };
-
-  void write() {
-    ++round_;
-    is_in_flight_ = true;
-    data_.fill(std::byte(round_));
-    element_ = {data_.data(), data_.size()};
-    request_.operation = BlockOperation::kWrite;
-    request_.length_bytes = kSectorBytes;
-    request_.iov = &element_;
-    request_.iov_count = 1;
-    node_.submit(request_, thread_.context());
-  }
-  void completed(int error) {
-    if (error != 0 || !is_in_flight_) ++lost_;
-    if (request_.operation == BlockOperation::kWrite) {
-      request_.operation = BlockOperation::kFlush;
-      return node_.submit(request_, thread_.context());
-    }
-    is_in_flight_ = false;
-    if (disk_.durable()[request_.offset_bytes] != std::byte(round_)) ++lost_;
-    if (is_stopping_) return done_.set_value();
-    if (round_ % 3 != 0) return write();
-    thread_.loop().post([this] { write(); });
-  }
-
-  BlockNode& node_;
-  aio::SimulatedDisk& disk_;
-  IoThread& thread_;
-  Request request_;
-  alignas(512) std::array<std::byte, kSectorBytes> data_{};
-  iovec element_{};
-  std::uint64_t round_{0};
-  bool is_in_flight_{false};
-  int lost_{0};
-  std::atomic<bool> is_stopping_{false};
-  std::promise<void> done_;
-};
 
 // Several I/O threads on a simulated disk.
 class SwitchedThreads {
@@ -109,7 +47,7 @@ class SwitchedThreads {
                          }).value());
       for (std::size_t j = 0; j < kWritersPerThread; ++j) {
         writers_.push_back(
-            std::make_unique<Writer>(node_, disk_, *threads_.back(), writers_.size()));
+            std::make_unique<FlushingWriter>(node_, disk_, *threads_.back(), writers_.size()));
       }
     }
   }
@@ -174,7 +112,7 @@ class SwitchedThreads {
   RawNode node_;
   EngineSwitch switch_;
   std::vector<std::unique_ptr<IoThread>> threads_;
-  std::vector<std::unique_ptr<Writer>> writers_;
+  std::vector<std::unique_ptr<FlushingWriter>> writers_;
   std::uint64_t rounds_{0};
 };
 

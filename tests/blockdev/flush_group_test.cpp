@@ -6,7 +6,6 @@
 #include <array>
 #include <cerrno>
 #include <cstdint>
-#include <future>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -21,10 +20,13 @@
 #include "blockdev/io_loop.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/raw_node.h"
+#include "tests/blockdev/flushing_writer.h"
 #include "tests/support/seed.h"
 
 namespace vblk::blockdev {
 namespace {
+
+using testing::FlushingWriter;
 
 constexpr std::size_t kThreads = 2;
 constexpr std::size_t kFlushesMax = 4;
@@ -282,62 +284,6 @@ TEST(FlushGroup, always_begins_a_first_call) { EXPECT_EQ(Story("aA")->calls(), 1
 TEST(FlushGroup, begins_a_call_after_one_that_failed) { EXPECT_EQ(Story("aAxaA")->calls(), 2U); }
 
 // Real threads: each writes, flushes and looks at what a power cut would leave, again and again.
-class Writer {
- public:
-  Writer(BlockNode& node, aio::SimulatedDisk& disk, IoThread& thread, std::uint64_t sector)
-      : node_(node), disk_(disk), thread_(thread) {
-    request_.writer = this;
-    request_.offset_bytes = sector * kSectorBytes;
-    request_.complete = [](BlockRequest& request, int error) {
-      static_cast<Request&>(request).writer->completed(error);
-    };
-  }
-  void start() {
-    thread_.loop().post([this] { write(); });
-  }
-  void wait() { done_.get_future().wait(); }
-  [[nodiscard]] int lost() const { return lost_; }
-
- private:
-  struct Request : BlockRequest {
-    Writer* writer{nullptr};
-  };
-
-  void write() {
-    ++round_;
-    data_.fill(std::byte(round_));
-    element_ = {data_.data(), data_.size()};
-    request_.operation = BlockOperation::kWrite;
-    request_.length_bytes = kSectorBytes;
-    request_.iov = &element_;
-    request_.iov_count = 1;
-    node_.submit(request_, thread_.context());
-  }
-  void completed(int error) {
-    if (error != 0) ++lost_;
-    if (request_.operation == BlockOperation::kWrite) {
-      request_.operation = BlockOperation::kFlush;
-      return node_.submit(request_, thread_.context());
-    }
-    if (disk_.durable()[request_.offset_bytes] != std::byte(round_)) ++lost_;
-    if (round_ == kRounds) return done_.set_value();
-    // Not from a completion of the group itself every time: from the loop as well.
-    if (round_ % 3 != 0) return write();
-    thread_.loop().post([this] { write(); });
-  }
-
-  static constexpr int kRounds = 200;
-  BlockNode& node_;
-  aio::SimulatedDisk& disk_;
-  IoThread& thread_;
-  Request request_;
-  alignas(512) std::array<std::byte, kSectorBytes> data_{};
-  iovec element_{};
-  int round_{0};
-  int lost_{0};
-  std::promise<void> done_;
-};
-
 struct Outcome {
   int lost;
   FlushStatistics statistics;
@@ -346,6 +292,7 @@ struct Outcome {
 Outcome run_writers(bool disk_loses_flushes) {
   constexpr std::size_t kIoThreads = 3;
   constexpr std::size_t kWritersPerThread = 4;
+  constexpr std::uint64_t kRounds = 200;
   aio::SimulatedDisk disk({.size_bytes = std::size_t{16} << 10,
                            .seed = test::test_seed(),
                            .loses_flushes = disk_loses_flushes});
@@ -353,7 +300,7 @@ Outcome run_writers(bool disk_loses_flushes) {
                                std::size_t{16} << 10, kSectorBytes, false),
                {.name = "simulated"});
   std::vector<std::unique_ptr<IoThread>> threads;
-  std::vector<std::unique_ptr<Writer>> writers;
+  std::vector<std::unique_ptr<FlushingWriter>> writers;
   for (std::size_t i = 0; i < kIoThreads; ++i) {
     threads.push_back(
         IoThread::start("io", {}, [&disk] {
@@ -361,7 +308,8 @@ Outcome run_writers(bool disk_loses_flushes) {
               std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
         }).value());
     for (std::size_t j = 0; j < kWritersPerThread; ++j) {
-      writers.push_back(std::make_unique<Writer>(node, disk, *threads.back(), writers.size()));
+      writers.push_back(
+          std::make_unique<FlushingWriter>(node, disk, *threads.back(), writers.size(), kRounds));
     }
   }
   for (const auto& writer : writers) writer->start();
