@@ -4,13 +4,12 @@
 RLIMIT_NPROC does not bind root, so the server runs as a user that owns no other process (needs root itself).
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, Poke, Report, Server, make_sparse, run  # noqa: E402
+from harness import Folder, Poke, Server, make_sparse, run, run_on_each_engine  # noqa: E402
 
 MIB = 1 << 20
 LONELY_USER = 54321
@@ -72,21 +71,5 @@ def test_little_memory(report, options, engine):
     report.check(f"{name}: nothing aborts", not aborted, "\n".join(aborted))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
-    parser.add_argument("--poke", required=True, type=Path, help="the driver for scripts")
-    options = parser.parse_args()
-    options.vblk, options.poke = options.vblk.resolve(), options.poke.resolve()
-    report = Report()
-    for engine in ENGINES:
-        for test in (test_no_more_threads, test_little_memory):
-            try:
-                test(report, options, engine)
-            except (RuntimeError, OSError) as error:
-                report.check(f"{test.__name__} {engine} runs", False, error)
-    report.exit()
-
-
 if __name__ == "__main__":
-    main()
+    run_on_each_engine(__doc__, test_no_more_threads, test_little_memory)

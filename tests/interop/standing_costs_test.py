@@ -5,13 +5,12 @@ Bounds are those that docs/benchmarks.md states. The time is the best of some st
 decide it.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, Poke, Report, Server, make_sparse, run, wait_until  # noqa: E402
+from harness import Folder, Poke, Server, make_sparse, run, run_on_each_engine, wait_until  # noqa: E402
 
 MIB = 1 << 20
 IDLE_SECONDS = 3
@@ -77,21 +76,5 @@ def test_start(report, options, engine):
         report.check(f"{engine}: at most {START_SECONDS_MAX} s from start to ready", best <= START_SECONDS_MAX, f"{best:.3f} s")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
-    parser.add_argument("--poke", required=True, type=Path, help="the driver for scripts")
-    options = parser.parse_args()
-    options.vblk, options.poke = options.vblk.resolve(), options.poke.resolve()
-    report = Report()
-    for engine in ENGINES:
-        for test in (test_idle_and_memory, test_start):
-            try:
-                test(report, options, engine)
-            except (RuntimeError, OSError) as error:
-                report.check(f"{test.__name__} {engine} runs", False, error)
-    report.exit()
-
-
 if __name__ == "__main__":
-    main()
+    run_on_each_engine(__doc__, test_idle_and_memory, test_start)

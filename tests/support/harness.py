@@ -3,6 +3,7 @@
 Every check is one TAP line, so that each counts as a case of its own.
 """
 
+import argparse
 import os
 import random
 import select
@@ -255,3 +256,20 @@ def refused(report, vblk, title, folder, arguments, names, prefix=()):
     good = done.returncode > 0 and len(lines) == 1 and names in lines[0] and sorted(os.listdir(folder)) == before
     report.check(f"{title}: refused in one line that names it", good,
                  f"status {done.returncode}, expected '{names}' in\n" + "\n".join(lines))
+
+
+def run_on_each_engine(description, *tests):
+    """A script's main program: each `test(report, options, engine)` on each engine, in turn."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
+    parser.add_argument("--poke", required=True, type=Path, help="the driver for scripts")
+    options = parser.parse_args()
+    options.vblk, options.poke = options.vblk.resolve(), options.poke.resolve()
+    report = Report()
+    for engine in ENGINES:
+        for test in tests:
+            try:
+                test(report, options, engine)
+            except (RuntimeError, OSError) as error:
+                report.check(f"{test.__name__} {engine} runs", False, error)
+    report.exit()
