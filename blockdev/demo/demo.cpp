@@ -158,10 +158,10 @@ class Experiment {
                                       {.socket_path = image_.name(), .process = (*server)->pid()});
     if (!target) return std::unexpected(std::move(target.error()));
     StampedContent content;
-    for (std::size_t i = 0; i < kWorkloads.size(); ++i) {
-      tell(engine, kWorkloads[i]);
-      bench::Workload workload = kWorkloads[i].load;
-      workload.name = kWorkloads[i].name;
+    for (std::size_t i = 0; i < workloads.size(); ++i) {
+      tell(engine, workloads[i]);
+      bench::Workload workload = workloads[i].load;
+      workload.name = workloads[i].name;
       workload.size_bytes = image_.size_bytes();
       workload.ramp_time = options_.cell_time / 10;
       workload.run_time = options_.cell_time;
@@ -181,7 +181,7 @@ class Experiment {
     const std::string text =
         fmt::format("round {}/{}  {:<8}  {:<33}  about {} s left", round_, options_.round_count,
                     results_[engine].engine, workload.name, seconds_left());
-    if (&workload == kWorkloads.data()) {
+    if (&workload == workloads.data()) {
       progress_.step(text);
     } else {
       progress_.detail(text);
@@ -190,7 +190,7 @@ class Experiment {
 
   // From the pace so far, which includes starting servers and warming up.
   [[nodiscard]] std::int64_t seconds_left() const {
-    const std::size_t cells = options_.round_count * engines_.size() * kWorkloads.size();
+    const std::size_t cells = options_.round_count * engines_.size() * workloads.size();
     const double planned = std::chrono::duration<double>(options_.cell_time).count() * 1.1;
     const double spent = std::chrono::duration<double>(Clock::now() - begin_).count();
     const double pace = cells_done_ == 0 ? planned : spent / static_cast<double>(cells_done_);

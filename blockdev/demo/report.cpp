@@ -123,8 +123,8 @@ std::string table(const std::vector<EngineResults>& results) {
                  "p50 us", "p99 us", "p99.9 us", "CPU us", "context");
   fmt::format_to(out, "{:<12}{:>9}{:>21}{:>10}{:>10}{:>10}{:>9}{:>9}\n", "", "", "", "", "", "",
                  "per I/O", "switches");
-  for (std::size_t workload = 0; workload < kWorkloads.size(); ++workload) {
-    fmt::format_to(out, "{}\n", kWorkloads[workload].name);
+  for (std::size_t workload = 0; workload < workloads.size(); ++workload) {
+    fmt::format_to(out, "{}\n", workloads[workload].name);
     for (const EngineResults& result : results) {
       const Series& series = result.series[workload];
       const auto [least, most] = std::ranges::minmax(series.operations_per_second);
@@ -148,9 +148,9 @@ std::string verdict(const std::vector<EngineResults>& results) {
         "{} is too few to tell a difference from chance; give --rounds {} or more.\n",
         rounds == 1 ? "One round" : fmt::format("{} rounds", rounds), kRoundsForVerdict);
   }
-  for (std::size_t workload = 0; workload < kWorkloads.size(); ++workload) {
+  for (std::size_t workload = 0; workload < workloads.size(); ++workload) {
     text +=
-        fmt::format("  {}: {}\n", kWorkloads[workload].name, workload_verdict(results, workload));
+        fmt::format("  {}: {}\n", workloads[workload].name, workload_verdict(results, workload));
   }
   return text;
 }

@@ -26,7 +26,7 @@ struct Series {
 
 struct EngineResults {
   std::string engine;
-  std::array<Series, kWorkloads.size()> series;  // in the order of kWorkloads
+  std::array<Series, workloads.size()> series;  // in the order of workloads
 };
 
 // All series have the same number of rounds, at least one.

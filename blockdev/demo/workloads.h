@@ -15,7 +15,7 @@ struct NamedWorkload {
 
 inline constexpr unsigned kDepthMax = 32;
 // Write and flush is one operation, of two requests in sequence.
-inline const std::array kWorkloads{
+inline const std::array workloads{
     NamedWorkload{"4k random read, depth 1", {}},
     NamedWorkload{"4k random read, depth 32", {.depth = kDepthMax}},
     NamedWorkload{"4k random write, depth 1", {.read_percent = 0}},

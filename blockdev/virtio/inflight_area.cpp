@@ -36,8 +36,7 @@ Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
   }
   auto mapping = SharedMapping::map(fd, size_bytes, offset_bytes, "the in-flight area");
   if (!mapping) return std::unexpected(std::move(mapping.error()));
-  const std::shared_ptr<const InflightArea> area(
-      new InflightArea(std::move(*mapping), description));
+  std::shared_ptr<const InflightArea> area(new InflightArea(std::move(*mapping), description));
   for (std::uint16_t queue = 0; queue < queue_count; ++queue) {
     if (auto checked = area->region(queue).check(); !checked) {
       return make_error(checked.error().kind,

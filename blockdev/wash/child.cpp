@@ -69,6 +69,7 @@ std::string how_it_died(int status) {
 Expected<pid_t> spawn(const char* program, const std::vector<std::string>& words,
                       const std::array<int, 3>& streams) {
   std::vector<char*> arguments;
+  arguments.reserve(words.size() + 1);
   for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
   arguments.push_back(nullptr);
   const pid_t parent = ::getpid();

@@ -124,6 +124,7 @@ void print_claim(const std::vector<Summary>& summaries, const std::string& id) {
 void print_comparison(const std::vector<Summary>& summaries) {
   const auto row = [&summaries](const std::string& name, auto&& value) {
     std::vector<std::string> values;
+    values.reserve(summaries.size());
     for (const Summary& summary : summaries) values.push_back(value(summary));
     print_row(name, values);
   };

@@ -108,8 +108,10 @@ Expected<std::string> sha256_of_file(const std::string& path) {
   if (!file) return failed(errno);
   Sha256 digest;
   std::array<char, 65536> bytes{};
-  while (const std::size_t count = std::fread(bytes.data(), 1, bytes.size(), file.get()))
+  while (std::feof(file.get()) == 0 && std::ferror(file.get()) == 0) {
+    const std::size_t count = std::fread(bytes.data(), 1, bytes.size(), file.get());
     digest.add({bytes.data(), count});
+  }
   if (std::ferror(file.get()) != 0) return failed(errno);
   return digest.finish();
 }

@@ -265,6 +265,7 @@ class Conductor {
 
 std::vector<Cell> cells_of(const Conduct& conduct) {
   std::vector<std::string> names;
+  names.reserve(conduct.devices.size());
   for (const Device& device : conduct.devices) names.push_back(device.name);
   auto cells = cells_of(*conduct.analysis, *conduct.preset, names);
   std::erase_if(cells, [&](const Cell& cell) {

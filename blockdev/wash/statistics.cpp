@@ -150,7 +150,7 @@ std::optional<BootstrapInterval> bootstrap(std::span<const double> samples, doub
   const auto bound = [&](double probability) {
     const double z = bias + quantile(normal, probability);
     const double adjusted = cdf(normal, bias + z / (1 - acceleration * z));
-    const auto index = static_cast<std::size_t>(adjusted * (kResamples - 1) + 0.5);
+    const auto index = static_cast<std::size_t>(std::lround(adjusted * (kResamples - 1)));
     return means[std::min(index, kResamples - 1)];
   };
   return BootstrapInterval{.lower = bound(alpha), .upper = bound(1 - alpha)};

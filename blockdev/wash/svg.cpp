@@ -50,8 +50,11 @@ std::vector<std::pair<double, std::string>> round_marks(double least, double mos
   for (const double factor : {2.0, 5.0, 10.0}) {
     if (rough > step) step = power * factor;
   }
-  for (double mark = std::ceil(least / step) * step; mark <= most + step / 1e6; mark += step)
-    marks.emplace_back(mark, fmt::format("{:.6g}", std::abs(mark) < step / 1e6 ? 0 : mark));
+  const auto last = std::llround(std::floor(most / step + 1e-6));
+  for (auto number = std::llround(std::ceil(least / step)); number <= last; ++number) {
+    const double mark = static_cast<double>(number) * step;
+    marks.emplace_back(mark, fmt::format("{:.6g}", mark));
+  }
   return marks;
 }
 

@@ -77,7 +77,8 @@ class MemoryPort final : public Port {
     std::vector<std::byte> buffer_bytes;
   };
   void carry_out(Io& io) {
-    io.error = disk_.fail_after >= 0 && disk_.fail_after-- == 0 ? EIO : 0;
+    io.error = disk_.fail_after == 0 ? EIO : 0;
+    if (disk_.fail_after >= 0) --disk_.fail_after;
     const std::lock_guard lock(disk_.mutex);
     std::byte* const place = disk_.bytes.data() + io.offset_bytes;
     if (io.operation == Operation::kRead) std::memcpy(io.buffer.data(), place, io.length_bytes);

@@ -129,9 +129,9 @@ TEST(IoLoop, polls_on_while_functions_are_posted_without_end) {
   post_again = repost;
   loop.start();
   loop->post([&] { post_again(); });
-  for (int i = 0; i < 100; ++i) {
+  for (std::uint64_t i = 1; i <= 100; ++i) {
     poller.publish();
-    wait_until([&] { return poller.taken.load() == static_cast<std::uint64_t>(i + 1); });
+    wait_until([&] { return poller.taken.load() == i; });
   }
   enough = true;
   loop->run_and_wait([&] {

@@ -168,7 +168,7 @@ TEST_F(ImageMemory, is_counted) {
   EXPECT_LE(counted, kTaken / 8 * 9);
 }
 
-const std::vector<Greedy> kGreedy{
+const std::vector<Greedy> greedy_images{
     {"l1_table_of_512_byte_clusters", [](Bytes& b) { b = large_tables(9); }},
     {"l1_table_of_4_kib_clusters", [](Bytes& b) { b = large_tables(12); }},
     {"l1_table_of_64_kib_clusters", [](Bytes& b) { b = large_tables(16); }},
@@ -231,7 +231,7 @@ const std::vector<Greedy> kGreedy{
      }},
 };
 
-INSTANTIATE_TEST_SUITE_P(Images, GreedyImageMemory, ::testing::ValuesIn(kGreedy),
+INSTANTIATE_TEST_SUITE_P(Images, GreedyImageMemory, ::testing::ValuesIn(greedy_images),
                          [](const auto& instance) { return std::string(instance.param.name); });
 
 }  // namespace

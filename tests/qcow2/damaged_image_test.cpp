@@ -21,8 +21,6 @@ using ::testing::HasSubstr;
 using testing::ImageSpec;
 using testing::put_be;
 using testing::Rig;
-using testing::RigOptions;
-using testing::SimulatedDisk;
 
 constexpr std::uint64_t kCopied = std::uint64_t{1} << 63;
 constexpr std::uint64_t kOffsets = 0x00ff'ffff'ffff'fe00;

@@ -75,14 +75,17 @@ class Guest {
   void start() {
     ++started_;
     const unsigned kind = static_cast<unsigned>(random_() % 100);
-    unsigned limit = work_.flush_percent;
-    if (kind < limit) return submit(std::make_unique<GuestRequest>(BlockOperation::kFlush, 0, 0));
+    const unsigned flushes = work_.flush_percent;
+    const unsigned discards = flushes + work_.discard_percent;
+    const unsigned zeroes = discards + work_.zero_percent;
+    const unsigned reads = zeroes + work_.read_percent;
+    if (kind < flushes) return submit(std::make_unique<GuestRequest>(BlockOperation::kFlush, 0, 0));
     BlockOperation operation = BlockOperation::kWrite;
-    if (kind < (limit += work_.discard_percent)) {
+    if (kind < discards) {
       operation = BlockOperation::kDiscard;
-    } else if (kind < (limit += work_.zero_percent)) {
+    } else if (kind < zeroes) {
       operation = BlockOperation::kWriteZeroes;
-    } else if (kind < (limit += work_.read_percent)) {
+    } else if (kind < reads) {
       operation = BlockOperation::kRead;
     }
     const std::uint64_t sectors =

@@ -179,7 +179,7 @@ TEST_P(Qcow2HeaderRefusal, says_what_is_wrong) {
 }
 
 using enum ErrorKind;
-const std::vector<Refusal> kRefusals{
+const std::vector<Refusal> refusals{
     {"magic", [](auto& c) { c.set(0, 4, 0x514649fc); }, kInvalidArgument, "not a qcow2 image"},
     {"too_short", [](auto& c) { c.cut(71); }, kInvalidArgument, "not a qcow2 image"},
     {"version_1", [](auto& c) { c.set(4, 4, 1); }, kNotSupported, "version 1"},
@@ -254,7 +254,7 @@ const std::vector<Refusal> kRefusals{
      kCorrupt, "bitmap directory does not begin"},
 };
 
-INSTANTIATE_TEST_SUITE_P(Rules, Qcow2HeaderRefusal, ::testing::ValuesIn(kRefusals),
+INSTANTIATE_TEST_SUITE_P(Rules, Qcow2HeaderRefusal, ::testing::ValuesIn(refusals),
                          [](const auto& instance) { return std::string(instance.param.name); });
 
 }  // namespace

@@ -72,7 +72,7 @@ struct RigOptions {
 
 class Rig {
  public:
-  Rig(Bytes image, std::span<const std::uint64_t> backing, const RigOptions& options)
+  Rig(const Bytes& image, std::span<const std::uint64_t> backing, const RigOptions& options)
       : disk({.seed = options.seed,
               .short_transfer_probability = options.short_transfer_probability,
               .loses_flushes = options.loses_flushes},
