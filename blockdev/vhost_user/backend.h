@@ -12,6 +12,9 @@
 //   yes      no        none
 //   yes      yes       running on I/O thread (index modulo their number)
 //
+// A ring that breaks is not started again before its next kick descriptor, which comes with a reset
+// of the device.
+//
 // Thread: the server's. Stopping a queue blocks this thread until what is in flight is done: the
 // memory under a request must stay, and nobody else waits for this thread.
 #pragma once
@@ -76,7 +79,7 @@ class Backend {
   struct Ring {
     std::uint16_t index{0};
     std::uint16_t size{0};
-    std::uint16_t next_avail{0};
+    std::uint32_t next_avail{0};  // as BlkQueueSetup::next_avail
     bool has_addresses{false};
     VringAddress addresses{};
     bool started{false};
@@ -130,6 +133,7 @@ class Backend {
   Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
+  [[nodiscard]] bool has_packed_rings() const;
   [[nodiscard]] std::uint64_t offered_protocol_features() const;
 
   UniqueFd socket_;
