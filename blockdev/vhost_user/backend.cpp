@@ -138,7 +138,7 @@ Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
 }
 
 Backend::~Backend() {
-  for (Ring& ring : rings_) stop(ring);
+  for (Ring& ring : rings_) stop(ring, Afterwards::kUnknown);
   device_.reset();
 }
 
@@ -482,7 +482,8 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .kick_fd = ring.kick.get(),
                                     .call_fd = ring.call.get(),
                                     .error_fd = ring.error.get(),
-                                    .inflight = inflight_};
+                                    .inflight = inflight_,
+                                    .left = std::exchange(ring.left, {})};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
   run_on(thread, [&] {
@@ -498,14 +499,18 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
 }
 
 // Waits until nothing of the ring is in flight: from then on its memory may go.
-void Backend::stop(Ring& ring) {
+void Backend::stop(Ring& ring, Afterwards afterwards) {
   if (ring.queue == nullptr) return;
+  using enum virtio::BlkQueue::Unfinished;
+  const auto unfinished =
+      inflight_ != nullptr || afterwards == Afterwards::kRunsAgain ? kLeave : kFail;
   blockdev::IoThread& thread = thread_of(ring);
   std::promise<void> stopped;
-  thread.loop().post([&ring, &stopped] {
-    ring.queue->stop([&ring, &stopped] {
+  thread.loop().post([this, &ring, &stopped, unfinished] {
+    ring.queue->stop(unfinished, [this, &ring, &stopped] {
       ring.next_avail = ring.queue->next_avail();
       if (ring.queue->broken()) ring.started = false;
+      if (inflight_ == nullptr) ring.left = ring.queue->left();
       ring.queue.reset();
       stopped.set_value();
     });
@@ -514,7 +519,7 @@ void Backend::stop(Ring& ring) {
 }
 
 Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()> change) {
-  for (Ring& ring : rings_) stop(ring);
+  for (Ring& ring : rings_) stop(ring, Afterwards::kRunsAgain);
   auto outcome = change();
   for (Ring& ring : rings_) {
     auto started = start_if_ready(ring);
@@ -542,7 +547,7 @@ Expected<void> Backend::set_vring_addr(Message& message) {
   const auto addresses = payload_of<VringAddress>(message);
   const auto ring = ring_at(addresses.index);
   if (!ring) return std::unexpected(ring.error());
-  stop(**ring);
+  stop(**ring, Afterwards::kRunsAgain);
   (*ring)->addresses = addresses;
   (*ring)->has_addresses = true;
   return start_if_ready(**ring);
@@ -565,7 +570,7 @@ Expected<void> Backend::get_vring_base(Message& message) {
   const auto state = payload_of<VringState>(message);
   const auto ring = ring_at(state.index);
   if (!ring) return std::unexpected(ring.error());
-  stop(**ring);
+  stop(**ring, Afterwards::kUnknown);
   (*ring)->started = false;
   (*ring)->kick.reset();
   std::vector<std::byte> payload;
@@ -586,7 +591,7 @@ Expected<void> Backend::set_vring_kick(Message& message) {
   // Without a descriptor the ring would have to be polled for ever, which costs a processor; no
   // frontend asks for it.
   if (no_fd) return refused("a ring without a kick descriptor is not supported");
-  stop(**ring);
+  stop(**ring, Afterwards::kRunsAgain);
   (*ring)->kick = std::move(message.fds[0]);
   (*ring)->started = true;
   return start_if_ready(**ring);
@@ -635,7 +640,7 @@ Expected<void> Backend::set_vring_enable(Message& message) {
   if (state.value > 1)
     return refused(fmt::format("queue {}: {} is neither 0 nor 1", state.index, state.value));
   (*ring)->enabled = state.value == 1;
-  if (!(*ring)->enabled) stop(**ring);
+  if (!(*ring)->enabled) stop(**ring, Afterwards::kUnknown);
   return start_if_ready(**ring);
 }
 
@@ -648,6 +653,8 @@ std::vector<RingStatus> Backend::ring_status() const {
       status[i] = {.running = true,
                    .broken = ring.queue->broken(),
                    .in_flight = ring.queue->in_flight(),
+                   .waiting = ring.queue->waiting(),
+                   .kept = ring.queue->kept(),
                    .statistics = ring.queue->statistics()};
     });
   }

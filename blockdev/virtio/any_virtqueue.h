@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "blockdev/virtio/chain.h"
 #include "blockdev/virtio/guest_memory.h"
@@ -42,6 +43,14 @@ class AnyVirtqueue {
   }
   Pop take_again(std::uint16_t head, std::span<iovec> room, Chain& chain) {
     return call([&](auto& queue) { return queue.take_again(head, room, chain); });
+  }
+  // Packed: what PackedVirtqueue::Layout::in_flight is for a queue that goes on after this one;
+  // split: nothing, for the ring has it all.
+  [[nodiscard]] std::vector<PackedInflightRecovery::Buffer> descriptors_of(
+      std::span<const std::uint16_t> ids) const {
+    const auto* const packed = std::get_if<PackedVirtqueue>(&queue_);
+    if (packed == nullptr) return {};
+    return packed->descriptors_of(ids);
   }
   void push_used(std::uint16_t head, std::uint32_t length_bytes) {
     call([&](auto& queue) { queue.push_used(head, length_bytes); });

@@ -83,7 +83,11 @@ Expected<std::unique_ptr<BlkDevice>> BlkDevice::create(blockdev::BlockNode& node
 }
 
 BlkDevice::BlkDevice(blockdev::BlockNode& node, BlkDeviceOptions options)
-    : node_(node), options_(std::move(options)), offered_features_(features_of(node_, options_)) {
+    : node_(node),
+      options_(std::move(options)),
+      offered_features_(features_of(node_, options_)),
+      gate_(node_.name()) {
+  gate_.set_limits(options_.limits);
   reset();
 }
 
@@ -106,6 +110,13 @@ Expected<void> BlkDevice::set_features(std::uint64_t features) {
   }
   update_write_through();
   return {};
+}
+
+ErrorAction BlkDevice::action_on(blockdev::BlockOperation operation, int error) const {
+  const ErrorAction action = options_.on_error.action(operation, error);
+  // Kept, it would be tried for ever: the node fails it whatever becomes of the disk.
+  if (action == ErrorAction::kStop && node_.has_lost_writes()) return ErrorAction::kReport;
+  return action;
 }
 
 std::uint64_t BlkDevice::negotiated_features() const {

@@ -14,6 +14,10 @@
 // same cluster. It costs the time of a queue's worth of requests, once. New requests that the
 // driver sends meanwhile wait, as requests do at a disk that is slow for a moment.
 //
+// A request that failed and that the error policy keeps (error_policy.h) waits in its slot,
+// unanswered and in flight for all others; the device is paused then (device_gate.h). When it is
+// resumed, the queue takes what it has kept again, in the same way and the same order.
+//
 // Threads: all calls on the I/O thread that owns the queue, except where noted. The kick eventfd
 // only ends a sleep; while the loop is awake the avail ring is looked at directly and kicks are
 // suppressed.
@@ -23,6 +27,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "aio/error.h"
 #include "blockdev/io_context.h"
@@ -30,8 +35,16 @@
 #include "blockdev/virtio/blk_device.h"
 #include "blockdev/virtio/guest_memory.h"
 #include "blockdev/virtio/inflight_area.h"
+#include "blockdev/virtio/packed_inflight_region.h"
 
 namespace vblk::virtio {
+
+// What a queue was stopped with, in the order in which it was popped.
+struct LeftRequests {
+  std::vector<std::uint16_t> heads;  // packed: ids
+  // Packed: their descriptors, which the ring may not have any more.
+  std::vector<PackedInflightRecovery::Buffer> buffers;
+};
 
 // How a ring is to be run, as the frontend described it.
 struct BlkQueueSetup {
@@ -48,12 +61,15 @@ struct BlkQueueSetup {
   int error_fd{-1};  // signalled when the ring is broken; stays the caller's
   // Where what is in flight is kept for a successor (SET_INFLIGHT_FD); nullptr: nowhere.
   std::shared_ptr<const InflightArea> inflight;
+  // Without such an area: what the queue before this one has left (BlkQueue::left()).
+  LeftRequests left;
 };
 
 // Counters since the queue started; read on the I/O thread.
 struct BlkQueueStatistics {
   std::uint64_t requests{0};
   std::uint64_t recovered{0};    // of those: a predecessor had them in flight
+  std::uint64_t retried{0};      // of those: taken again after they had failed
   std::uint64_t errors{0};       // completed with IOERR
   std::uint64_t unsupported{0};  // completed with UNSUPP
   std::uint64_t interrupts{0};
@@ -73,10 +89,18 @@ class BlkQueue final : public blockdev::Poller {
   // Requires in_flight() == 0 (asserted): stop() first.
   ~BlkQueue() override;
 
+  // What becomes of kept requests, and of a predecessor's that are not taken again yet, when a
+  // queue stops while the device is paused and nobody knows for how long.
+  enum class Unfinished : std::uint8_t {
+    kLeave,  // they stay in flight: in the in-flight area, and in left()
+    kFail,   // they are answered with an I/O error: nobody comes who would take them
+  };
   // Stops popping; `stopped` runs from the loop once nothing is in flight, a predecessor's requests
-  // included, and all used entries are published. next_avail() is then final, and guest memory is
-  // not touched any more. Once (asserted).
-  void stop(std::move_only_function<void()> stopped);
+  // included, and all used entries are published. What waits for the device's limits goes on at
+  // once. next_avail() is then final, and guest memory is not touched any more. Once (asserted).
+  void stop(Unfinished unfinished, std::move_only_function<void()> stopped);
+  // After that: the requests that it left.
+  [[nodiscard]] const LeftRequests& left() const;
 
   // SET_VRING_CALL, SET_VRING_ERR and SET_VRING_KICK on a running ring. -1 turns the signal off.
   void set_call_fd(int fd);
@@ -85,8 +109,11 @@ class BlkQueue final : public blockdev::Poller {
 
   // The ring is broken (a malformed avail ring or chain without reachable status): it pops no more.
   [[nodiscard]] bool broken() const;
-  // A predecessor's requests included, which wait for their turn.
+  // A predecessor's requests included, which wait for their turn, and those that are kept.
   [[nodiscard]] std::size_t in_flight() const;
+  // Of those: at the device's limits; and to be taken again, now or when the device is resumed.
+  [[nodiscard]] std::size_t waiting() const;
+  [[nodiscard]] std::size_t kept() const;
   [[nodiscard]] std::uint32_t next_avail() const;  // as BlkQueueSetup::next_avail
   [[nodiscard]] const BlkQueueStatistics& statistics() const;
 

@@ -145,6 +145,22 @@ PackedVirtqueue::Pop PackedVirtqueue::take_again(std::uint16_t id, std::span<iov
   return take(id, buffers_[id], room, chain);
 }
 
+std::vector<PackedInflightRecovery::Buffer> PackedVirtqueue::descriptors_of(
+    std::span<const std::uint16_t> ids) const {
+  std::vector<PackedInflightRecovery::Buffer> described;
+  for (const std::uint16_t id : ids) {
+    const Buffer& buffer = buffers_[id];
+    auto& copy =
+        described.emplace_back(PackedInflightRecovery::Buffer{.entry = buffer.entry, .chain = {}});
+    std::uint16_t next = buffer.first;
+    for (std::uint16_t left = buffer.length; left > 0; --left) {
+      copy.chain.push_back(copies_[next]);
+      next = next_copy_[next];
+    }
+  }
+  return described;
+}
+
 // "Indirect Flag: Scatter-Gather Support": the whole table, in its order; of its entries' flags
 // WRITE alone counts, and ids do not.
 bool PackedVirtqueue::walk_indirect(const PackedDescriptor& descriptor, ChainBuilder& builder) {

@@ -59,6 +59,10 @@ class PackedVirtqueue {
   // Takes the buffer `id` again, which is in flight: popped before, or one of Layout::in_flight.
   Pop take_again(std::uint16_t id, std::span<iovec> room, Chain& chain);
 
+  // Of buffers that are in flight, in this order; for a queue that goes on with them.
+  [[nodiscard]] std::vector<PackedInflightRecovery::Buffer> descriptors_of(
+      std::span<const std::uint16_t> ids) const;
+
   // Writes the used descriptor of a buffer that was taken; seen by the driver only after publish().
   // `length_bytes`: bytes written to the buffer's writable part.
   void push_used(std::uint16_t id, std::uint32_t length_bytes);

@@ -193,7 +193,7 @@ ServedPath::~ServedPath() {
   for (std::uint16_t i = 0; i < driver_.queue_count(); ++i) {
     std::promise<void> stopped;
     thread_of(i).loop().post([&] {
-      queues_[i]->stop([&] {
+      queues_[i]->stop(virtio::BlkQueue::Unfinished::kLeave, [&] {
         queues_[i].reset();
         stopped.set_value();
       });

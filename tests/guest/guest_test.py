@@ -342,6 +342,83 @@ def test_recovery_packed(report, guest, options, folder, engine):
     test_recovery(report, guest, options, folder, engine, "packed=on")
 
 
+def test_two_guests(report, guest, options, folder, engine):
+    """Two guests on two devices of one process, raw and qcow2, at the same time."""
+    make_sparse(folder / "disk-0", 128 * MIB)
+    run("qemu-img", "create", "-q", "-f", "qcow2", folder / "disk-1", "128M")
+    text = "".join(f"""
+        [[device]]
+        name = "guest-{i}"
+        image = "{folder}/disk-{i}"
+        format = "{form}"
+        socket-path = "{folder}/s{i}"
+        queues = 2
+        aio = "{engine}"
+        """ for i, form in enumerate(("raw", "qcow2")))
+    (folder / "vblk.toml").write_text(text)
+    log = folder / "log"
+    server = subprocess.Popen([options.vblk, "serve", "--config", folder / "vblk.toml"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL, stderr=open(log, "wb"))
+    try:
+        wait_until(lambda: (folder / "s0").exists() and (folder / "s1").exists())
+        results = {}
+        threads = [threading.Thread(target=lambda i=i: results.update({i: guest.boot(folder / f"s{i}", 2, {"run": "files"})}))
+                   for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i in range(2):
+            report_guest(report, f"{engine}, guest {i} of two on one process", *results[i], 9)
+        server.terminate()
+        report.check(f"{engine}: the server of both ends with 0", server.wait(20) == 0, log.read_text())
+    finally:
+        server.kill()
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", folder / "disk-1", folder / "raw-1")
+    for image in ("disk-0", "raw-1"):
+        status, output = run("e2fsck", "-fn", folder / image)
+        report.check(f"{engine}: host's e2fsck finds nothing on {image}", status == 0, output)
+
+
+def test_full_disk(report, guest, options, folder, engine):
+    """The host's file system is full under a guest: it waits, and goes on when there is space, without an error."""
+    name = f"{engine}, a full disk under the guest"
+    if os.geteuid() != 0:
+        report.skip(name, "loop devices need root")
+        return
+    (folder / "small").mkdir()
+    make_sparse(folder / "fs", 64 * MIB)
+    run("mkfs.ext4", "-q", "-m", "0", folder / "fs")
+    script = """mount -o loop "$1/fs" "$1/small" && truncate -s 128M "$1/small/disk" || exit 1
+        free=$(($(stat -f -c '%a * %S' "$1/small")))
+        fallocate -l $((free - 6 * 1048576)) "$1/small/filler" || exit 1
+        shift; exec "$@" """
+    arguments = [folder / "small" / "disk", "--aio", engine, "--queues", 2, "--monitor", folder / "m"]
+    with Server(options.vblk, arguments, folder / "s", folder / "log", ["unshare", "-m", "bash", "-c", script, "-", str(folder)],
+                wrapper_stays=False) as server:
+        paused = threading.Event()
+
+        def make_space():
+            for _ in range(BOOT_SECONDS_MAX * 2):
+                time.sleep(0.5)
+                status, text = run(options.vblk, "ctl", folder / "m", "query-status")
+                if status == 0 and json.loads(text).get("state") == "paused":
+                    paused.set()
+                    time.sleep(3)
+                    run("nsenter", "-t", server.process.pid, "-m", "rm", folder / "small" / "filler")
+                    return
+                if server.process.poll() is not None:
+                    return
+
+        watcher = threading.Thread(target=make_space)
+        watcher.start()
+        console, ended = guest.boot(server.socket, 2, {"run": "files"})
+        report_guest(report, name, console, ended, 9)
+        report.check(f"{name}: the device paused", paused.is_set(), server.log.read_text())
+        report.check(f"{name}: the server ends with 0", server.stop() == 0, server.log.read_text())
+        watcher.join()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vblk", required=True, help="the program under test")
@@ -361,7 +438,8 @@ def main():
     # The engines are below the format, which tests/interop runs on all of them: here one each will do.
     batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0]),
                 (test_resize, (options.engine or ENGINES)[-1]), (test_packed, (options.engine or ENGINES)[-1]),
-                (test_recovery, "threads"), (test_recovery_packed, "threads")]
+                (test_recovery, "threads"), (test_recovery_packed, "threads"),
+                (test_two_guests, (options.engine or ENGINES)[-1]), (test_full_disk, (options.engine or ENGINES)[0])]
     for test, engine in batches:
         if options.only and options.only not in test.__name__:
             continue

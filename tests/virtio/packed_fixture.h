@@ -171,7 +171,9 @@ class PackedRig {
   PackedRig& operator=(const PackedRig&) = delete;
 
   void start(std::shared_ptr<const InflightArea> inflight = nullptr) {
-    BlkQueueSetup setup = ring->setup();
+    start(ring->setup(), std::move(inflight));
+  }
+  void start(BlkQueueSetup setup, std::shared_ptr<const InflightArea> inflight = nullptr) {
     setup.kick_fd = kick.fd();
     setup.call_fd = call.fd();
     setup.error_fd = error.fd();

@@ -2,6 +2,8 @@
 // blk_queue_test.cpp's, on split rings; here is what the ring itself does.
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <cstring>
 #include <map>
 #include <random>
 #include <set>
@@ -559,7 +561,7 @@ TEST(PackedQueueStop, leaves_the_ring_for_whoever_comes_next) {
       rig.put_flush();
       rig.run();
       EXPECT_EQ(rig.ring->take_used().size(), 1U);
-      rig.queue->stop([] {});
+      rig.queue->stop(BlkQueue::Unfinished::kLeave, [] {});
       rig.run();
       const std::uint32_t half = rig.ring->place(rig.ring->next_avail()).event();
       EXPECT_EQ(rig.queue->next_avail(), half << 16 | half);
@@ -568,6 +570,54 @@ TEST(PackedQueueStop, leaves_the_ring_for_whoever_comes_next) {
       rig.start();
     }
   }
+}
+
+// Without an in-flight area. Of what was popped the ring may have nothing any more.
+TEST(PackedQueueStop, hands_on_the_requests_that_it_keeps) {
+  PackedRig rig({.size = 9});
+  bool full = true;
+  rig.node.fault = [&full](const auto& /*record*/, std::size_t) { return full ? ENOSPC : 0; };
+  for (const std::uint16_t id : {std::uint16_t{6}, std::uint16_t{3}}) {
+    rig.put({{rig.place(header(kBlkTOut, id)), 16},
+             {rig.place(pattern(512, id)), 512},
+             {rig.allocate(1), 1, true}},
+            id);
+  }
+  rig.run();
+  ASSERT_EQ(rig.queue->kept(), 2U);
+  rig.queue->stop(BlkQueue::Unfinished::kLeave, [] {});
+  rig.run();
+  BlkQueueSetup setup = rig.ring->setup();
+  setup.next_avail = rig.queue->next_avail();
+  setup.left = rig.queue->left();
+  EXPECT_EQ(setup.left.heads, (std::vector<std::uint16_t>{6, 3}));
+  rig.queue.reset();
+  for (std::uint64_t i = 0; i < 6; ++i) std::memset(rig.ring->descriptor(i), 0x55, 14);
+  full = false;
+  rig.start(setup);
+  rig.run();
+  EXPECT_EQ(rig.ring->take_used(), (std::vector<Used>{{6, 1}, {3, 1}}));
+  for (const unsigned sector : {6U, 3U}) {
+    const auto data = pattern(512, sector);
+    EXPECT_TRUE(std::equal(data.begin(), data.end(), rig.node.disk.begin() + sector * 512));
+  }
+}
+
+TEST(PackedQueueStop, refuses_what_was_left_in_a_larger_ring_or_is_not_told) {
+  PackedRig rig({.size = 9});
+  rig.queue.reset();
+  BlkQueueSetup setup = rig.ring->setup();
+  const auto starts = [&] {
+    return BlkQueue::start(*rig.device, *rig.context, rig.memory.shared(), setup).has_value();
+  };
+  setup.left.heads = {9};
+  EXPECT_FALSE(starts());
+  setup.left = {.heads = {1},
+                .buffers = {{.entry = 0, .chain = std::vector<PackedDescriptor>(10)}}};
+  EXPECT_FALSE(starts());
+  setup.left = {};
+  setup.next_avail += 1;
+  EXPECT_FALSE(starts()) << "in flight, and nobody says what";
 }
 
 }  // namespace
