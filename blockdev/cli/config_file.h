@@ -1,5 +1,5 @@
 // `vblk serve --config FILE`: the devices of one process, described in TOML
-// (docs/decisions/0010-devices-in-toml.md).
+// (docs/decisions/0011-devices-in-toml.md).
 //
 //   [[device]]
 //   name = "root"
