@@ -47,6 +47,10 @@ class BlockNode {
   // What has become of the guest's flushes. Any thread; a moment old.
   [[nodiscard]] virtual FlushStatistics flush_statistics() const { return {}; }
 
+  // Whether what was written may be gone, so that all flushes fail from now on and no repetition
+  // helps. Any thread.
+  [[nodiscard]] virtual bool has_lost_writes() const { return false; }
+
   // An I/O thread announces that it will submit requests, and takes that back when none is in
   // flight. Calls nest. For what engines do better if they know before. Loop thread of `context`.
   virtual void attach(IoContext& /*context*/) {}

@@ -124,7 +124,7 @@ std::size_t IoContext::run_resumed() {
 bool IoContext::has_work() const { return deferred_.head != nullptr || resumed_.head != nullptr; }
 
 void IoContext::drain() {
-  while (has_work() || engines_->in_flight() > 0 || away_ > 0) {
+  while (!is_idle()) {
     if (poll() == 0) wait(kForEver);
   }
 }

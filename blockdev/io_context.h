@@ -78,6 +78,10 @@ class IoContext final : public Poller {
   void goes_away() { ++away_; }
   void is_back() { --away_; }
 
+  // No request is left, of nodes' own either, and none waits for another thread. Loop thread.
+  [[nodiscard]] bool is_idle() const {
+    return !has_work() && away_ == 0 && engines_->in_flight() == 0;
+  }
   // Runs completions until no request is left, of those that wait for other threads as well.
   // Loop thread; blocks it. For shutdown and tests: a running loop makes progress by itself.
   void drain();

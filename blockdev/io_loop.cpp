@@ -517,7 +517,53 @@ class TimerWatch final : public IoLoop::Watch {
   std::shared_ptr<std::move_only_function<void()>> function_;
 };
 
+class LoopTimer final : public IoLoop::Timer {
+ public:
+  LoopTimer(asio::io_context& io, std::move_only_function<void()> function)
+      : state_(std::make_shared<State>(io, std::move(function))) {}
+  ~LoopTimer() override {
+    state_->function = nullptr;
+    cancel();
+  }
+
+  void start(std::chrono::nanoseconds delay) override {
+    // Calls the former wait off, whose handler may be on its way already: hence the number.
+    state_->timer.expires_after(std::chrono::duration_cast<Clock::duration>(delay));
+    state_->running = true;
+    const std::uint64_t number = ++state_->number;
+    state_->timer.async_wait(
+        asio::bind_allocator(OperationAllocator<void>(state_->memory),
+                             [state = state_, number](const boost::system::error_code& error) {
+                               if (error || number != state->number || !state->running) return;
+                               state->running = false;
+                               state->function();
+                             }));
+  }
+  void cancel() override {
+    if (!std::exchange(state_->running, false)) return;
+    state_->timer.cancel();
+  }
+  [[nodiscard]] bool is_running() const override { return state_->running; }
+
+ private:
+  // What a wait that was called off still looks at.
+  struct State {
+    State(asio::io_context& io, std::move_only_function<void()> call)
+        : timer(io), function(std::move(call)) {}
+    asio::steady_timer timer;
+    std::move_only_function<void()> function;
+    std::uint64_t number{0};
+    bool running{false};
+    OperationMemory memory;
+  };
+  std::shared_ptr<State> state_;
+};
+
 }  // namespace
+
+std::unique_ptr<IoLoop::Timer> IoLoop::make_timer(std::move_only_function<void()> function) {
+  return std::make_unique<LoopTimer>(state_->io, std::move(function));
+}
 
 std::unique_ptr<IoLoop::Watch> IoLoop::watch(int fd, std::move_only_function<void()> on_readable) {
   if (!state_->probe.can_be_waited_on(fd)) return nullptr;

@@ -121,6 +121,23 @@ class IoLoop {
   [[nodiscard]] std::unique_ptr<Watch> call_after(std::chrono::nanoseconds delay,
                                                   std::move_only_function<void()> function);
 
+  // Runs its function whenever a time that was set has come. Loop thread. To set it again and again
+  // allocates nothing. It may not be destroyed by its own function.
+  class Timer {
+   public:
+    Timer() = default;
+    virtual ~Timer() = default;
+    Timer(const Timer&) = delete;
+    Timer& operator=(const Timer&) = delete;
+
+    // Once, `delay` from now; a time that was set before counts no more.
+    virtual void start(std::chrono::nanoseconds delay) = 0;
+    virtual void cancel() = 0;
+    // A time is set and has not come.
+    [[nodiscard]] virtual bool is_running() const = 0;
+  };
+  [[nodiscard]] std::unique_ptr<Timer> make_timer(std::move_only_function<void()> function);
+
  private:
   void end_rest(Poller& poller);
 

@@ -29,6 +29,7 @@ constexpr std::array kLevels{
 };
 
 std::atomic<Level> current_level{Level::kInfo};
+thread_local std::string thread_subject;
 
 // Never destroyed: threads that are still winding down at exit may log.
 spdlog::logger& logger() {
@@ -92,9 +93,16 @@ bool peer_line_allowed() {
   return false;
 }
 
+void set_thread_subject(std::string name) { thread_subject = std::move(name); }
+
 void write(Level level, const std::string& line) {
   for (const auto& known : kLevels) {
-    if (known.level == level) logger().log(known.spdlog_level, line);
+    if (known.level != level) continue;
+    if (thread_subject.empty()) {
+      logger().log(known.spdlog_level, line);
+    } else {
+      logger().log(known.spdlog_level, fmt::format("{}: {}", thread_subject, line));
+    }
   }
 }
 

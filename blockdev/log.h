@@ -22,6 +22,10 @@ void set_level(Level level);
 [[nodiscard]] bool enabled(Level level);
 void write(Level level, const std::string& line);
 
+// What the calling thread logs begins with "NAME: " from now on, where a process serves several
+// devices. Empty: nothing. Threads begin with nothing.
+void set_thread_subject(std::string name);
+
 // For lines that a guest or a frontend can cause as often as it likes: whether one may be written
 // now. At most kPeerLinesMax in ten seconds, so that nobody fills a disk, or a pipe that is read
 // slowly, from inside a virtual machine. What is left out is said once. Any thread.

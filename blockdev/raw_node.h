@@ -48,6 +48,9 @@ class RawNode final : public BlockNode {
   void attach(IoContext& context) override;
   void detach(IoContext& context) override;
   [[nodiscard]] FlushStatistics flush_statistics() const override { return flushes_.statistics(); }
+  [[nodiscard]] bool has_lost_writes() const override {
+    return flush_error_.load(std::memory_order_relaxed) != 0;
+  }
 
   // Where the file ends. Any thread.
   [[nodiscard]] std::uint64_t data_bytes() const {

@@ -22,6 +22,7 @@ namespace {
 
 constexpr std::string_view kServeUsage = R"(Usage: vblk serve IMAGE --socket-path PATH [options]
        vblk serve --format null --size SIZE --socket-path PATH [options]
+       vblk serve --config FILE [--log-level LEVEL]
 
 Serves a disk image to a virtual machine as a virtio-blk disk over vhost-user.
 Runs in the foreground; SIGTERM and SIGINT drain, flush, remove the socket and exit 0.
@@ -40,6 +41,11 @@ Commands:
                  guest runs; kinds that are not named stay as they are
   resize SIZE    make the disk SIZE long, such as 10G, while the guest runs, and
                  tell it; a raw disk can only become larger
+  set-limits NAME=VALUE,...|none
+                 change the limits as serve --limits would have them; those that
+                 are not named stay, 0 takes one away, none takes all
+  pause          finish what is in flight, flush, and take no new requests
+  resume         take requests again, and first of all those that had failed
 
 )";
 
@@ -49,8 +55,10 @@ struct CtlArgument {
   std::string_view name;
   std::string_view what;
 };
-constexpr std::array kCtlArguments{CtlArgument{"set-aio", "aio", "an engine, or KIND=ENGINE"},
-                                   CtlArgument{"resize", "size", "the new size, such as 10G"}};
+constexpr std::array kCtlArguments{
+    CtlArgument{"set-aio", "aio", "an engine, or KIND=ENGINE"},
+    CtlArgument{"resize", "size", "the new size, such as 10G"},
+    CtlArgument{"set-limits", "limits", "NAME=VALUE such as iops-total=1000, or none"}};
 
 std::unexpected<Error> usage_error(std::string message) {
   return make_error(ErrorKind::kInvalidArgument, std::move(message));
@@ -88,12 +96,15 @@ program_options::options_description serve_description() {
           "with --cache writeback: have each SIZE of new data written to the disk soon, 64K to 1G, "
           "so "
           "that a flush has less to wait for (default: when the kernel sees fit)")(
-          "queues", value<std::string>()->default_value("1")->value_name("N"),                 //
-          "virtqueues offered, 1 to 64")                                                       //
-      ("queue-size", value<std::string>()->default_value("128")->value_name("N"),              //
-       "largest virtqueue accepted, a power of two from 2 to 1024")                            //
-      ("iothreads", value<std::string>()->default_value("1")->value_name("N"),                 //
-       "I/O threads that share the virtqueues, 1 to --queues")                                 //
+          "queues", value<std::string>()->default_value("1")->value_name("N"),     //
+          "virtqueues offered, 1 to 64")                                           //
+      ("queue-size", value<std::string>()->default_value("128")->value_name("N"),  //
+       "largest virtqueue accepted, a power of two from 2 to 1024")                //
+      ("iothreads", value<std::string>()->default_value("1")->value_name("N"),     //
+       "I/O threads that share the virtqueues, 1 to --queues")                     //
+      ("iothread-cpus", value<std::string>()->value_name("CPUS,..."),
+       "processors of each I/O thread in turn: a number, a range such as 0-3, or several of them "
+       "joined by ':' (default: any)")                                                         //
       ("read-only", program_options::bool_switch(), "offer a disk that cannot be written")     //
       ("serial", value<std::string>()->default_value("vblk")->value_name("TEXT"),              //
        "serial number that the guest sees, at most 20 bytes")                                  //
@@ -101,11 +112,22 @@ program_options::options_description serve_description() {
        "whether discards free space in the image")                                             //
       ("logical-block-size", value<std::string>()->default_value("512")->value_name("BYTES"),  //
        "sector size that the guest sees: 512, 1024, 2048 or 4096")                             //
-      ("thread-pool-max", value<std::string>()->default_value("64")->value_name("N"),          //
-       "most worker threads per I/O thread, 1 to 1024")                                        //
-      ("aio-max-batch", value<std::string>()->default_value("32")->value_name("N"),            //
-       "most requests in one submission to the kernel, 1 to 1024")                             //
-      ("io-uring", value<std::string>()->value_name("FEATURE=on|off,..."),                     //
+      ("limits", value<std::string>()->value_name("NAME=VALUE,..."),
+       "I/O limits: iops-total, iops-read, iops-write, bps-total, bps-read, bps-write, each also "
+       "with -max (burst) and -max-length (its seconds), and iops-size, as QEMU's throttling has "
+       "them (default: none)")  //
+      ("rerror", value<std::string>()->default_value("report")->value_name("ACTION"),
+       "when a read fails: report it, ignore it, or stop: keep it and pause until 'vblk ctl ... "
+       "resume'")  //
+      ("werror", value<std::string>()->default_value("enospc")->value_name("ACTION"),
+       "when a change or flush fails: report, ignore, stop, or enospc: stop while the disk is "
+       "full, "
+       "report anything else")                                                         //
+      ("thread-pool-max", value<std::string>()->default_value("64")->value_name("N"),  //
+       "most worker threads per I/O thread, 1 to 1024")                                //
+      ("aio-max-batch", value<std::string>()->default_value("32")->value_name("N"),    //
+       "most requests in one submission to the kernel, 1 to 1024")                     //
+      ("io-uring", value<std::string>()->value_name("FEATURE=on|off,..."),             //
        "what the io_uring engine uses: defer-taskrun (on), registered-files (on), "
        "registered-buffers (off: pins all guest memory, never with a balloon)")     //
       ("poll-max-us", value<std::string>()->default_value("32")->value_name("US"),  //
@@ -113,9 +135,11 @@ program_options::options_description serve_description() {
        "pays; 0 to 10000, 0: it sleeps at once")  //
       ("recovery", value<std::string>()->default_value("on")->value_name("on|off"),
        "whether requests in flight survive this server, for the next one to finish; 'off' saves "
-       "qcow2 a write for each new cluster")                                              //
-      ("monitor", value<std::string>()->value_name("PATH"),                               //
-       "answer 'vblk ctl' on this Unix socket")                                           //
+       "qcow2 a write for each new cluster")                 //
+      ("monitor", value<std::string>()->value_name("PATH"),  //
+       "answer 'vblk ctl' on this Unix socket")              //
+      ("config", value<std::string>()->value_name("FILE"),
+       "serve the devices that this TOML file describes, each by the options above")      //
       ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),     //
        "trace, debug, info, warning, error or off")                                       //
       ("print-capabilities", "print the capabilities of this back-end as JSON and exit")  //
@@ -270,6 +294,27 @@ Expected<void> take_device(const program_options::variables_map& map, ServeOptio
                     "nothing",
                     options.iothread_count, device.queue_count));
   }
+  if (map.contains("iothread-cpus")) {
+    const auto& text = map["iothread-cpus"].as<std::string>();
+    auto lists = blockdev::parse_cpu_lists(text);
+    if (!lists)
+      return usage_error(fmt::format("--iothread-cpus {}: {}", text, lists.error().message));
+    if (lists->size() > options.iothread_count) {
+      return usage_error(
+          fmt::format("--iothread-cpus {}: is for {} I/O threads, and --iothreads is {}", text,
+                      lists->size(), options.iothread_count));
+    }
+    options.iothread_cpus = std::move(*lists);
+  }
+  if (map.contains("limits")) {
+    take(blockdev::IoLimits::parse(map["limits"].as<std::string>(), "--limits", {}), device.limits,
+         error);
+  }
+  take(virtio::parse_read_error_choice(map["rerror"].as<std::string>(), "--rerror"),
+       device.on_error.read, error);
+  take(virtio::parse_write_error_choice(map["werror"].as<std::string>(), "--werror"),
+       device.on_error.write, error);
+  if (error) return std::unexpected(std::move(*error));
   device.serial = map["serial"].as<std::string>();
   device.discard = options.image.discard;
   device.write_cache = blockdev::has_write_cache(options.image.cache);
@@ -307,6 +352,22 @@ Expected<void> take_socket(const program_options::variables_map& map,
   return {};
 }
 
+// With --config all that a device is lies in the file.
+Expected<void> take_config(const program_options::variables_map& map,
+                           std::optional<int> activated_fd, ServeOptions& options) {
+  options.config_path = map["config"].as<std::string>();
+  if (activated_fd)
+    return usage_error(
+        "--config: a socket is passed by LISTEN_FDS, which cannot be several devices'");
+  for (const auto& [name, given] : map) {
+    if (given.defaulted() || name == "config" || name == "log-level") continue;
+    return usage_error(fmt::format(
+        "--config describes whole devices: put {} into the file",
+        name == "image" ? fmt::format("image = \"{}\"", given.as<std::string>()) : "--" + name));
+  }
+  return {};
+}
+
 // vhost-user.json, @VHostUserBackendCapabilities and @VHostUserBackendBlockFeature.
 std::string capabilities() {
   const boost::json::value answer{{"type", "block"}, {"features", {"read-only", "blk-file"}}};
@@ -333,6 +394,14 @@ Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> 
     return Answer{text.str()};
   }
   ServeOptions options;
+  const auto level = log::parse_level((*map)["log-level"].as<std::string>());
+  if (!level) return std::unexpected(level.error());
+  options.log_level = *level;
+  if (map->contains("config")) {
+    if (auto done = take_config(*map, activated_fd, options); !done)
+      return std::unexpected(std::move(done.error()));
+    return options;
+  }
   if (auto done = take_image(*map, options); !done) return std::unexpected(std::move(done.error()));
   if (auto done = take_device(*map, options); !done)
     return std::unexpected(std::move(done.error()));
@@ -342,10 +411,19 @@ Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> 
   if (!recovery) return std::unexpected(recovery.error());
   options.recovery = *recovery;
   if (map->contains("monitor")) options.monitor_path = (*map)["monitor"].as<std::string>();
-  const auto level = log::parse_level((*map)["log-level"].as<std::string>());
-  if (!level) return std::unexpected(level.error());
-  options.log_level = *level;
   return options;
+}
+
+DeviceOption find_device_option(std::string_view name) {
+  // What is the program's, or another way to say the same.
+  for (const std::string_view other :
+       {"config", "log-level", "print-capabilities", "help", "fd", "blk-file"}) {
+    if (name == other) return {};
+  }
+  static const auto description = serve_description();
+  const auto* const option = description.find_nothrow(std::string(name), false);
+  if (option == nullptr) return {};
+  return {.exists = true, .is_switch = option->semantic()->max_tokens() == 0};
 }
 
 Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> arguments) {

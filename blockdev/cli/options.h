@@ -6,11 +6,14 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "aio/engine_set.h"
 #include "aio/error.h"
+#include "blockdev/cpu_list.h"
 #include "blockdev/image.h"
 #include "blockdev/io_loop.h"
 #include "blockdev/log.h"
@@ -22,18 +25,22 @@ namespace vblk::cli {
 // costs a kick and a call descriptor of the default limit of 1024.
 inline constexpr unsigned kMaxQueues = 64;
 
+// One served device.
 struct ServeOptions {
+  std::string name;  // for the log, where there are several; otherwise empty
   blockdev::ImageOptions image;
   virtio::BlkDeviceOptions device;
   aio::AioSelection aio;
   aio::EngineOptions engine;
   unsigned iothread_count{1};
+  std::vector<blockdev::CpuList> iothread_cpus;  // of thread i: i modulo their number; empty: any
   blockdev::IoLoopOptions loop;
   std::string socket_path;          // empty with socket_fd
   int socket_fd{-1};                // -1 with socket_path
   bool recovery{true};              // frontends may have requests in flight carried over
   bool socket_is_activated{false};  // socket_fd comes from a service manager, which keeps it
   std::string monitor_path;         // empty: no monitor
+  std::string config_path;          // name devices there, and nothing else here; empty: this is one
   log::Level log_level{log::Level::kInfo};
 };
 
@@ -57,6 +64,12 @@ using Parsed = std::variant<Options, Answer>;
 // kInvalidArgument, one line naming the option.
 Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> arguments,
                                                    std::optional<int> activated_fd);
+// Whether there is an option of that name for one device, and whether it takes no value.
+struct DeviceOption {
+  bool exists{false};
+  bool is_switch{false};
+};
+[[nodiscard]] DeviceOption find_device_option(std::string_view name);
 Expected<Parsed<CtlOptions>> parse_ctl_options(std::span<const std::string> arguments);
 
 }  // namespace vblk::cli

@@ -90,6 +90,10 @@ class Qcow2Node final : public blockdev::BlockNode {
   [[nodiscard]] blockdev::FlushStatistics flush_statistics() const override {
     return flushes_.statistics();
   }
+  [[nodiscard]] bool has_lost_writes() const override {
+    return state_.is_corrupt.load(std::memory_order_relaxed) || parts_.file->has_lost_writes() ||
+           (parts_.data_file != nullptr && parts_.data_file->has_lost_writes());
+  }
 
  protected:
   void do_submit(BlockRequest& request, IoContext& context) override;

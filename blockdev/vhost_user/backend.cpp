@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <fcntl.h>
@@ -137,7 +138,7 @@ Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
 }
 
 Backend::~Backend() {
-  for (Ring& ring : rings_) stop(ring);
+  for (Ring& ring : rings_) stop(ring, Afterwards::kUnknown);
   device_.reset();
 }
 
@@ -208,6 +209,8 @@ Expected<void> Backend::reply_u64(const Message& message, std::uint64_t value) {
 bool Backend::negotiated_protocol(unsigned number) const {
   return (protocol_features_ & bit(number)) != 0;
 }
+
+bool Backend::has_packed_rings() const { return (features_ & bit(virtio::kFRingPacked)) != 0; }
 
 // ---- Features and config space
 
@@ -400,7 +403,8 @@ Expected<virtio::InflightDescription> Backend::inflight_description(const Messag
   return virtio::InflightDescription{.size_bytes = wire.mmap_size,
                                      .offset_bytes = wire.mmap_offset,
                                      .queue_count = wire.queue_count,
-                                     .queue_size = wire.queue_size};
+                                     .queue_size = wire.queue_size,
+                                     .is_packed = has_packed_rings()};
 }
 
 // The file is the frontend's from here on; it comes back by SET_INFLIGHT_FD, now and to whoever
@@ -409,7 +413,7 @@ Expected<void> Backend::get_inflight_fd(Message& message) {
   const auto wanted = inflight_description(message);
   if (!wanted) return std::unexpected(wanted.error());
   const std::uint64_t size_bytes =
-      virtio::InflightArea::bytes_for(wanted->queue_count, wanted->queue_size);
+      virtio::InflightArea::bytes_for(wanted->queue_count, wanted->queue_size, wanted->is_packed);
   const auto file = make_inflight_file(size_bytes);
   if (!file) return std::unexpected(file.error());
   std::vector<std::byte> payload;
@@ -478,7 +482,8 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .kick_fd = ring.kick.get(),
                                     .call_fd = ring.call.get(),
                                     .error_fd = ring.error.get(),
-                                    .inflight = inflight_};
+                                    .inflight = inflight_,
+                                    .left = std::exchange(ring.left, {})};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
   run_on(thread, [&] {
@@ -494,13 +499,18 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
 }
 
 // Waits until nothing of the ring is in flight: from then on its memory may go.
-void Backend::stop(Ring& ring) {
+void Backend::stop(Ring& ring, Afterwards afterwards) {
   if (ring.queue == nullptr) return;
+  using enum virtio::BlkQueue::Unfinished;
+  const auto unfinished =
+      inflight_ != nullptr || afterwards == Afterwards::kRunsAgain ? kLeave : kFail;
   blockdev::IoThread& thread = thread_of(ring);
   std::promise<void> stopped;
-  thread.loop().post([&ring, &stopped] {
-    ring.queue->stop([&ring, &stopped] {
+  thread.loop().post([this, &ring, &stopped, unfinished] {
+    ring.queue->stop(unfinished, [this, &ring, &stopped] {
       ring.next_avail = ring.queue->next_avail();
+      if (ring.queue->broken()) ring.started = false;
+      if (inflight_ == nullptr) ring.left = ring.queue->left();
       ring.queue.reset();
       stopped.set_value();
     });
@@ -509,7 +519,7 @@ void Backend::stop(Ring& ring) {
 }
 
 Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()> change) {
-  for (Ring& ring : rings_) stop(ring);
+  for (Ring& ring : rings_) stop(ring, Afterwards::kRunsAgain);
   auto outcome = change();
   for (Ring& ring : rings_) {
     auto started = start_if_ready(ring);
@@ -524,9 +534,10 @@ Expected<void> Backend::set_vring_num(Message& message) {
   if (!ring) return std::unexpected(ring.error());
   if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
   if (state.value == 0 || state.value > device_.options().queue_size_max ||
-      (state.value & (state.value - 1)) != 0) {
-    return refused(fmt::format("queue {}: size {} is no power of two up to {}; see --queue-size",
-                               state.index, state.value, device_.options().queue_size_max));
+      (!has_packed_rings() && !std::has_single_bit(state.value))) {
+    return refused(fmt::format("queue {}: size {} is no {} up to {}; see --queue-size", state.index,
+                               state.value, has_packed_rings() ? "number" : "power of two",
+                               device_.options().queue_size_max));
   }
   (*ring)->size = static_cast<std::uint16_t>(state.value);
   return {};
@@ -536,7 +547,7 @@ Expected<void> Backend::set_vring_addr(Message& message) {
   const auto addresses = payload_of<VringAddress>(message);
   const auto ring = ring_at(addresses.index);
   if (!ring) return std::unexpected(ring.error());
-  stop(**ring);
+  stop(**ring, Afterwards::kRunsAgain);
   (*ring)->addresses = addresses;
   (*ring)->has_addresses = true;
   return start_if_ready(**ring);
@@ -547,10 +558,11 @@ Expected<void> Backend::set_vring_base(Message& message) {
   const auto ring = ring_at(state.index);
   if (!ring) return std::unexpected(ring.error());
   if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
-  if (state.value > std::numeric_limits<std::uint16_t>::max()) {
+  // What a packed ring's says is looked at when the ring starts, for its size may still come.
+  if (!has_packed_rings() && state.value > std::numeric_limits<std::uint16_t>::max()) {
     return refused(fmt::format("queue {}: base {} is no 16-bit index", state.index, state.value));
   }
-  (*ring)->next_avail = static_cast<std::uint16_t>(state.value);
+  (*ring)->next_avail = state.value;
   return {};
 }
 
@@ -558,7 +570,7 @@ Expected<void> Backend::get_vring_base(Message& message) {
   const auto state = payload_of<VringState>(message);
   const auto ring = ring_at(state.index);
   if (!ring) return std::unexpected(ring.error());
-  stop(**ring);
+  stop(**ring, Afterwards::kUnknown);
   (*ring)->started = false;
   (*ring)->kick.reset();
   std::vector<std::byte> payload;
@@ -579,7 +591,7 @@ Expected<void> Backend::set_vring_kick(Message& message) {
   // Without a descriptor the ring would have to be polled for ever, which costs a processor; no
   // frontend asks for it.
   if (no_fd) return refused("a ring without a kick descriptor is not supported");
-  stop(**ring);
+  stop(**ring, Afterwards::kRunsAgain);
   (*ring)->kick = std::move(message.fds[0]);
   (*ring)->started = true;
   return start_if_ready(**ring);
@@ -628,7 +640,7 @@ Expected<void> Backend::set_vring_enable(Message& message) {
   if (state.value > 1)
     return refused(fmt::format("queue {}: {} is neither 0 nor 1", state.index, state.value));
   (*ring)->enabled = state.value == 1;
-  if (!(*ring)->enabled) stop(**ring);
+  if (!(*ring)->enabled) stop(**ring, Afterwards::kUnknown);
   return start_if_ready(**ring);
 }
 
@@ -641,6 +653,8 @@ std::vector<RingStatus> Backend::ring_status() const {
       status[i] = {.running = true,
                    .broken = ring.queue->broken(),
                    .in_flight = ring.queue->in_flight(),
+                   .waiting = ring.queue->waiting(),
+                   .kept = ring.queue->kept(),
                    .statistics = ring.queue->statistics()};
     });
   }

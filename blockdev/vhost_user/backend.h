@@ -12,6 +12,14 @@
 //   yes      no        none
 //   yes      yes       running on I/O thread (index modulo their number)
 //
+// A ring that breaks is not started again before its next kick descriptor, which comes with a reset
+// of the device.
+//
+// A device may be paused with requests that nobody answers before it is resumed (device_gate.h). A
+// ring that stops meanwhile leaves them: in the in-flight area for whoever serves the disk next;
+// where there is none, in its description here while it is certain to run again, and otherwise with
+// an I/O error.
+//
 // Thread: the server's. Stopping a queue blocks this thread until what is in flight is done: the
 // memory under a request must stay, and nobody else waits for this thread.
 #pragma once
@@ -38,6 +46,8 @@ struct RingStatus {
   bool running{false};
   bool broken{false};
   std::size_t in_flight{0};
+  std::size_t waiting{0};  // of those: for the device's limits
+  std::size_t kept{0};     // of those: failed, to be taken again when the device is resumed
   virtio::BlkQueueStatistics statistics;
 };
 
@@ -76,7 +86,8 @@ class Backend {
   struct Ring {
     std::uint16_t index{0};
     std::uint16_t size{0};
-    std::uint16_t next_avail{0};
+    std::uint32_t next_avail{0};  // as BlkQueueSetup::next_avail
+    virtio::LeftRequests left;    // as BlkQueueSetup
     bool has_addresses{false};
     VringAddress addresses{};
     bool started{false};
@@ -125,11 +136,15 @@ class Backend {
   Expected<Ring*> ring_at(std::uint64_t index);
   [[nodiscard]] blockdev::IoThread& thread_of(const Ring& ring) const;
   Expected<void> start_if_ready(Ring& ring);
-  void stop(Ring& ring);
+  // Whether the driver's requests in a ring that stops will be served by another one of this
+  // connection, come what may.
+  enum class Afterwards : std::uint8_t { kRunsAgain, kUnknown };
+  void stop(Ring& ring, Afterwards afterwards);
   // Runs `change` while no ring is processed; rings that ran go on afterwards.
   Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
+  [[nodiscard]] bool has_packed_rings() const;
   [[nodiscard]] std::uint64_t offered_protocol_features() const;
 
   UniqueFd socket_;

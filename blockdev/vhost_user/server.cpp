@@ -17,6 +17,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <fmt/core.h>
 
+#include "blockdev/flush_now.h"
 #include "blockdev/log.h"
 #include "blockdev/unix_listener.h"
 
@@ -41,7 +42,6 @@ struct Server::State {
   void serve_message();
   void disconnect();
   void stop();
-  Expected<void> flush();
 
   virtio::BlkDevice& device;
   const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads;
@@ -201,32 +201,11 @@ void Server::State::stop() {
   io.stop();
 }
 
-// What completed writes are still volatile must not be lost by an orderly end.
-Expected<void> Server::State::flush() {
-  if (device.node().limits().read_only) return {};
-  struct Flush : blockdev::BlockRequest {
-    std::promise<int> done;
-  } request;
-  request.operation = blockdev::BlockOperation::kFlush;
-  request.complete = [](blockdev::BlockRequest& flushed, int error) {
-    static_cast<Flush&>(flushed).done.set_value(error);
-  };
-  blockdev::IoThread& thread = *io_threads.front();
-  auto outcome = request.done.get_future();
-  thread.loop().post(
-      [this, &thread, &request] { device.node().submit(request, thread.context()); });
-  const int error = outcome.get();
-  if (error == 0) return {};
-  return make_error(ErrorKind::kIo,
-                    fmt::format("the last flush of '{}' failed: {}; what was written may be lost",
-                                device.node().name(), describe_errno(error)),
-                    error);
-}
-
 Expected<void> Server::run() {
   const auto work = asio::make_work_guard(state_->io);
   state_->io.run();
-  auto flushed = state_->flush();
+  // What completed writes are still volatile must not be lost by an orderly end.
+  auto flushed = blockdev::flush_now(state_->device.node(), *state_->io_threads.front());
   state_->listener.reset();
   if (state_->failure) return std::unexpected(*state_->failure);
   return flushed;

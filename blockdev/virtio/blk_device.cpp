@@ -29,14 +29,20 @@ std::uint32_t segments_max(std::uint16_t queue_size_max) {
       std::clamp<int>(queue_size_max - kHeaderAndStatus, 1, IOV_MAX - 2));
 }
 
+// Of "Reserved Feature Bits", with their reasons, not:
+//   IN_ORDER           a fast request would wait for every slow one before it
+//   RING_RESET         QEMU 7.2 offers it to the driver when the back-end does, and does not pass a
+//                      reset of a block device's queue on; a front-end that does so stops and
+//                      starts the ring, which works without the bit
+//   NOTIFICATION_DATA  vhost-user kicks by eventfd, whose value means nothing
 std::uint64_t features_of(const blockdev::BlockNode& node, const BlkDeviceOptions& options) {
   const blockdev::BlockLimits& limits = node.limits();
-  std::uint64_t features = feature_bit(kFVersion1) | feature_bit(kFIndirectDesc) |
-                           feature_bit(kFEventIdx) | feature_bit(kBlkFSizeMax) |
-                           feature_bit(kBlkFSegMax) | feature_bit(kBlkFBlkSize) |
-                           feature_bit(kBlkFTopology) | feature_bit(kBlkFMq) |
-                           // "Devices SHOULD always offer FLUSH and MUST if they offer CONFIG_WCE."
-                           feature_bit(kBlkFFlush) | feature_bit(kBlkFConfigWce);
+  std::uint64_t features =
+      feature_bit(kFVersion1) | feature_bit(kFRingPacked) | feature_bit(kFIndirectDesc) |
+      feature_bit(kFEventIdx) | feature_bit(kBlkFSizeMax) | feature_bit(kBlkFSegMax) |
+      feature_bit(kBlkFBlkSize) | feature_bit(kBlkFTopology) | feature_bit(kBlkFMq) |
+      // "Devices SHOULD always offer FLUSH and MUST if they offer CONFIG_WCE."
+      feature_bit(kBlkFFlush) | feature_bit(kBlkFConfigWce);
   // What would change a read-only disk is not offered on one.
   if (limits.read_only) return features | feature_bit(kBlkFRo);
   if (options.discard && limits.can_discard) features |= feature_bit(kBlkFDiscard);
@@ -77,7 +83,11 @@ Expected<std::unique_ptr<BlkDevice>> BlkDevice::create(blockdev::BlockNode& node
 }
 
 BlkDevice::BlkDevice(blockdev::BlockNode& node, BlkDeviceOptions options)
-    : node_(node), options_(std::move(options)), offered_features_(features_of(node_, options_)) {
+    : node_(node),
+      options_(std::move(options)),
+      offered_features_(features_of(node_, options_)),
+      gate_(node_.name()) {
+  gate_.set_limits(options_.limits);
   reset();
 }
 
@@ -100,6 +110,13 @@ Expected<void> BlkDevice::set_features(std::uint64_t features) {
   }
   update_write_through();
   return {};
+}
+
+ErrorAction BlkDevice::action_on(blockdev::BlockOperation operation, int error) const {
+  const ErrorAction action = options_.on_error.action(operation, error);
+  // Kept, it would be tried for ever: the node fails it whatever becomes of the disk.
+  if (action == ErrorAction::kStop && node_.has_lost_writes()) return ErrorAction::kReport;
+  return action;
 }
 
 std::uint64_t BlkDevice::negotiated_features() const {

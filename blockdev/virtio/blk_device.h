@@ -16,7 +16,10 @@
 
 #include "aio/error.h"
 #include "blockdev/block_node.h"
+#include "blockdev/io_limits.h"
 #include "blockdev/virtio/blk_wire.h"
+#include "blockdev/virtio/device_gate.h"
+#include "blockdev/virtio/error_policy.h"
 
 namespace vblk::virtio {
 
@@ -27,6 +30,8 @@ struct BlkDeviceOptions {
   std::string serial{"vblk"};              // at most 20 bytes (VIRTIO_BLK_ID_BYTES)
   bool discard{true};                      // offer DISCARD where the node can (--discard unmap)
   bool write_cache{true};  // initial `writeback`: false for writethrough and directsync
+  ErrorPolicy on_error;
+  blockdev::IoLimits limits;  // at the start; DeviceGate::set_limits() changes them
 };
 
 class BlkDevice {
@@ -68,6 +73,11 @@ class BlkDevice {
 
   [[nodiscard]] blockdev::BlockNode& node() const { return node_; }
   [[nodiscard]] const BlkDeviceOptions& options() const { return options_; }
+  // Whether requests reach the node now, and how fast. Any thread.
+  [[nodiscard]] DeviceGate& gate() { return gate_; }
+  [[nodiscard]] const DeviceGate& gate() const { return gate_; }
+  // What becomes of an operation that the node has failed with `error`. Any thread.
+  [[nodiscard]] ErrorAction action_on(blockdev::BlockOperation operation, int error) const;
 
  private:
   BlkDevice(blockdev::BlockNode& node, BlkDeviceOptions options);
@@ -78,6 +88,7 @@ class BlkDevice {
   blockdev::BlockNode& node_;
   BlkDeviceOptions options_;
   std::uint64_t offered_features_{0};
+  DeviceGate gate_;
   std::atomic<std::uint64_t> negotiated_features_{0};
   std::atomic<bool> writeback_{true};  // as the driver or the options last set it
   std::atomic<bool> features_set_{false};

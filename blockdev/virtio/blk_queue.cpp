@@ -1,5 +1,6 @@
 #include "blockdev/virtio/blk_queue.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cassert>
@@ -15,13 +16,15 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/io_limiter.h"
 #include "blockdev/log.h"
+#include "blockdev/virtio/any_virtqueue.h"
 #include "blockdev/virtio/blk_request.h"
 #include "blockdev/virtio/blk_wire.h"
+#include "blockdev/virtio/device_gate.h"
 #include "blockdev/virtio/guest_memory_guard.h"
 #include "blockdev/virtio/inflight_region.h"
 #include "blockdev/virtio/little_endian.h"
-#include "blockdev/virtio/virtqueue.h"
 
 namespace vblk::virtio {
 
@@ -125,6 +128,10 @@ class Attachment {
 // One request in flight: everything it needs, made when the queue starts.
 struct BlkQueue::Slot : blockdev::BlockRequest {
   State* queue{nullptr};
+  struct Ticket : blockdev::IoLimiter::Ticket {
+    Slot* slot{nullptr};
+  } ticket;                 // while it waits for the device's limits
+  std::uint64_t number{0};  // in the order of popping
   std::uint16_t head{0};
   bool busy{false};
   BlkCommandKind kind{BlkCommandKind::kRefused};
@@ -138,12 +145,13 @@ struct BlkQueue::Slot : blockdev::BlockRequest {
 
 namespace {
 constexpr const char* kMemoryGone = "guest memory has been taken away under the queue";
+constexpr const char* kNoStatus = "a request has no place for its status byte";
 constexpr const char* kInflightGone = "the in-flight area has been taken away under the queue";
 }  // namespace
 
 struct BlkQueue::State {
   State(BlkDevice& blk_device, blockdev::IoContext& io_context,
-        std::shared_ptr<const GuestMemory> guest_memory, const Virtqueue::Layout& layout,
+        std::shared_ptr<const GuestMemory> guest_memory, const AnyVirtqueue::Layout& layout,
         const BlkQueueSetup& setup, InflightRecovery recovery)
       : device(blk_device),
         context(io_context),
@@ -152,17 +160,28 @@ struct BlkQueue::State {
         ring(layout, *memory),
         index(setup.index),
         is_resumed(!recovery.is_fresh),
-        recovered_heads(std::move(recovery.heads)),
-        is_recovering(!recovered_heads.empty()),
+        again(std::move(recovery.heads)),
+        predecessors(again.size()),
+        is_recovering(!again.empty()),
         iovecs(layout.size, room_per_slot(layout.size)),
         slots(layout.size),
-        attachment(io_context, blk_device.node(), *memory) {
+        attachment(io_context, blk_device.node(), *memory),
+        limiter(blk_device.gate().limiter(), io_context.loop(),
+                [this](blockdev::IoLimiter::Ticket& ticket) { go_on(ticket); }),
+        retry_timer(io_context.loop().make_timer([this] { retry(); })),
+        registration(blk_device.gate(), io_context.loop(), [this] { look_at_gate(); }) {
+    again.reserve(layout.size);
+    kept.reserve(layout.size);
     for (std::size_t i = 0; i < slots.size(); ++i) {
       slots[i].queue = this;
+      slots[i].ticket.slot = &slots[i];
       slots[i].head = static_cast<std::uint16_t>(i);
       // Whoever goes on after us must find what the driver was told is done.
       slots[i].outlives_process = inflight != nullptr;
     }
+  }
+  ~State() {
+    if (keeps) device.gate().is_rid();
   }
 
   bool pop_one();
@@ -171,6 +190,15 @@ struct BlkQueue::State {
   void dispatch(Slot& slot, const BlkCommand& command);
   void submit_transfer(Slot& slot, blockdev::BlockOperation operation, const BlkCommand& command);
   void submit_segment(Slot& slot);
+  [[nodiscard]] bool must_wait(Slot& slot);
+  void go_on(blockdev::IoLimiter::Ticket& ticket);
+  void failed(Slot& slot, int error);
+  void keep(Slot& slot, int error);
+  void sort_in_kept();
+  void end_recovery();
+  void give_up_the_rest();
+  void retry();
+  void look_at_gate();
   void get_id(Slot& slot, const BlkCommand& command);
   void finish(Slot& slot, std::uint8_t status, std::uint64_t data_bytes);
   void break_ring(const char* reason);
@@ -185,22 +213,33 @@ struct BlkQueue::State {
   blockdev::Poller* poller{nullptr};  // the queue itself, as the loop knows it
   std::shared_ptr<const GuestMemory> memory;
   std::shared_ptr<const InflightArea> inflight;  // may be none
-  Virtqueue ring;
+  AnyVirtqueue ring;
   const std::uint16_t index;
-  const bool is_resumed;                             // goes on where a predecessor stopped
-  const std::vector<std::uint16_t> recovered_heads;  // to be taken again, in this order
-  std::size_t next_recovered{0};
-  bool is_recovering;  // until the last of them has completed
+  const bool is_resumed;             // goes on where a predecessor stopped
+  std::vector<std::uint16_t> again;  // heads to be taken again, in this order; room for all
+  std::size_t next_again{0};
+  std::size_t predecessors;     // of those, the first so many are a predecessor's
+  Slot* taken_again{nullptr};   // what was taken of those, until it has completed
+  std::vector<Slot*> kept;      // failed while others were in flight; room for all
+  bool is_recovering;           // until the last of all those has completed
+  LeftRequests left;            // what it was stopped with
+  bool keeps{false};            // the gate knows that this queue keeps a failed request
+  bool is_trial{false};         // the device is paused, and the next is to be tried all the same
+  bool trial_in_flight{false};  // taken_again is that trial
   IovecArena iovecs;
   std::vector<Slot> slots;  // by head index; never resized
   Attachment attachment;
-  std::size_t in_flight{0};
+  blockdev::IoLimiter::Queue limiter;
+  std::unique_ptr<blockdev::IoLoop::Timer> retry_timer;
+  DeviceGate::Registration registration;
+  std::size_t in_flight{0};  // taken and not answered, but for those that are kept
   // No count that is ever reached: the first look is at the memory itself, which may have gone
   // before this queue started.
   std::uint64_t faults_seen{~std::uint64_t{0}};
   bool memory_gone{false};
   bool is_broken{false};
   bool stopping{false};
+  Unfinished unfinished{Unfinished::kLeave};
   std::move_only_function<void()> stopped;
   int kick_fd{-1};
   int call_fd{-1};
@@ -209,52 +248,180 @@ struct BlkQueue::State {
   BlkQueueStatistics statistics;
 };
 
+namespace {
+
+// What a ring starts with.
+struct Start {
+  AnyVirtqueue::Layout layout;
+  InflightRecovery recovery;
+};
+
+template <typename... Arguments>
+std::unexpected<Error> bad_setup(const BlkQueueSetup& setup,
+                                 fmt::format_string<Arguments...> format,
+                                 Arguments&&... arguments) {
+  return make_error(ErrorKind::kInvalidArgument,
+                    fmt::format("queue {}: {}", setup.index,
+                                fmt::format(format, std::forward<Arguments>(arguments)...)));
+}
+
+// A part of a ring at a frontend's virtual address, or nullptr: not in memory, or not aligned.
+std::byte* part_of_ring(const GuestMemory& memory, std::uint64_t address, std::size_t bytes,
+                        std::uintptr_t alignment) {
+  std::byte* const part = memory.translate_user(address, bytes);
+  return reinterpret_cast<std::uintptr_t>(part) % alignment == 0 ? part : nullptr;
+}
+
+bool has_feature(const BlkDevice& device, unsigned bit) {
+  return (device.negotiated_features() & feature_bit(bit)) != 0;
+}
+
+// What is wrong with the area's part for a queue, or nothing.
+Expected<void> check_inflight(const BlkQueueSetup& setup, bool is_packed) {
+  if (setup.index >= setup.inflight->queue_count())
+    return bad_setup(setup, "the in-flight area is for {} queues", setup.inflight->queue_count());
+  if (setup.inflight->is_packed() != is_packed)
+    return bad_setup(setup, "the in-flight area was given for the other kind of rings");
+  return {};
+}
+
+// What a queue before this one has left.
+bool fits(const BlkQueueSetup& setup) {
+  std::size_t descriptors = 0;
+  for (const auto& buffer : setup.left.buffers) descriptors += buffer.chain.size();
+  return descriptors <= setup.size &&
+         std::ranges::all_of(setup.left.heads,
+                             [&](std::uint16_t head) { return head < setup.size; });
+}
+
+// Alignments: "Split Virtqueues", the table of parts.
+Expected<Start> start_split(const BlkDevice& device, const GuestMemory& memory,
+                            const BlkQueueSetup& setup) {
+  if (!std::has_single_bit(setup.size))
+    return bad_setup(setup, "size {} is no power of two", setup.size);
+  Virtqueue::Layout layout{
+      .descriptor_table =
+          part_of_ring(memory, setup.descriptor_address, descriptor_table_bytes(setup.size), 16),
+      .avail_ring = part_of_ring(memory, setup.avail_address, avail_ring_bytes(setup.size), 2),
+      .used_ring = part_of_ring(memory, setup.used_address, used_ring_bytes(setup.size), 4),
+      .size = setup.size,
+      .next_avail = static_cast<std::uint16_t>(setup.next_avail),
+      .event_idx = has_feature(device, kFEventIdx),
+      .indirect = has_feature(device, kFIndirectDesc),
+      .inflight = {}};
+  if (layout.descriptor_table == nullptr) {
+    return bad_setup(setup, "descriptor table at {:#x} is outside guest memory or not aligned",
+                     setup.descriptor_address);
+  }
+  if (layout.avail_ring == nullptr) {
+    return bad_setup(setup, "available ring at {:#x} is outside guest memory or not aligned",
+                     setup.avail_address);
+  }
+  if (layout.used_ring == nullptr) {
+    return bad_setup(setup, "used ring at {:#x} is outside guest memory or not aligned",
+                     setup.used_address);
+  }
+  const auto start = [&](InflightRecovery recovery) {
+    return Start{.layout = {.size = setup.size, .of_kind = layout},
+                 .recovery = std::move(recovery)};
+  };
+  if (setup.inflight == nullptr) {
+    if (!fits(setup)) return bad_setup(setup, "it is smaller than when requests were left in it");
+    return start({.is_fresh = true, .heads = setup.left.heads});
+  }
+  if (auto checked = check_inflight(setup, false); !checked)
+    return std::unexpected(std::move(checked.error()));
+  layout.inflight = setup.inflight->region(setup.index);
+  auto recovered = layout.inflight.recover(
+      load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset), setup.size);
+  if (!recovered) return bad_setup(setup, "{}", recovered.error().message);
+  if (!recovered->is_fresh) layout.next_avail = recovered->next_avail;
+  return start(std::move(*recovered));
+}
+
+// Where a packed ring stands by its base. Error: kInvalidArgument.
+Expected<void> take_base(const BlkQueueSetup& setup, PackedVirtqueue::Layout& layout) {
+  const auto next_avail = static_cast<std::uint16_t>(setup.next_avail);
+  // Some frontends know no upper half: rings are handed over with nothing in flight.
+  const auto next_used = static_cast<std::uint16_t>(setup.next_avail >> 16);
+  layout.next_avail = PackedPosition::decode(next_avail);
+  layout.next_used = PackedPosition::decode(next_used == 0 ? next_avail : next_used);
+  const bool is_apart = layout.next_used != layout.next_avail;
+  if (std::max(layout.next_avail.index, layout.next_used.index) < setup.size &&
+      is_apart == !layout.in_flight.empty())
+    return {};
+  return bad_setup(setup,
+                   "base {:#x} is beyond the ring of {}, or says that buffers are in flight, of "
+                   "which nothing is known",
+                   setup.next_avail, setup.size);
+}
+
+// Alignments: "Packed Virtqueues", "Structure Size and Alignment".
+Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
+                             const BlkQueueSetup& setup) {
+  PackedVirtqueue::Layout layout{
+      .descriptor_ring =
+          part_of_ring(memory, setup.descriptor_address, descriptor_table_bytes(setup.size), 16),
+      .driver_event = part_of_ring(memory, setup.avail_address, kPackedEventBytes, 4),
+      .device_event = part_of_ring(memory, setup.used_address, kPackedEventBytes, 4),
+      .size = setup.size,
+      .next_avail = {},
+      .next_used = {},
+      .event_idx = has_feature(device, kFEventIdx),
+      .indirect = has_feature(device, kFIndirectDesc),
+      .inflight = {},
+      .in_flight = {}};
+  if (layout.descriptor_ring == nullptr) {
+    return bad_setup(setup, "descriptor ring at {:#x} is outside guest memory or not aligned",
+                     setup.descriptor_address);
+  }
+  if (layout.driver_event == nullptr) {
+    return bad_setup(setup, "driver area at {:#x} is outside guest memory or not aligned",
+                     setup.avail_address);
+  }
+  if (layout.device_event == nullptr) {
+    return bad_setup(setup, "device area at {:#x} is outside guest memory or not aligned",
+                     setup.used_address);
+  }
+  const auto start = [&](InflightRecovery recovery) {
+    return Start{.layout = {.size = setup.size, .of_kind = std::move(layout)},
+                 .recovery = std::move(recovery)};
+  };
+  layout.in_flight = setup.left.buffers;
+  const auto base = take_base(setup, layout);
+  if (setup.inflight == nullptr) {
+    if (!base) return std::unexpected(base.error());
+    if (!fits(setup)) return bad_setup(setup, "it is smaller than when requests were left in it");
+    return start({.is_fresh = true, .heads = setup.left.heads});
+  }
+  if (auto checked = check_inflight(setup, true); !checked)
+    return std::unexpected(std::move(checked.error()));
+  layout.inflight = setup.inflight->packed_region(setup.index);
+  // A frontend does not know where the ring stood when a predecessor died.
+  if (layout.inflight.is_fresh() && !base) return std::unexpected(base.error());
+  auto recovered = layout.inflight.recover(layout.descriptor_ring, setup.size, layout.next_used);
+  if (!recovered) return bad_setup(setup, "{}", recovered.error().message);
+  if (recovered->is_fresh) return start({});
+  InflightRecovery recovery{.is_fresh = false, .heads = {}};
+  for (const auto& buffer : recovered->in_flight) recovery.heads.push_back(buffer.chain.back().id);
+  layout.next_avail = recovered->next_avail;
+  layout.next_used = recovered->next_used;
+  layout.in_flight = std::move(recovered->in_flight);
+  return start(std::move(recovery));
+}
+
+}  // namespace
+
 Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev::IoContext& context,
                                                     std::shared_ptr<const GuestMemory> memory,
                                                     const BlkQueueSetup& setup) {
-  const auto bad = [&setup](std::string_view why) {
-    return make_error(ErrorKind::kInvalidArgument, fmt::format("queue {}: {}", setup.index, why));
-  };
-  if (setup.size == 0 || !std::has_single_bit(setup.size) ||
-      setup.size > device.options().queue_size_max) {
-    return bad(fmt::format("size {} is no power of two up to {}", setup.size,
-                           device.options().queue_size_max));
-  }
-  Virtqueue::Layout layout{
-      .descriptor_table =
-          memory->translate_user(setup.descriptor_address, descriptor_table_bytes(setup.size)),
-      .avail_ring = memory->translate_user(setup.avail_address, avail_ring_bytes(setup.size)),
-      .used_ring = memory->translate_user(setup.used_address, used_ring_bytes(setup.size)),
-      .size = setup.size,
-      .next_avail = setup.next_avail,
-      .event_idx = (device.negotiated_features() & feature_bit(kFEventIdx)) != 0,
-      .indirect = (device.negotiated_features() & feature_bit(kFIndirectDesc)) != 0};
-  // Alignments: "Split Virtqueues", the table of parts.
-  const auto is_bad = [](const std::byte* part, std::uintptr_t alignment) {
-    return part == nullptr || reinterpret_cast<std::uintptr_t>(part) % alignment != 0;
-  };
-  if (is_bad(layout.descriptor_table, 16))
-    return bad(fmt::format("descriptor table at {:#x} is outside guest memory or not aligned",
-                           setup.descriptor_address));
-  if (is_bad(layout.avail_ring, 2))
-    return bad(fmt::format("available ring at {:#x} is outside guest memory or not aligned",
-                           setup.avail_address));
-  if (is_bad(layout.used_ring, 4))
-    return bad(fmt::format("used ring at {:#x} is outside guest memory or not aligned",
-                           setup.used_address));
-  InflightRecovery recovery;
-  if (setup.inflight != nullptr) {
-    if (setup.index >= setup.inflight->queue_count()) {
-      return bad(fmt::format("the in-flight area is for {} queues", setup.inflight->queue_count()));
-    }
-    layout.inflight = setup.inflight->region(setup.index);
-    auto recovered = layout.inflight.recover(
-        load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset), setup.size);
-    if (!recovered) return bad(recovered.error().message);
-    recovery = std::move(*recovered);
-    if (!recovery.is_fresh) layout.next_avail = recovery.next_avail;
-  }
-  if (!recovery.heads.empty() && log::peer_line_allowed()) {
+  if (setup.size == 0 || setup.size > device.options().queue_size_max)
+    return bad_setup(setup, "size {} is not 1 to {}", setup.size, device.options().queue_size_max);
+  auto started = has_feature(device, kFRingPacked) ? start_packed(device, *memory, setup)
+                                                   : start_split(device, *memory, setup);
+  if (!started) return std::unexpected(std::move(started.error()));
+  auto& [layout, recovery] = *started;
+  if (setup.inflight != nullptr && !recovery.heads.empty() && log::peer_line_allowed()) {
     log::info("queue {}: {} requests were in flight when a predecessor ended; they are done again",
               setup.index, recovery.heads.size());
   }
@@ -285,9 +452,11 @@ BlkQueue::~BlkQueue() {
   state_->context.loop().remove_poller(*this);
 }
 
-void BlkQueue::stop(std::move_only_function<void()> stopped) {
+void BlkQueue::stop(Unfinished unfinished, std::move_only_function<void()> stopped) {
   assert(!state_->stopping);
   state_->stopping = true;
+  state_->unfinished = unfinished;
+  state_->limiter.release_all();
   state_->kick_watch.reset();
   state_->stopped = std::move(stopped);
   state_->wake();
@@ -333,16 +502,19 @@ void BlkQueue::State::watch_kicks() {
 }
 
 bool BlkQueue::broken() const { return state_->is_broken; }
-std::size_t BlkQueue::in_flight() const {
-  return state_->in_flight + state_->recovered_heads.size() - state_->next_recovered;
+std::size_t BlkQueue::in_flight() const { return state_->in_flight + kept(); }
+std::size_t BlkQueue::waiting() const { return state_->limiter.waiting(); }
+std::size_t BlkQueue::kept() const {
+  return state_->kept.size() + state_->again.size() - state_->next_again;
 }
-std::uint16_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
+const LeftRequests& BlkQueue::left() const { return state_->left; }
+std::uint32_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
 const BlkQueueStatistics& BlkQueue::statistics() const { return state_->statistics; }
 
 std::size_t BlkQueue::poll() {
   if (state_->is_broken) return 0;
   if (state_->is_recovering) return state_->recover_one();
-  if (state_->stopping) return 0;
+  if (state_->stopping || state_->device.gate().is_paused()) return 0;
   state_->check_memory();
   unsigned count = 0;
   while (count < kPopsPerPoll && !state_->is_broken && state_->pop_one()) ++count;
@@ -351,6 +523,10 @@ std::size_t BlkQueue::poll() {
 
 void BlkQueue::settle() {
   State& state = *state_;
+  // Nobody knows when the device is resumed: a stop does not wait for that.
+  if (state.stopping && state.in_flight == 0 && state.is_recovering &&
+      state.device.gate().is_paused())
+    state.give_up_the_rest();
   if (state.ring.has_unpublished() && state.ring.publish() && state.call_fd >= 0) {
     ++state.statistics.interrupts;
     signal(state.call_fd);
@@ -368,7 +544,11 @@ bool BlkQueue::prepare_to_sleep() {
   if (state_->stopping) return state_->in_flight > 0 || !state_->stopped;
   if (state_->is_broken) return true;
   // The next one's turn comes with a completion; new ones are not looked for.
-  if (state_->is_recovering) return state_->in_flight > 0;
+  if (state_->is_recovering) {
+    return state_->in_flight > 0 || (state_->device.gate().is_paused() && !state_->is_trial);
+  }
+  // The gate wakes it.
+  if (state_->device.gate().is_paused()) return true;
   // Nothing would end the sleep ("if the invalid FD flag is set ... polling should be used").
   if (state_->kick_fd < 0) return false;
   return state_->ring.enable_notifications();
@@ -384,7 +564,7 @@ void BlkQueue::wake_up() {
 [[gnu::always_inline]] inline bool BlkQueue::State::start_request(std::uint16_t head,
                                                                   const Chain& chain) {
   if (chain.last_writable_byte == nullptr) {
-    break_ring("a request has no place for its status byte");
+    break_ring(kNoStatus);
     return false;
   }
   Slot& slot = slots[head];
@@ -393,7 +573,7 @@ void BlkQueue::wake_up() {
   slot.writable_bytes = chain.problem == nullptr ? chain.writable_bytes : 0;
   slot.data_bytes = 0;
   ++in_flight;
-  ++statistics.requests;
+  slot.number = ++statistics.requests;
   if (chain.problem != nullptr) {
     finish(slot, kBlkSIoErr, 0);
   } else {
@@ -402,25 +582,81 @@ void BlkQueue::wake_up() {
   return true;
 }
 
-// Takes the next of a predecessor's requests when the one before has completed. Whether something
+// Takes the next of what is to be taken again when the one before has completed. Whether something
 // was done, as a number.
 std::size_t BlkQueue::State::recover_one() {
   if (in_flight > 0) return 0;
-  if (next_recovered == recovered_heads.size()) {
-    is_recovering = false;
+  taken_again = nullptr;
+  // It would be among the kept ones again if it had failed for want of space.
+  if (std::exchange(trial_in_flight, false)) device.gate().space_is_back();
+  sort_in_kept();
+  if (next_again == again.size()) {
+    end_recovery();
     return 1;
   }
+  if (device.gate().is_paused() && !std::exchange(is_trial, false)) return 0;
   check_memory();
   if (is_broken) return 0;
-  const std::uint16_t head = recovered_heads[next_recovered];
+  trial_in_flight = device.gate().is_paused();
+  const std::uint16_t head = again[next_again];
   Chain chain;
-  if (ring.take_again(head, iovecs.room(head), chain) == Virtqueue::Pop::kBroken) {
+  if (ring.take_again(head, iovecs.room(head), chain) == Pop::kBroken) {
     break_ring(ring.broken_reason());
     return 0;
   }
-  ++next_recovered;
-  ++statistics.recovered;
+  ++(next_again < predecessors ? statistics.recovered : statistics.retried);
+  ++next_again;
+  taken_again = &slots[head];
   return start_request(head, chain) ? 1 : 0;
+}
+
+void BlkQueue::State::end_recovery() {
+  is_recovering = false;
+  again.clear();
+  kept.clear();
+  next_again = 0;
+  predecessors = 0;
+  trial_in_flight = false;
+  is_trial = false;
+  retry_timer->cancel();
+  if (std::exchange(keeps, false)) device.gate().is_rid();
+}
+
+// What failed beside others comes after what was to be taken again before it was popped.
+void BlkQueue::State::sort_in_kept() {
+  if (kept.empty()) return;
+  again.erase(again.begin(), again.begin() + static_cast<std::ptrdiff_t>(next_again));
+  predecessors -= std::min(predecessors, next_again);
+  next_again = 0;
+  std::ranges::sort(kept, {}, &Slot::number);
+  for (const Slot* slot : kept) again.push_back(slot->head);
+  kept.clear();
+}
+
+// Of a queue that stops under a paused device, with nothing in flight.
+void BlkQueue::State::give_up_the_rest() {
+  sort_in_kept();
+  if (unfinished == Unfinished::kFail) {
+    check_memory();
+    while (next_again < again.size() && !is_broken) {
+      const std::uint16_t head = again[next_again++];
+      Chain chain;
+      if (ring.take_again(head, iovecs.room(head), chain) == Virtqueue::Pop::kBroken) {
+        break_ring(ring.broken_reason());
+      } else if (chain.last_writable_byte == nullptr) {
+        break_ring(kNoStatus);
+      } else {
+        Slot& slot = slots[head];
+        slot.status = chain.last_writable_byte;
+        slot.writable_bytes = chain.problem == nullptr ? chain.writable_bytes : 0;
+        ++in_flight;
+        finish(slot, kBlkSIoErr, 0);
+      }
+    }
+  }
+  left.heads.assign(again.begin() + static_cast<std::ptrdiff_t>(next_again), again.end());
+  left.buffers = ring.descriptors_of(left.heads);
+  end_recovery();
 }
 
 // Takes one chain off the ring and starts it. False if there is none, or the ring is broken.
@@ -436,7 +672,7 @@ bool BlkQueue::State::pop_one() {
     break_ring("a descriptor chain is made available again while it is in flight");
     return false;
   }
-  if (ring.pop(iovecs.room(*head), chain) == Virtqueue::Pop::kBroken) {
+  if (ring.pop(iovecs.room(*head), chain) == Pop::kBroken) {
     break_ring(ring.broken_reason());
     return false;
   }
@@ -484,9 +720,33 @@ void BlkQueue::State::submit_transfer(Slot& slot, blockdev::BlockOperation opera
   slot.iov_count = static_cast<std::uint32_t>(command.data.size());
   slot.complete = [](blockdev::BlockRequest& request, int error) {
     auto& done = static_cast<Slot&>(request);
-    done.queue->finish(done, status_of(error), error == 0 ? done.data_bytes : 0);
+    if (error != 0) return done.queue->failed(done, error);
+    done.queue->finish(done, kBlkSOk, done.data_bytes);
   };
+  if (device.gate().limiter().is_active() && must_wait(slot)) return;
   device.node().submit(slot, context);
+}
+
+// Whether the device's limits hold a request up; then go_on() submits it.
+[[gnu::noinline]] bool BlkQueue::State::must_wait(Slot& slot) {
+  using blockdev::BlockOperation;
+  // A flush only has earlier I/O finished; and a stop does not wait for anybody's turn.
+  if (slot.operation == BlockOperation::kFlush || stopping) return false;
+  const bool is_read = slot.operation == BlockOperation::kRead;
+  slot.ticket.direction =
+      is_read ? blockdev::IoLimiter::Direction::kRead : blockdev::IoLimiter::Direction::kWrite;
+  slot.ticket.bytes = 0;  // a discard moves none
+  if (is_read || slot.operation == BlockOperation::kWrite) slot.ticket.bytes = slot.length_bytes;
+  if (slot.operation == BlockOperation::kWriteZeroes) {
+    // They may have to be written.
+    for (std::size_t i = 0; i < slot.segment_count; ++i)
+      slot.ticket.bytes += slot.segments[i].length_bytes;
+  }
+  return !limiter.admit(slot.ticket);
+}
+
+void BlkQueue::State::go_on(blockdev::IoLimiter::Ticket& ticket) {
+  device.node().submit(*static_cast<Slot::Ticket&>(ticket).slot, context);
 }
 
 // The segments of a discard or write zeroes, one after another; the first error ends the request.
@@ -503,10 +763,12 @@ void BlkQueue::State::submit_segment(Slot& slot) {
   slot.iov_count = 0;
   slot.complete = [](blockdev::BlockRequest& request, int error) {
     auto& done = static_cast<Slot&>(request);
-    if (error == 0 && done.segment_next < done.segment_count)
-      return done.queue->submit_segment(done);
-    done.queue->finish(done, status_of(error), 0);
+    if (error != 0) return done.queue->failed(done, error);
+    if (done.segment_next < done.segment_count) return done.queue->submit_segment(done);
+    done.queue->finish(done, kBlkSOk, 0);
   };
+  // The limits count the request with its first segment.
+  if (slot.segment_next == 1 && device.gate().limiter().is_active() && must_wait(slot)) return;
   device.node().submit(slot, context);
 }
 
@@ -536,6 +798,62 @@ void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data
   ring.push_used(slot.head, used_length(slot.writable_bytes, data_bytes));
 }
 
+// The node has failed the request, and the device's policy says what that means.
+[[gnu::cold]] void BlkQueue::State::failed(Slot& slot, int error) {
+  switch (device.action_on(slot.operation, error)) {
+    case ErrorAction::kStop:
+      // Who waits for this queue's end wants an answer.
+      if (is_broken || memory_gone || (stopping && unfinished == Unfinished::kFail)) break;
+      return keep(slot, error);
+    case ErrorAction::kIgnore:
+      return finish(slot, kBlkSOk, slot.data_bytes);
+    case ErrorAction::kReport:
+      break;
+  }
+  finish(slot, status_of(error), 0);
+}
+
+// The slot stays busy: its head may not be made available again. The pieces of memory are looked up
+// again when it is taken again, for a node may have rewritten them.
+void BlkQueue::State::keep(Slot& slot, int error) {
+  const FailedRequest what{.operation = slot.operation,
+                           .offset_bytes = slot.offset_bytes,
+                           .length_bytes = slot.length_bytes,
+                           .error = error};
+  --in_flight;
+  if (&slot == taken_again) {
+    --next_again;
+    taken_again = nullptr;
+    trial_in_flight = false;
+  } else {
+    kept.push_back(&slot);
+  }
+  is_recovering = true;
+  is_trial = false;
+  device.gate().keep(what, !std::exchange(keeps, true));
+  retry_timer->start(DeviceGate::kRetryInterval);
+  wake();
+}
+
+// A full disk is looked at by trying the first kept request again: whether there is space for it
+// depends on more than can be asked (quotas, thin volumes, what a format has to allocate).
+void BlkQueue::State::retry() {
+  if (!keeps) return;
+  retry_timer->start(DeviceGate::kRetryInterval);
+  if (stopping || in_flight > 0 || !device.gate().is_worth_retrying()) return;
+  is_trial = true;
+  wake();
+}
+
+void BlkQueue::State::look_at_gate() {
+  if (device.gate().is_paused_by_command()) {
+    limiter.release_all();  // what has been taken is finished
+  } else {
+    limiter.look();
+  }
+  wake();
+}
+
 // The frontend may shorten the file that guest memory is. Asked often, answered by one load.
 void BlkQueue::State::check_memory() {
   const std::uint64_t faults = guarded_memory_fault_count();
@@ -550,8 +868,7 @@ void BlkQueue::State::break_ring(const char* reason) {
   memory_gone |= memory->faulted();
   if (memory_gone) reason = kMemoryGone;
   // Nobody waits for what would have been taken again.
-  next_recovered = recovered_heads.size();
-  is_recovering = false;
+  end_recovery();
   if (std::exchange(is_broken, true)) return;
   if (log::peer_line_allowed())
     log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);

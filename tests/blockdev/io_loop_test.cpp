@@ -361,5 +361,66 @@ TEST(IoLoop, calls_after_a_delay_unless_the_handle_died) {
   EXPECT_FALSE(wrongly_called.load());
 }
 
+TEST(IoLoopTimer, runs_once_at_the_time_that_was_set_last) {
+  RunningLoop loop;
+  loop.start();
+  std::unique_ptr<IoLoop::Timer> timer;
+  std::atomic<int> calls{0};
+  const auto begin = std::chrono::steady_clock::now();
+  loop->run_and_wait([&] {
+    timer = loop->make_timer([&] { ++calls; });
+    EXPECT_FALSE(timer->is_running());
+    timer->start(1ms);
+    timer->start(1h);
+    timer->start(20ms);
+    EXPECT_TRUE(timer->is_running());
+  });
+  while (calls == 0) std::this_thread::sleep_for(1ms);
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, 20ms);
+  std::this_thread::sleep_for(5ms);
+  loop->run_and_wait([&] {
+    EXPECT_EQ(calls, 1);
+    EXPECT_FALSE(timer->is_running());
+    timer.reset();
+  });
+}
+
+TEST(IoLoopTimer, that_is_cancelled_or_gone_does_not_run) {
+  RunningLoop loop;
+  loop.start();
+  std::unique_ptr<IoLoop::Timer> cancelled;
+  std::unique_ptr<IoLoop::Timer> gone;
+  std::atomic<int> calls{0};
+  loop->run_and_wait([&] {
+    cancelled = loop->make_timer([&] { ++calls; });
+    gone = loop->make_timer([&] { ++calls; });
+    cancelled->start(2ms);
+    gone->start(2ms);
+    // Both are due, and their handlers may be on their way.
+    std::this_thread::sleep_for(5ms);
+    cancelled->cancel();
+    EXPECT_FALSE(cancelled->is_running());
+    gone.reset();
+  });
+  std::this_thread::sleep_for(10ms);
+  loop->run_and_wait([&] { cancelled.reset(); });
+  EXPECT_EQ(calls, 0);
+}
+
+TEST(IoLoopTimer, can_set_itself_again) {
+  RunningLoop loop;
+  loop.start();
+  std::unique_ptr<IoLoop::Timer> timer;
+  std::atomic<int> calls{0};
+  loop->run_and_wait([&] {
+    timer = loop->make_timer([&] {
+      if (++calls < 5) timer->start(1ms);
+    });
+    timer->start(0ms);
+  });
+  while (calls < 5) std::this_thread::sleep_for(1ms);
+  loop->run_and_wait([&] { timer.reset(); });
+}
+
 }  // namespace
 }  // namespace vblk::blockdev

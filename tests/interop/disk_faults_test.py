@@ -106,7 +106,7 @@ def test_full_disk(report, options, engine):
         small = folder / "small"
         small.mkdir()
         mount = f"mount -t tmpfs -o size=2m tmpfs {small} && truncate -s 8M {small}/disk.img && exec \"$@\""
-        arguments = [small / "disk.img", "--aio", engine, "--cache", "writeback"]
+        arguments = [small / "disk.img", "--aio", engine, "--cache", "writeback", "--werror", "report"]
         with Server(options.vblk, arguments, folder / "s", folder / "log", ["unshare", "-m", "bash", "-c", mount, "-"],
                     wrapper_stays=False) as server, Poke(options.poke, server.socket) as poke:
             report.check(f"{name}: a write that fits succeeds", poke("write 0 2048 5").get("status") == STATUS_OK)
@@ -134,7 +134,7 @@ def test_failing_device(report, options, engine, cache):
         # Gone with its last user, and the memory below with the mount namespace.
         script = f"""mount -t tmpfs -o size=2m tmpfs {small} && truncate -s 8M {small}/disk &&
             device=$(losetup --direct-io=on --show -f {small}/disk) || exit 1
-            "$@" serve "$device" --socket-path {folder}/s --aio {engine} --cache {cache} & server=$!
+            "$@" serve "$device" --socket-path {folder}/s --aio {engine} --cache {cache} --werror report & server=$!
             trap 'kill -TERM $server' TERM
             wait $server; wait $server; status=$?
             losetup -d "$device"; exit $status"""

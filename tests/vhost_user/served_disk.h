@@ -63,6 +63,8 @@ class HoldingDisk final : public blockdev::BlockNode {
   }
 
   void hold(bool hold) { hold_ = hold; }
+  // Changes and flushes end with this errno value until it is 0 again.
+  void fail(int error) { error_ = error; }
   // Requests that have arrived and are not completed.
   [[nodiscard]] std::size_t in_hand() const { return in_hand_; }
   [[nodiscard]] std::size_t writes() const { return writes_; }
@@ -83,9 +85,10 @@ class HoldingDisk final : public blockdev::BlockNode {
   void wait_for_release(blockdev::BlockRequest& request, blockdev::IoContext& context) {
     context.loop().post([this, &request, &context] {
       if (hold_) return wait_for_release(request, context);
-      carry_out(request);
+      const int error = request.operation == blockdev::BlockOperation::kRead ? 0 : error_.load();
+      if (error == 0) carry_out(request);
       --in_hand_;
-      context.complete_later(request, 0);
+      context.complete_later(request, error);
     });
   }
   void carry_out(const blockdev::BlockRequest& request) {
@@ -111,6 +114,7 @@ class HoldingDisk final : public blockdev::BlockNode {
   std::mutex mutex_;
   std::vector<std::byte> bytes_;
   std::atomic<bool> hold_{false};
+  std::atomic<int> error_{0};
   std::atomic<bool> flushed_{true};
   std::atomic<std::size_t> in_hand_{0};
   std::atomic<std::size_t> writes_{0};

@@ -834,7 +834,8 @@ TEST_F(RunningRig, stop_waits_for_what_is_in_flight_and_leaves_the_ring_alone) {
     return held == 1;
   });
   std::atomic<bool> stopped{false};
-  rig.loop.run_and_wait([&] { rig.queue->stop([&] { stopped = true; }); });
+  rig.loop.run_and_wait(
+      [&] { rig.queue->stop(BlkQueue::Unfinished::kLeave, [&] { stopped = true; }); });
   rig.loop.run_and_wait([] {});
   EXPECT_FALSE(stopped.load()) << "a request is in flight";
   rig.loop.run_and_wait([&] { rig.node.release(*rig.context); });
@@ -856,7 +857,7 @@ TEST_F(RunningRig, stop_waits_for_what_is_in_flight_and_leaves_the_ring_alone) {
 TEST_F(RunningRig, a_queue_may_be_destroyed_from_its_stopped_callback) {
   std::atomic<bool> gone{false};
   rig.loop.run_and_wait([&] {
-    rig.queue->stop([&] {
+    rig.queue->stop(BlkQueue::Unfinished::kLeave, [&] {
       rig.queue.reset();
       rig.start({});
       gone = true;

@@ -272,7 +272,7 @@ TEST(BlkQueueRecovery, that_is_told_to_stop_answers_what_was_in_flight_first) {
   after.make_available(12);
   after.start();
   bool stopped = false;
-  after.rig.queue->stop([&stopped] { stopped = true; });
+  after.rig.queue->stop(BlkQueue::Unfinished::kLeave, [&stopped] { stopped = true; });
   after.rig.run();
   EXPECT_EQ(after.rig.ring->take_used(), (std::vector<Used>{{3, 1}, {6, 1}, {9, 1}}));
   EXPECT_EQ(after.rig.queue->in_flight(), 0U);

@@ -1,0 +1,30 @@
+#include "blockdev/flush_now.h"
+
+#include <future>
+
+#include <fmt/core.h>
+
+#include "blockdev/block_request.h"
+
+namespace vblk::blockdev {
+
+Expected<void> flush_now(BlockNode& node, IoThread& thread) {
+  if (node.limits().read_only) return {};
+  struct Flush : BlockRequest {
+    std::promise<int> done;
+  } request;
+  request.operation = BlockOperation::kFlush;
+  request.complete = [](BlockRequest& flushed, int error) {
+    static_cast<Flush&>(flushed).done.set_value(error);
+  };
+  auto outcome = request.done.get_future();
+  thread.loop().post([&node, &thread, &request] { node.submit(request, thread.context()); });
+  const int error = outcome.get();
+  if (error == 0) return {};
+  return make_error(ErrorKind::kIo,
+                    fmt::format("the last flush of '{}' failed: {}; what was written may be lost",
+                                node.name(), describe_errno(error)),
+                    error);
+}
+
+}  // namespace vblk::blockdev
