@@ -27,6 +27,7 @@ struct BlockLimits {
   bool can_discard{false};
   bool can_write_zeroes{false};
   bool write_zeroes_may_unmap{false};  // whether may_unmap can free space here
+  bool operator==(const BlockLimits&) const = default;
 };
 
 class BlockNode {

@@ -27,4 +27,15 @@ Expected<void> flush_now(BlockNode& node, IoThread& thread) {
                     error);
 }
 
+bool is_quiet(std::span<const std::unique_ptr<IoThread>> threads) {
+  for (int look = 0; look < 2; ++look) {
+    for (const auto& thread : threads) {
+      bool idle = false;
+      thread->loop().run_and_wait([&] { idle = thread->context().is_idle(); });
+      if (!idle) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace vblk::blockdev

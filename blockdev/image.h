@@ -41,6 +41,7 @@ struct ImageOptions {
   bool read_only{false};
   bool share_flushes{true};             // as RawNodeOptions
   std::uint64_t write_behind_bytes{0};  // kWriteback only; as RawNodeOptions
+  bool is_locked{true};                 // false: to be looked at, not to be changed
   bool discard{true};                   // discard and unmapping write zeroes reach the file
   std::uint64_t null_size_bytes{0};     // kNull only
   // kQcow2 only; 0: as qcow2_node.h says. For each image of a chain of backing files.

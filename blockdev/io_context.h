@@ -54,6 +54,10 @@ class IoContext final : public Poller {
     return nullptr;
   }
 
+  // Nodes go, and none of them has a request left: what is kept for all of them goes first. Loop
+  // thread.
+  void forget_nodes() { node_states_.clear(); }
+
   // Completes `request` with `error` from the loop, not from here (law 1: never inside submit).
   void complete_later(BlockRequest& request, int error);
 

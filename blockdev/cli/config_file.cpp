@@ -53,6 +53,7 @@ constexpr std::array kKeyTypes{
     KeyType{"read-only", ValueType::kSwitch},
     KeyType{"share-flushes", ValueType::kSwitch},
     KeyType{"recovery", ValueType::kSwitch},
+    KeyType{"migration", ValueType::kSwitch},
     KeyType{"aio", ValueType::kPairs},
     KeyType{"io-uring", ValueType::kPairs},
     KeyType{"limits", ValueType::kPairs},

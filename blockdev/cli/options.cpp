@@ -135,9 +135,11 @@ program_options::options_description serve_description() {
        "pays; 0 to 10000, 0: it sleeps at once")  //
       ("recovery", value<std::string>()->default_value("on")->value_name("on|off"),
        "whether requests in flight survive this server, for the next one to finish; 'off' saves "
-       "qcow2 a write for each new cluster")                 //
-      ("monitor", value<std::string>()->value_name("PATH"),  //
-       "answer 'vblk ctl' on this Unix socket")              //
+       "qcow2 a write for each new cluster")  //
+      ("migration", value<std::string>()->default_value("off")->value_name("on|off"),
+       "let the guest be migrated: the image is open only while a guest runs on it here")(
+          "monitor", value<std::string>()->value_name("PATH"),  //
+          "answer 'vblk ctl' on this Unix socket")              //
       ("config", value<std::string>()->value_name("FILE"),
        "serve the devices that this TOML file describes, each by the options above")      //
       ("log-level", value<std::string>()->default_value("info")->value_name("LEVEL"),     //
@@ -410,6 +412,11 @@ Expected<Parsed<ServeOptions>> parse_serve_options(std::span<const std::string> 
   const auto recovery = parse_switch(*map, "recovery");
   if (!recovery) return std::unexpected(recovery.error());
   options.recovery = *recovery;
+  const auto migration = parse_switch(*map, "migration");
+  if (!migration) return std::unexpected(migration.error());
+  options.migration = *migration;
+  // A setting of the driver's that no frontend takes along would be lost on the way.
+  if (options.migration) options.device.config_wce = false;
   if (map->contains("monitor")) options.monitor_path = (*map)["monitor"].as<std::string>();
   return options;
 }

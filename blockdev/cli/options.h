@@ -38,6 +38,7 @@ struct ServeOptions {
   std::string socket_path;          // empty with socket_fd
   int socket_fd{-1};                // -1 with socket_path
   bool recovery{true};              // frontends may have requests in flight carried over
+  bool migration{false};            // the disk is handed over, for guests that are migrated
   bool socket_is_activated{false};  // socket_fd comes from a service manager, which keeps it
   std::string monitor_path;         // empty: no monitor
   std::string config_path;          // name devices there, and nothing else here; empty: this is one

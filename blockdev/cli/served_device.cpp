@@ -87,9 +87,7 @@ json::object engine_counters(const aio::Engine& engine) {
 
 Expected<std::unique_ptr<ServedDevice>> ServedDevice::create(const ServeOptions& options) {
   std::unique_ptr<ServedDevice> made(new ServedDevice(options));
-  auto node = blockdev::open_image(options.image);
-  if (!node) return std::unexpected(std::move(node.error()));
-  made->node_ = std::move(*node);
+  if (auto opened = made->open_disk(); !opened) return std::unexpected(std::move(opened.error()));
   auto device = virtio::BlkDevice::create(*made->node_, options.device);
   if (!device) return std::unexpected(std::move(device.error()));
   made->device_ = std::move(*device);
@@ -99,11 +97,12 @@ Expected<std::unique_ptr<ServedDevice>> ServedDevice::create(const ServeOptions&
       });
   if (auto started = made->start_io_threads(); !started)
     return std::unexpected(std::move(started.error()));
-  auto server = vhost_user::Server::create({.socket_path = options.socket_path,
-                                            .socket_fd = options.socket_fd,
-                                            .socket_must_listen = options.socket_is_activated,
-                                            .backend = {.offers_recovery = options.recovery}},
-                                           *made->device_, made->threads_);
+  auto server = vhost_user::Server::create(
+      {.socket_path = options.socket_path,
+       .socket_fd = options.socket_fd,
+       .socket_must_listen = options.socket_is_activated,
+       .backend = {.offers_recovery = options.recovery, .handover = made->handover_}},
+      *made->device_, made->threads_);
   if (!server) return std::unexpected(std::move(server.error()));
   made->server_ = std::move(*server);
   if (!options.monitor_path.empty()) {
@@ -112,6 +111,23 @@ Expected<std::unique_ptr<ServedDevice>> ServedDevice::create(const ServeOptions&
     made->monitor_ = std::move(*started);
   }
   return made;
+}
+
+Expected<void> ServedDevice::open_disk() {
+  const blockdev::ImageOptions& image = options_.image;
+  if (!options_.migration) {
+    auto node = blockdev::open_image(image);
+    if (!node) return std::unexpected(std::move(node.error()));
+    node_ = std::move(*node);
+    return {};
+  }
+  auto shape = blockdev::look_at_image(image);
+  if (!shape) return std::unexpected(std::move(shape.error()));
+  auto node = std::make_unique<blockdev::HandoverNode>(
+      std::move(*shape), [&image] { return blockdev::open_image(image); });
+  handover_ = node.get();
+  node_ = std::move(node);
+  return {};
 }
 
 Expected<void> ServedDevice::run() { return server_->run(); }
@@ -266,18 +282,6 @@ ServedDevice::Answer ServedDevice::set_limits(const Arguments& arguments) {
   return json::object{{"limits", wanted->to_string()}, {"before", before.to_string()}};
 }
 
-// Whether nothing is done on the disk, by the formats for themselves either, twice in a row: work
-// may go from one thread to another.
-bool ServedDevice::is_quiet() {
-  for (int look = 0; look < 2; ++look) {
-    for (const auto& thread : threads_) {
-      if (!on_io_thread(*thread, [](blockdev::IoContext& context) { return context.is_idle(); }))
-        return false;
-    }
-  }
-  return true;
-}
-
 // When it answers, nothing is at the disk any more, and what was written is stable. What a failed
 // request has paused already stays kept.
 ServedDevice::Answer ServedDevice::pause() {
@@ -306,7 +310,7 @@ ServedDevice::Answer ServedDevice::pause() {
                       flushed.error().errno_value);
   }
   // The flush may have a format put in order what it had kept for later.
-  while (!is_quiet()) {
+  while (!blockdev::is_quiet(threads_)) {
     if (std::chrono::steady_clock::now() >= deadline) {
       return make_error(ErrorKind::kBusy,
                         fmt::format("pause: it is paused, but after {} s '{}' is still being "

@@ -21,6 +21,7 @@
 #include "blockdev/cli/monitor.h"
 #include "blockdev/cli/options.h"
 #include "blockdev/engine_switch.h"
+#include "blockdev/handover_node.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/vhost_user/server.h"
 #include "blockdev/virtio/blk_device.h"
@@ -49,9 +50,9 @@ class ServedDevice {
   using Answer = Expected<boost::json::value>;
   using Arguments = boost::json::object;
 
+  Expected<void> open_disk();
   Expected<void> start_io_threads();
   MonitorHandlers handlers();
-  bool is_quiet();
 
   // The monitor's commands, on its thread.
   Answer query_aio();
@@ -64,6 +65,7 @@ class ServedDevice {
 
   const ServeOptions options_;
   std::unique_ptr<blockdev::BlockNode> node_;
+  blockdev::HandoverNode* handover_{nullptr};  // what node_ is, if it can be handed over
   std::unique_ptr<virtio::BlkDevice> device_;
   std::unique_ptr<blockdev::EngineSwitch> engine_switch_;
   std::vector<std::unique_ptr<blockdev::IoThread>> threads_;

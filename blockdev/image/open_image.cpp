@@ -50,9 +50,11 @@ FileIdentity identity_of(const std::string& path) {
 class Opener {
  public:
   Expected<std::unique_ptr<BlockNode>> open(const ImageOptions& options);
+  static Expected<DiskShape> look_at(const ImageOptions& options);
 
  private:
-  Expected<std::unique_ptr<RawNode>> open_raw(const ImageOptions& options, bool holds_format) const;
+  static Expected<std::unique_ptr<RawNode>> open_raw(const ImageOptions& options,
+                                                     bool holds_format);
   Expected<std::unique_ptr<BlockNode>> open_qcow2(const ImageOptions& options);
   Expected<std::unique_ptr<BlockNode>> open_backing(const ImageOptions& options,
                                                     const qcow2::Header& header);
@@ -100,7 +102,7 @@ Expected<std::string> resolve(const std::string& image, const std::string& name,
 }
 
 Expected<std::unique_ptr<RawNode>> Opener::open_raw(const ImageOptions& options,
-                                                    bool holds_format) const {
+                                                    bool holds_format) {
   auto file = ImageFile::open(options);
   if (!file) return std::unexpected(std::move(file.error()));
   return std::make_unique<RawNode>(
@@ -231,6 +233,24 @@ Expected<std::unique_ptr<BlockNode>> Opener::open(const ImageOptions& options) {
   return std::unique_ptr<BlockNode>(std::move(*node));
 }
 
+Expected<DiskShape> Opener::look_at(const ImageOptions& options) {
+  if (options.format == ImageFormat::kNull) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      "the null disk keeps nothing that could be handed over");
+  }
+  const bool holds_format = options.format == ImageFormat::kQcow2;
+  auto file = open_raw(options, holds_format);
+  if (!file) return std::unexpected(std::move(file.error()));
+  DiskShape shape{
+      .size_bytes = (*file)->size_bytes(), .limits = (*file)->limits(), .name = (*file)->name()};
+  if (holds_format) {
+    const auto header = qcow2::read_header(**file, make_private_context);
+    if (!header) return std::unexpected(header.error());
+    shape.size_bytes = header->size_bytes;
+  }
+  return shape;
+}
+
 // Without a format the name decides, which the guest cannot change.
 Expected<ImageFormat> format_by_name(const ImageOptions& options) {
   if (options.path.ends_with(".qcow2")) return ImageFormat::kQcow2;
@@ -242,15 +262,17 @@ Expected<ImageFormat> format_by_name(const ImageOptions& options) {
                                 options.path));
 }
 
+Expected<ImageFormat> decide_format(const ImageOptions& options) {
+  return options.format == ImageFormat::kByName ? format_by_name(options) : options.format;
+}
+
 }  // namespace
 
 Expected<std::unique_ptr<BlockNode>> open_image(const ImageOptions& options) {
+  const auto format = decide_format(options);
+  if (!format) return std::unexpected(format.error());
   ImageOptions decided = options;
-  if (decided.format == ImageFormat::kByName) {
-    const auto format = format_by_name(options);
-    if (!format) return std::unexpected(format.error());
-    decided.format = *format;
-  }
+  decided.format = *format;
   if (options.cache == CacheMode::kUnsafe && decided.format != ImageFormat::kNull) {
     log::warning(
         "'{}': --cache unsafe ignores flushes; what the guest has written is lost if the host "
@@ -260,6 +282,28 @@ Expected<std::unique_ptr<BlockNode>> open_image(const ImageOptions& options) {
   auto node = Opener().open(decided);
   if (!node) node.error().message = printable(std::move(node.error().message));
   return node;
+}
+
+Expected<DiskShape> look_at_image(const ImageOptions& options) {
+  const auto format = decide_format(options);
+  if (!format) return std::unexpected(format.error());
+  ImageOptions looked_at = options;
+  looked_at.format = *format;
+  looked_at.is_locked = false;
+  looked_at.read_only = true;
+  looked_at.write_behind_bytes = 0;
+  auto shape = Opener::look_at(looked_at);
+  if (!shape) {
+    shape.error().message = printable(std::move(shape.error().message));
+    return shape;
+  }
+  // What both formats can do on a file that may be written.
+  const bool can_free = options.discard && !options.read_only;
+  shape->limits.read_only = options.read_only;
+  shape->limits.can_discard = can_free;
+  shape->limits.can_write_zeroes = !options.read_only;
+  shape->limits.write_zeroes_may_unmap = can_free;
+  return shape;
 }
 
 }  // namespace vblk::blockdev

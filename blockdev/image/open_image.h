@@ -6,6 +6,7 @@
 
 #include "aio/error.h"
 #include "blockdev/block_node.h"
+#include "blockdev/handover_node.h"
 #include "blockdev/image.h"
 
 namespace vblk::blockdev {
@@ -20,5 +21,9 @@ inline constexpr std::size_t kBackingChainMax = 64;
 // of the format by its name, a backing file of unrecorded format), kInvalidArgument (empty; not of
 // this format; a chain that is too long or bites its tail), kCorrupt.
 Expected<std::unique_ptr<BlockNode>> open_image(const ImageOptions& options);
+
+// What the disk of an image looks like, without a lock: somebody else may be writing it. Its
+// backing files are not looked at. Errors: as open_image(), but for kBusy.
+Expected<DiskShape> look_at_image(const ImageOptions& options);
 
 }  // namespace vblk::blockdev

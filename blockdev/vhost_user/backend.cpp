@@ -92,6 +92,9 @@ const Backend::Rule* Backend::rule_for(Request request) {
       Rule{Request::kResetOwner, 0, 0, 0, false, &Backend::accept_silently},
       Rule{Request::kSetMemTable, kTableMin, kTableMax, kMemoryTableRegionsMax, false,
            &Backend::set_mem_table},
+      Rule{Request::kSetLogBase, sizeof(LogDescription), sizeof(LogDescription), 1, true,
+           &Backend::set_log_base},
+      Rule{Request::kSetLogFd, 0, kU64, 1, false, &Backend::set_log_fd},
       Rule{Request::kSetVringNum, sizeof(VringState), sizeof(VringState), 0, false,
            &Backend::set_vring_num},
       Rule{Request::kSetVringAddr, sizeof(VringAddress), sizeof(VringAddress), 0, false,
@@ -139,6 +142,7 @@ Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
 
 Backend::~Backend() {
   for (Ring& ring : rings_) stop(ring, Afterwards::kUnknown);
+  give_up_unused_disk();
   device_.reset();
 }
 
@@ -215,13 +219,17 @@ bool Backend::has_packed_rings() const { return (features_ & bit(virtio::kFRingP
 // ---- Features and config space
 
 Expected<void> Backend::get_features(Message& message) {
-  return reply_u64(message, device_.offered_features() | bit(kFProtocolFeatures));
+  std::uint64_t features = device_.offered_features() | bit(kFProtocolFeatures);
+  if (options_.handover != nullptr) features |= bit(kFLogAll);
+  return reply_u64(message, features);
 }
 
 Expected<void> Backend::set_features(Message& message) {
   const auto features = payload_of<std::uint64_t>(message);
   return while_quiesced([this, features]() -> Expected<void> {
-    auto set = device_.set_features(features & ~bit(kFProtocolFeatures));
+    std::uint64_t of_the_device = features & ~bit(kFProtocolFeatures);
+    if (options_.handover != nullptr) of_the_device &= ~bit(kFLogAll);
+    auto set = device_.set_features(of_the_device);
     if (!set) return set;
     features_ = features;
     carry_writeback_over();
@@ -241,7 +249,8 @@ Expected<void> Backend::get_protocol_features(Message& message) {
 
 std::uint64_t Backend::offered_protocol_features() const {
   return kOfferedProtocolFeatures |
-         (options_.offers_recovery ? bit(kProtocolFInflightShmfd) : std::uint64_t{0});
+         (options_.offers_recovery ? bit(kProtocolFInflightShmfd) : std::uint64_t{0}) |
+         (options_.handover != nullptr ? bit(kProtocolFLogShmfd) : std::uint64_t{0});
 }
 
 Expected<void> Backend::set_protocol_features(Message& message) {
@@ -455,6 +464,58 @@ void Backend::carry_writeback_over() {
       device_.write_config(virtio::kBlkConfigWriteback, {&value, 1});
 }
 
+// ---- Migration
+
+// "Sets logging shared memory space"; with LOG_SHMFD it has a reply ("Communication").
+Expected<void> Backend::set_log_base(Message& message) {
+  if (!negotiated_protocol(kProtocolFLogShmfd)) return refused("LOG_SHMFD was not negotiated");
+  if (message.fds.empty()) return refused("no descriptor comes with it");
+  const auto wire = payload_of<LogDescription>(message);
+  auto log = virtio::DirtyLog::map(message.fds[0].get(), wire.size_bytes, wire.mmap_offset);
+  if (!log) return std::unexpected(std::move(log.error()));
+  auto changed = while_quiesced([this, &log]() -> Expected<void> {
+    log_ = std::move(*log);
+    return {};
+  });
+  if (!changed) return changed;
+  return reply_u64(message, 0);
+}
+
+Expected<void> Backend::set_log_fd(Message& message) {
+  if (!negotiated_protocol(kProtocolFLogShmfd)) return refused("LOG_SHMFD was not negotiated");
+  if (message.fds.empty()) return refused("no descriptor comes with it");
+  return while_quiesced([this, &message]() -> Expected<void> {
+    log_event_ = std::move(message.fds[0]);
+    return {};
+  });
+}
+
+virtio::DirtyLogging Backend::logging_of(const Ring& ring) const {
+  if ((features_ & bit(kFLogAll)) == 0 || log_ == nullptr) return {};
+  return {.log = log_,
+          .event_fd = log_event_.get(),
+          .marks_ring = (ring.addresses.flags & kVringAddressFLog) != 0,
+          .ring_address = ring.addresses.log_guest_address};
+}
+
+// A disk that has another size than when the frontend last looked is a change of its configuration.
+Expected<void> Backend::take_disk() {
+  if (options_.handover == nullptr || options_.handover->is_taken()) return {};
+  const std::uint64_t before = device_.node().size_bytes();
+  if (auto taken = options_.handover->take(); !taken) return taken;
+  log::info("'{}' is taken", device_.node().name());
+  if (device_.node().size_bytes() != before) notify_config_change();
+  return {};
+}
+
+void Backend::give_up_unused_disk() {
+  if (options_.handover == nullptr || !options_.handover->is_taken()) return;
+  if (std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; })) return;
+  if (const auto given = options_.handover->give_up(io_threads_); !given)
+    log::error("{}", given.error().message);
+  log::info("'{}' is given up: no guest runs on it here", device_.node().name());
+}
+
 // ---- Rings
 
 Expected<Backend::Ring*> Backend::ring_at(std::uint64_t index) {
@@ -473,6 +534,10 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
     return refused(fmt::format("queue {} is started before its memory, size and addresses are set",
                                ring.index));
   }
+  if (auto taken = take_disk(); !taken) {
+    ring.started = false;
+    return taken;
+  }
   const virtio::BlkQueueSetup setup{.index = ring.index,
                                     .size = ring.size,
                                     .next_avail = ring.next_avail,
@@ -483,7 +548,8 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .call_fd = ring.call.get(),
                                     .error_fd = ring.error.get(),
                                     .inflight = inflight_,
-                                    .left = std::exchange(ring.left, {})};
+                                    .left = std::exchange(ring.left, {}),
+                                    .logging = logging_of(ring)};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
   run_on(thread, [&] {
@@ -573,6 +639,7 @@ Expected<void> Backend::get_vring_base(Message& message) {
   stop(**ring, Afterwards::kUnknown);
   (*ring)->started = false;
   (*ring)->kick.reset();
+  give_up_unused_disk();
   std::vector<std::byte> payload;
   append(payload, VringState{.index = state.index, .value = (*ring)->next_avail});
   return reply(message, payload);

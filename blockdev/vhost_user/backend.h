@@ -31,11 +31,13 @@
 #include <vector>
 
 #include "aio/error.h"
+#include "blockdev/handover_node.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/vhost_user/protocol.h"
 #include "blockdev/vhost_user/socket.h"
 #include "blockdev/virtio/blk_device.h"
 #include "blockdev/virtio/blk_queue.h"
+#include "blockdev/virtio/dirty_log.h"
 #include "blockdev/virtio/guest_memory.h"
 #include "blockdev/virtio/inflight_area.h"
 
@@ -56,6 +58,10 @@ struct BackendOptions {
   // then has to outlive this process with every change that it completes, which may cost it
   // something (BlockRequest::outlives_process).
   bool offers_recovery{true};
+  // The disk, if it can be handed over to another server: it is taken before the first ring starts
+  // and given up when the frontend has stopped the last one (GET_VRING_BASE), before the frontend
+  // is told, or leaves. LOG_SHMFD is offered then: the frontend may migrate its guest.
+  blockdev::HandoverNode* handover{nullptr};
 };
 
 class Backend {
@@ -114,6 +120,8 @@ class Backend {
   Expected<void> add_mem_reg(Message& message);
   Expected<void> rem_mem_reg(Message& message);
   Expected<void> get_max_mem_slots(Message& message);
+  Expected<void> set_log_base(Message& message);
+  Expected<void> set_log_fd(Message& message);
   Expected<void> set_vring_num(Message& message);
   Expected<void> set_vring_addr(Message& message);
   Expected<void> set_vring_base(Message& message);
@@ -145,6 +153,9 @@ class Backend {
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
   [[nodiscard]] bool has_packed_rings() const;
+  [[nodiscard]] virtio::DirtyLogging logging_of(const Ring& ring) const;
+  Expected<void> take_disk();
+  void give_up_unused_disk();
   [[nodiscard]] std::uint64_t offered_protocol_features() const;
 
   UniqueFd socket_;
@@ -157,6 +168,8 @@ class Backend {
   std::uint64_t protocol_features_{0};
   std::shared_ptr<const virtio::GuestMemory> memory_;
   std::shared_ptr<const virtio::InflightArea> inflight_;  // none before SET_INFLIGHT_FD
+  std::shared_ptr<const virtio::DirtyLog> log_;           // none before SET_LOG_BASE
+  UniqueFd log_event_;
   std::vector<Ring> rings_;
 };
 

@@ -57,9 +57,12 @@ enum class BackendRequest : std::uint32_t {
 
 // VHOST_USER_F_PROTOCOL_FEATURES, a virtio feature bit that only vhost-user uses.
 inline constexpr unsigned kFProtocolFeatures = 30;
+// VHOST_F_LOG_ALL, likewise: what is written to guest memory is marked in the log ("Migration").
+inline constexpr unsigned kFLogAll = 26;
 
 // "Protocol features".
 inline constexpr unsigned kProtocolFMq = 0;
+inline constexpr unsigned kProtocolFLogShmfd = 1;
 inline constexpr unsigned kProtocolFReplyAck = 3;
 inline constexpr unsigned kProtocolFBackendReq = 5;
 inline constexpr unsigned kProtocolFConfig = 9;
@@ -103,6 +106,13 @@ struct VringAddress {
   std::uint64_t avail_user_address;
   std::uint64_t log_guest_address;
 };
+// VHOST_VRING_F_LOG: writes to the used ring are marked, at log_guest_address.
+inline constexpr std::uint32_t kVringAddressFLog = 1;
+// "Log description".
+struct LogDescription {
+  std::uint64_t size_bytes;
+  std::uint64_t mmap_offset;
+};
 struct MemoryRegionDescription {
   std::uint64_t guest_address;
   std::uint64_t size_bytes;
@@ -133,7 +143,7 @@ struct Inflight {
 };
 inline constexpr std::size_t kInflightBytesMin = 20;
 static_assert(sizeof(VringState) == 8 && sizeof(VringAddress) == 40 &&
-              sizeof(MemoryRegionDescription) == 32);
+              sizeof(LogDescription) == 16 && sizeof(MemoryRegionDescription) == 32);
 static_assert(sizeof(SingleMemoryRegion) == 40 && sizeof(MemoryTableHead) == 8 &&
               sizeof(ConfigHead) == 12 && sizeof(Inflight) == 24);
 

@@ -42,7 +42,8 @@ std::uint64_t features_of(const blockdev::BlockNode& node, const BlkDeviceOption
       feature_bit(kFEventIdx) | feature_bit(kBlkFSizeMax) | feature_bit(kBlkFSegMax) |
       feature_bit(kBlkFBlkSize) | feature_bit(kBlkFTopology) | feature_bit(kBlkFMq) |
       // "Devices SHOULD always offer FLUSH and MUST if they offer CONFIG_WCE."
-      feature_bit(kBlkFFlush) | feature_bit(kBlkFConfigWce);
+      feature_bit(kBlkFFlush);
+  if (options.config_wce) features |= feature_bit(kBlkFConfigWce);
   // What would change a read-only disk is not offered on one.
   if (limits.read_only) return features | feature_bit(kBlkFRo);
   if (options.discard && limits.can_discard) features |= feature_bit(kBlkFDiscard);

@@ -29,6 +29,7 @@ struct BlkDeviceOptions {
   std::uint32_t logical_block_bytes{512};  // 512, 1024, 2048 or 4096
   std::string serial{"vblk"};              // at most 20 bytes (VIRTIO_BLK_ID_BYTES)
   bool discard{true};                      // offer DISCARD where the node can (--discard unmap)
+  bool config_wce{true};                   // offer CONFIG_WCE: the driver may change `writeback`
   bool write_cache{true};  // initial `writeback`: false for writethrough and directsync
   ErrorPolicy on_error;
   blockdev::IoLimits limits;  // at the start; DeviceGate::set_limits() changes them

@@ -22,6 +22,7 @@
 #include "blockdev/virtio/blk_request.h"
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/device_gate.h"
+#include "blockdev/virtio/dirty_marker.h"
 #include "blockdev/virtio/guest_memory_guard.h"
 #include "blockdev/virtio/inflight_region.h"
 #include "blockdev/virtio/little_endian.h"
@@ -146,18 +147,22 @@ struct BlkQueue::Slot : blockdev::BlockRequest {
 namespace {
 constexpr const char* kMemoryGone = "guest memory has been taken away under the queue";
 constexpr const char* kNoStatus = "a request has no place for its status byte";
+constexpr const char* kLogGone = "the log of dirty pages has been taken away under the queue";
 constexpr const char* kInflightGone = "the in-flight area has been taken away under the queue";
 }  // namespace
 
 struct BlkQueue::State {
   State(BlkDevice& blk_device, blockdev::IoContext& io_context,
         std::shared_ptr<const GuestMemory> guest_memory, const AnyVirtqueue::Layout& layout,
-        const BlkQueueSetup& setup, InflightRecovery recovery)
+        const BlkQueueSetup& setup, InflightRecovery recovery,
+        std::unique_ptr<DirtyMarker> dirty_marker)
       : device(blk_device),
         context(io_context),
         memory(std::move(guest_memory)),
         inflight(setup.inflight),
         ring(layout, *memory),
+        marker(std::move(dirty_marker)),
+        log_event_fd(setup.logging.event_fd),
         index(setup.index),
         is_resumed(!recovery.is_fresh),
         again(std::move(recovery.heads)),
@@ -207,6 +212,10 @@ struct BlkQueue::State {
   [[nodiscard]] BlkRequestLimits limits() const;
 
   void wake() { context.loop().wake(*poller); }
+  bool publish();
+  bool enable_notifications();
+  void disable_notifications();
+  void ring_written();
 
   BlkDevice& device;
   blockdev::IoContext& context;
@@ -214,6 +223,8 @@ struct BlkQueue::State {
   std::shared_ptr<const GuestMemory> memory;
   std::shared_ptr<const InflightArea> inflight;  // may be none
   AnyVirtqueue ring;
+  const std::unique_ptr<DirtyMarker> marker;  // nothing where nothing is to be marked
+  const int log_event_fd;
   const std::uint16_t index;
   const bool is_resumed;             // goes on where a predecessor stopped
   std::vector<std::uint16_t> again;  // heads to be taken again, in this order; room for all
@@ -410,6 +421,27 @@ Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
   return start(std::move(recovery));
 }
 
+// Nothing if nothing is to be marked.
+Expected<std::unique_ptr<DirtyMarker>> make_marker(const BlkDevice& device,
+                                                   const std::shared_ptr<const GuestMemory>& memory,
+                                                   const BlkQueueSetup& setup) {
+  const DirtyLogging& logging = setup.logging;
+  if (logging.log == nullptr) return nullptr;
+  const bool is_packed = has_feature(device, kFRingPacked);
+  std::vector<DirtyMarker::RingPart> parts;
+  if (logging.marks_ring) {
+    parts.push_back(
+        {logging.ring_address, is_packed ? kPackedEventBytes : used_ring_bytes(setup.size)});
+  }
+  // Used descriptors lie in the descriptor ring, which has no address of its own in the log.
+  if (is_packed) {
+    const std::size_t bytes = descriptor_table_bytes(setup.size);
+    const std::byte* const ring = memory->translate_user(setup.descriptor_address, bytes);
+    parts.push_back({memory->guest_address_of(ring), bytes});
+  }
+  return DirtyMarker::create(logging.log, memory, std::move(parts), setup.size);
+}
+
 }  // namespace
 
 Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev::IoContext& context,
@@ -425,9 +457,11 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
     log::info("queue {}: {} requests were in flight when a predecessor ended; they are done again",
               setup.index, recovery.heads.size());
   }
+  auto marker = make_marker(device, memory, setup);
+  if (!marker) return bad_setup(setup, "{}", marker.error().message);
   try {
     auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup,
-                                         std::move(recovery));
+                                         std::move(recovery), std::move(*marker));
     state->attachment.announce();
     std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
     queue->set_call_fd(setup.call_fd);
@@ -527,13 +561,13 @@ void BlkQueue::settle() {
   if (state.stopping && state.in_flight == 0 && state.is_recovering &&
       state.device.gate().is_paused())
     state.give_up_the_rest();
-  if (state.ring.has_unpublished() && state.ring.publish() && state.call_fd >= 0) {
+  if (state.ring.has_unpublished() && state.publish() && state.call_fd >= 0) {
     ++state.statistics.interrupts;
     signal(state.call_fd);
   }
   if (state.stopping && state.in_flight == 0 && !state.is_recovering && state.stopped) {
     // Whoever runs the ring next may wait for a kick at once. The last access to guest memory.
-    static_cast<void>(state.ring.enable_notifications());
+    static_cast<void>(state.enable_notifications());
     // Not called from here: it may destroy this queue.
     state.context.loop().post(std::exchange(state.stopped, nullptr));
   }
@@ -551,12 +585,35 @@ bool BlkQueue::prepare_to_sleep() {
   if (state_->device.gate().is_paused()) return true;
   // Nothing would end the sleep ("if the invalid FD flag is set ... polling should be used").
   if (state_->kick_fd < 0) return false;
-  return state_->ring.enable_notifications();
+  return state_->enable_notifications();
 }
 
 void BlkQueue::wake_up() {
   if (state_->stopping || state_->is_broken) return;
-  state_->ring.disable_notifications();
+  state_->disable_notifications();
+}
+
+// What a ring writes of its own accord is marked as what requests write is.
+bool BlkQueue::State::publish() {
+  const bool is_interrupt_wanted = ring.publish();
+  if (marker != nullptr) ring_written();
+  return is_interrupt_wanted;
+}
+
+bool BlkQueue::State::enable_notifications() {
+  const bool is_empty = ring.enable_notifications();
+  if (marker != nullptr) ring_written();
+  return is_empty;
+}
+
+void BlkQueue::State::disable_notifications() {
+  ring.disable_notifications();
+  if (marker != nullptr) ring_written();
+}
+
+[[gnu::noinline]] void BlkQueue::State::ring_written() {
+  marker->ring_written();
+  signal(log_event_fd);
 }
 
 // False: the chain cannot be answered, and the ring is broken. Inline, because one of its two
@@ -574,6 +631,7 @@ void BlkQueue::wake_up() {
   slot.data_bytes = 0;
   ++in_flight;
   slot.number = ++statistics.requests;
+  if (marker != nullptr) marker->popped(head, chain.writable, chain.last_writable_byte);
   if (chain.problem != nullptr) {
     finish(slot, kBlkSIoErr, 0);
   } else {
@@ -650,6 +708,7 @@ void BlkQueue::State::give_up_the_rest() {
         slot.status = chain.last_writable_byte;
         slot.writable_bytes = chain.problem == nullptr ? chain.writable_bytes : 0;
         ++in_flight;
+        if (marker != nullptr) marker->popped(head, chain.writable, chain.last_writable_byte);
         finish(slot, kBlkSIoErr, 0);
       }
     }
@@ -790,6 +849,7 @@ void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data
   check_memory();
   if (memory_gone) status = kBlkSIoErr;
   *slot.status = static_cast<std::byte>(status);
+  if (marker != nullptr) marker->written(slot.head);
   if (status == kBlkSIoErr) ++statistics.errors;
   if (status == kBlkSUnsupp) ++statistics.unsupported;
   slot.busy = false;
@@ -860,6 +920,7 @@ void BlkQueue::State::check_memory() {
   if (faults == std::exchange(faults_seen, faults)) return;
   if (memory->faulted()) break_ring(kMemoryGone);
   if (inflight != nullptr && inflight->faulted()) break_ring(kInflightGone);
+  if (marker != nullptr && marker->faulted()) break_ring(kLogGone);
 }
 
 // "The ring is stopped and its error descriptor signalled": the driver has to reset the device.

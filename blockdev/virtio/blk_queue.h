@@ -33,6 +33,7 @@
 #include "blockdev/io_context.h"
 #include "blockdev/io_loop.h"
 #include "blockdev/virtio/blk_device.h"
+#include "blockdev/virtio/dirty_log.h"
 #include "blockdev/virtio/guest_memory.h"
 #include "blockdev/virtio/inflight_area.h"
 #include "blockdev/virtio/packed_inflight_region.h"
@@ -44,6 +45,16 @@ struct LeftRequests {
   std::vector<std::uint16_t> heads;  // packed: ids
   // Packed: their descriptors, which the ring may not have any more.
   std::vector<PackedInflightRecovery::Buffer> buffers;
+};
+
+// What is to be marked of what a queue writes to guest memory.
+struct DirtyLogging {
+  std::shared_ptr<const DirtyLog> log;  // nullptr: nothing
+  int event_fd{-1};                     // signalled when something was marked; stays the caller's
+  // Whether what is written to the used ring is marked, packed: to the device's event suppression
+  // structure; and where it begins in the log, which need not be where it is in guest memory.
+  bool marks_ring{false};
+  std::uint64_t ring_address{0};
 };
 
 // How a ring is to be run, as the frontend described it.
@@ -63,6 +74,7 @@ struct BlkQueueSetup {
   std::shared_ptr<const InflightArea> inflight;
   // Without such an area: what the queue before this one has left (BlkQueue::left()).
   LeftRequests left;
+  DirtyLogging logging;
 };
 
 // Counters since the queue started; read on the I/O thread.

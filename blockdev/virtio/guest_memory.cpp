@@ -1,6 +1,7 @@
 #include "blockdev/virtio/guest_memory.h"
 
 #include <algorithm>
+#include <cassert>
 #include <limits>
 #include <utility>
 
@@ -92,6 +93,17 @@ std::byte* GuestMemory::translate_user(std::uint64_t user_address,
       return region->host() + (user_address - region->user_address());
   }
   return nullptr;
+}
+
+std::uint64_t GuestMemory::guest_address_of(const std::byte* host) const {
+  for (const auto& region : regions_) {
+    // As integers: pointers into different objects have no order.
+    const auto offset_bytes =
+        reinterpret_cast<std::uintptr_t>(host) - reinterpret_cast<std::uintptr_t>(region->host());
+    if (offset_bytes < region->size_bytes()) return region->guest_address() + offset_bytes;
+  }
+  assert(false && "a pointer that is not into guest memory");
+  return 0;
 }
 
 bool GuestMemory::faulted() const {

@@ -67,6 +67,9 @@ class GuestMemory {
   [[nodiscard]] std::byte* translate_user(std::uint64_t user_address,
                                           std::uint64_t length_bytes) const;
 
+  // Guest address of a byte that translate() and its kin have given a pointer to.
+  [[nodiscard]] std::uint64_t guest_address_of(const std::byte* host) const;
+
   // Whether any region has faulted. Any thread.
   [[nodiscard]] bool faulted() const;
 

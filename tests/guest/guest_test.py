@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -38,14 +39,11 @@ class Guest:
         subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
         self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
 
-    def boot(self, socket, queue_count, parameters, on_ready=None, reconnects=False, properties=""):
-        """Boots, waits for power-off; returns (console text, whether it ended in time).
-
-        `on_ready` is called, once, when the guest says that it waits for the host. `reconnects`: QEMU goes on with
-        whoever listens at `socket` next, when its backend has gone. `properties`: more of the device.
-        """
+    def command(self, socket, queue_count, parameters, reconnects=False, properties=""):
+        """Of QEMU. `reconnects`: it goes on with whoever listens at `socket` next, when its backend has gone. `properties`:
+        more of the device."""
         words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
-        command = [
+        return [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
             "-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
             "-chardev", f"socket,id=c,path={socket}" + (",reconnect=1" if reconnects else ""),
@@ -54,6 +52,13 @@ class Guest:
             "-append", f"console=ttyS0 quiet panic=-1 {words}",
             "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-net", "none",
         ]
+
+    def boot(self, socket, queue_count, parameters, on_ready=None, reconnects=False, properties=""):
+        """Boots, waits for power-off; returns (console text, whether it ended in time).
+
+        `on_ready` is called, once, when the guest says that it waits for the host. The rest is as for command().
+        """
+        command = self.command(socket, queue_count, parameters, reconnects, properties)
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         limit = threading.Timer(BOOT_SECONDS_MAX, process.kill)
         limit.start()
@@ -342,6 +347,116 @@ def test_recovery_packed(report, guest, options, folder, engine):
     test_recovery(report, guest, options, folder, engine, "packed=on")
 
 
+class MigratingGuest:
+    """A guest that goes from one QEMU to the next, and each time to the other of two servers of one image."""
+
+    def __init__(self, guest, sockets, parameters, folder, properties):
+        self.guest, self.sockets, self.parameters, self.folder, self.properties = guest, sockets, parameters, folder, properties
+        self.processes, self.readers, self.console, self.is_ready = [], [], b"", threading.Event()
+        self.start()
+
+    def start(self, *incoming):
+        number = len(self.processes)
+        command = self.guest.command(self.sockets[number % 2], 2, self.parameters, properties=self.properties)
+        command += ["-qmp", f"unix:{self.folder}/qmp-{number},server=on,wait=off", *incoming]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        self.readers.append(threading.Thread(target=self.read, args=(process,)))
+        self.readers[-1].start()
+
+    def read(self, process):
+        for line in process.stdout:
+            self.console += line
+            if b"VBLK-GUEST: READY" in line:
+                self.is_ready.set()
+
+    def tell(self, number, command, **arguments):
+        """One QMP command to one QEMU; its answer."""
+        path = self.folder / f"qmp-{number}"
+        wait_until(path.exists)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(60)
+            connection.connect(str(path))
+            lines = connection.makefile("rw")
+            for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                lines.write(json.dumps(request) + "\n")
+                lines.flush()
+                answer = {}
+                while "return" not in answer and "error" not in answer:
+                    answer = json.loads(lines.readline())
+        return answer
+
+    def migrate(self):
+        """To a QEMU on the other server; what the old one says of it in the end."""
+        number = len(self.processes) - 1
+        path = self.folder / f"migrate-{number}"
+        self.start("-incoming", f"unix:{path}")
+        wait_until(path.exists)
+        self.tell(number, "migrate-set-parameters", **{"downtime-limit": 2000, "max-bandwidth": 1 << 30})
+        begun = self.tell(number, "migrate", uri=f"unix:{path}")
+        status = begun
+        if "error" not in begun:
+            def is_over():
+                nonlocal status
+                status = self.tell(number, "query-migrate")["return"]
+                return status.get("status") in ("completed", "failed", "cancelled")
+            wait_until(is_over, 120)
+        self.tell(number, "quit")
+        self.processes[number].wait(30)
+        return status
+
+    def finish(self):
+        """Waits for power-off; whether it came in time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.processes[-1].wait(BOOT_SECONDS_MAX)
+        ended = self.processes[-1].poll() is not None
+        for process in self.processes:
+            process.kill()
+        for reader in self.readers:
+            reader.join()
+        return self.console.decode(errors="replace").replace("\r", ""), ended
+
+
+MIGRATIONS = 4
+
+
+def test_migration(report, guest, options, folder, engine, form="raw", properties=""):
+    """A guest that writes and verifies goes back and forth between two QEMUs and two servers of its disk."""
+    image, title = folder / "disk", f"{engine}, migration on {form}" + (f", {properties}" if properties else "")
+    run("qemu-img", "create", "-q", "-f", form, image, 192 * MIB)
+    arguments = [image, "--format", form, "--aio", engine, "--queues", 2, "--iothreads", 2, "--migration", "on"]
+    servers = [Server(options.vblk, arguments, folder / name, folder / f"log-{name}") for name in ("a", "b")]
+    parameters = {"run": "rings,recovery", "seconds": 12 * MIGRATIONS, "rings": PACKED_RINGS.get(properties, "event_idx,indirect")}
+    migrating = MigratingGuest(guest, [server.socket for server in servers], parameters, folder, properties)
+    try:
+        pauses = []
+        if migrating.is_ready.wait(BOOT_SECONDS_MAX):
+            for number in range(MIGRATIONS):
+                time.sleep(random.uniform(1, 3))
+                status = migrating.migrate()
+                pauses.append(status.get("downtime"))
+                report.check(f"{title}: number {number + 1} is completed", status.get("status") == "completed", status)
+        console, ended = migrating.finish()
+        report_guest(report, title, console, ended, 11)
+        logs = "\n".join(server.log.read_text() for server in servers)
+        print(f"# {title}: {len(pauses)} migrations, downtime {pauses} ms", file=sys.stderr, flush=True)
+        for server in servers:
+            report.check(f"{title}: server {server.socket.name} ends with status 0", server.stop() == 0, logs)
+        report.check(f"{title}: the disk was taken and given up each time",
+                     logs.count("is taken") == logs.count("is given up") > MIGRATIONS, logs)
+    finally:
+        migrating.finish()
+        for server in servers:
+            server.kill()
+    raw = image if form == "raw" else check_qcow2(report, title, folder, image, leaks_allowed=False)
+    status, output = run("e2fsck", "-fn", raw)
+    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+
+
+def test_migration_qcow2(report, guest, options, folder, engine):
+    test_migration(report, guest, options, folder, engine, "qcow2", "packed=on")
+
+
 def test_two_guests(report, guest, options, folder, engine):
     """Two guests on two devices of one process, raw and qcow2, at the same time."""
     make_sparse(folder / "disk-0", 128 * MIB)
@@ -439,6 +554,7 @@ def main():
     batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0]),
                 (test_resize, (options.engine or ENGINES)[-1]), (test_packed, (options.engine or ENGINES)[-1]),
                 (test_recovery, "threads"), (test_recovery_packed, "threads"),
+                (test_migration, (options.engine or ENGINES)[0]), (test_migration_qcow2, (options.engine or ENGINES)[-1]),
                 (test_two_guests, (options.engine or ENGINES)[-1]), (test_full_disk, (options.engine or ENGINES)[0])]
     for test, engine in batches:
         if options.only and options.only not in test.__name__:
