@@ -400,6 +400,8 @@ class Rig {
     return address;
   }
 
+  void forget_buffers() { next_buffer_ = kBuffers; }
+
   struct Piece {
     std::uint64_t address;
     std::uint32_t length;
