@@ -359,6 +359,7 @@ ServedDevice::Answer ServedDevice::query_status() {
       {"limits", device_->gate().limiter().limits().to_string()},
       {"rerror", virtio::to_string(options_.device.on_error.read)},
       {"werror", virtio::to_string(options_.device.on_error.write)},
+      {"holds-image", handover_ == nullptr || handover_->is_taken()},
       {"connected", status->connected},
       {"features", status->features},
       {"flushes",

@@ -25,8 +25,10 @@ namespace vblk::driver {
 
 struct FrontendOptions {
   std::chrono::milliseconds timeout{10'000};  // of each message that waits for an answer
-  // What is accepted of what the backend offers. Packed rings are for those who make them.
-  std::uint64_t features_mask{~virtio::feature_bit(virtio::kFRingPacked)};
+  // What is accepted of what the backend offers. Packed rings are for those who make them, and
+  // LOG_ALL for those who migrate.
+  std::uint64_t features_mask{
+      ~(virtio::feature_bit(virtio::kFRingPacked) | virtio::feature_bit(vhost_user::kFLogAll))};
   std::uint64_t protocol_features_mask{~std::uint64_t{0}};
 };
 

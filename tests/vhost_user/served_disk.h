@@ -24,6 +24,7 @@
 #include "aio/engine_set.h"
 #include "blockdev/block_node.h"
 #include "blockdev/driver/frontend.h"
+#include "blockdev/handover_node.h"
 #include "blockdev/io_context.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/log.h"
@@ -125,6 +126,7 @@ struct ServedOptions {
   unsigned io_thread_count{2};
   int socket_fd{-1};  // inherited, instead of a path
   bool offers_recovery{true};
+  blockdev::HandoverNode* handover{nullptr};
   blockdev::EngineSetFactory make_engines = [] { return aio::EngineSet::create({}, {}); };
 };
 
@@ -138,11 +140,13 @@ class Served {
             .value();
     for (unsigned i = 0; i < options.io_thread_count; ++i)
       threads_.push_back(blockdev::IoThread::start("io", {}, options.make_engines).value());
-    server_ = vhost_user::Server::create({.socket_path = options.socket_fd < 0 ? path() : "",
-                                          .socket_fd = options.socket_fd,
-                                          .backend = {.offers_recovery = options.offers_recovery}},
-                                         *device_, threads_)
-                  .value();
+    server_ =
+        vhost_user::Server::create(
+            {.socket_path = options.socket_fd < 0 ? path() : "",
+             .socket_fd = options.socket_fd,
+             .backend = {.offers_recovery = options.offers_recovery, .handover = options.handover}},
+            *device_, threads_)
+            .value();
     thread_ = std::thread([this] { outcome_ = server_->run(); });
   }
   ~Served() { EXPECT_TRUE(stop().has_value()); }
