@@ -289,13 +289,13 @@ Expected<Start> start_split(const BlkDevice& device, const GuestMemory& memory,
 }
 
 // Where a packed ring stands by its base. Error: kInvalidArgument.
-Expected<void> take_base(const BlkQueueSetup& setup, PackedVirtqueue::Layout& layout) {
+Expected<PackedPosition> position_of_base(const BlkQueueSetup& setup) {
   const auto next_avail = static_cast<std::uint16_t>(setup.next_avail);
-  // Some frontends know no upper half: rings are handed over with nothing in flight.
   const auto next_used = static_cast<std::uint16_t>(setup.next_avail >> 16);
-  layout.next_avail = PackedPosition::decode(next_avail);
-  layout.next_used = PackedPosition::decode(next_used == 0 ? next_avail : next_used);
-  if (layout.next_avail.index < setup.size && layout.next_used == layout.next_avail) return {};
+  const PackedPosition position = PackedPosition::decode(next_avail);
+  // Some frontends know no upper half: rings are handed over with nothing in flight.
+  const bool is_idle = next_used == next_avail || next_used == 0;
+  if (position.index < setup.size && is_idle) return position;
   return bad_setup(setup,
                    "base {:#x} is beyond the ring of {}, or says that buffers are in flight, of "
                    "which nothing is known",
@@ -333,7 +333,8 @@ Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
     return Start{.layout = {.size = setup.size, .of_kind = std::move(layout)},
                  .recovery = std::move(recovery)};
   };
-  const auto base = take_base(setup, layout);
+  const auto base = position_of_base(setup);
+  if (base) layout.next_avail = layout.next_used = *base;
   if (setup.inflight == nullptr) {
     if (!base) return std::unexpected(base.error());
     return start({});
@@ -343,7 +344,9 @@ Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
   layout.inflight = setup.inflight->packed_region(setup.index);
   // A frontend does not know where the ring stood when a predecessor died.
   if (layout.inflight.is_fresh() && !base) return std::unexpected(base.error());
-  auto recovered = layout.inflight.recover(layout.descriptor_ring, setup.size, layout.next_used);
+  auto recovered = layout.inflight.recover(
+      layout.descriptor_ring, setup.size,
+      base ? std::optional<PackedPosition>(*base) : std::optional<PackedPosition>());
   if (!recovered) return bad_setup(setup, "{}", recovered.error().message);
   if (recovered->is_fresh) return start({});
   InflightRecovery recovery{.is_fresh = false, .heads = {}};
