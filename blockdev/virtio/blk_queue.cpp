@@ -350,17 +350,23 @@ Expected<Start> start_split(const BlkDevice& device, const GuestMemory& memory,
   return start(std::move(*recovered));
 }
 
+struct PackedBase {
+  PackedPosition next_avail;
+  PackedPosition next_used;
+};
+
 // Where a packed ring stands by its base. Error: kInvalidArgument.
-Expected<void> take_base(const BlkQueueSetup& setup, PackedVirtqueue::Layout& layout) {
+Expected<PackedBase> packed_base_of(const BlkQueueSetup& setup) {
   const auto next_avail = static_cast<std::uint16_t>(setup.next_avail);
   // Some frontends know no upper half: rings are handed over with nothing in flight.
-  const auto next_used = static_cast<std::uint16_t>(setup.next_avail >> 16);
-  layout.next_avail = PackedPosition::decode(next_avail);
-  layout.next_used = PackedPosition::decode(next_used == 0 ? next_avail : next_used);
-  const bool is_apart = layout.next_used != layout.next_avail;
-  if (std::max(layout.next_avail.index, layout.next_used.index) < setup.size &&
-      is_apart == !layout.in_flight.empty())
-    return {};
+  const auto upper = static_cast<std::uint16_t>(setup.next_avail >> 16);
+  const std::uint16_t next_used = upper == 0 ? next_avail : upper;
+  const PackedBase base{.next_avail = PackedPosition::decode(next_avail),
+                        .next_used = PackedPosition::decode(next_used)};
+  const bool is_idle = next_used == next_avail;
+  if (std::max(base.next_avail.index, base.next_used.index) < setup.size &&
+      is_idle == setup.left.buffers.empty())
+    return base;
   return bad_setup(setup,
                    "base {:#x} is beyond the ring of {}, or says that buffers are in flight, of "
                    "which nothing is known",
@@ -399,7 +405,11 @@ Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
                  .recovery = std::move(recovery)};
   };
   layout.in_flight = setup.left.buffers;
-  const auto base = take_base(setup, layout);
+  const auto base = packed_base_of(setup);
+  if (base) {
+    layout.next_avail = base->next_avail;
+    layout.next_used = base->next_used;
+  }
   if (setup.inflight == nullptr) {
     if (!base) return std::unexpected(base.error());
     if (!fits(setup)) return bad_setup(setup, "it is smaller than when requests were left in it");
@@ -410,7 +420,9 @@ Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
   layout.inflight = setup.inflight->packed_region(setup.index);
   // A frontend does not know where the ring stood when a predecessor died.
   if (layout.inflight.is_fresh() && !base) return std::unexpected(base.error());
-  auto recovered = layout.inflight.recover(layout.descriptor_ring, setup.size, layout.next_used);
+  auto recovered = layout.inflight.recover(
+      layout.descriptor_ring, setup.size,
+      base ? std::optional<PackedPosition>(base->next_used) : std::optional<PackedPosition>());
   if (!recovered) return bad_setup(setup, "{}", recovered.error().message);
   if (recovered->is_fresh) return start({});
   InflightRecovery recovery{.is_fresh = false, .heads = {}};

@@ -171,9 +171,8 @@ Expected<void> PackedInflightRegion::find_in_flight(Walk& walk) {
   return {};
 }
 
-Expected<PackedInflightRecovery> PackedInflightRegion::recover(std::byte* ring,
-                                                               std::uint16_t ring_size,
-                                                               PackedPosition next_used) {
+Expected<PackedInflightRecovery> PackedInflightRegion::recover(
+    std::byte* ring, std::uint16_t ring_size, std::optional<PackedPosition> next_used) {
   if (auto checked = check(); !checked) return std::unexpected(std::move(checked.error()));
   if (ring_size > desc_num_) {
     return unusable(fmt::format("is for {} descriptors and the ring has {}", desc_num_, ring_size));
@@ -181,7 +180,8 @@ Expected<PackedInflightRecovery> PackedInflightRegion::recover(std::byte* ring,
   next_.resize(desc_num_);
   last_.resize(desc_num_);
   if (is_fresh()) {
-    initialize(next_used);
+    if (!next_used) return unusable("is new, and where the ring stands is not known");
+    initialize(*next_used);
     return PackedInflightRecovery{};
   }
 

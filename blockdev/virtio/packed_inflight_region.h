@@ -27,7 +27,8 @@
 //   others, and it is not                   does what is left of "published"
 //
 // Fields that belong together lie in one word and change by one store: a killed process never
-// leaves an index of one lap with the wrap counter of another.
+// leaves an index of one lap with the wrap counter of another. And a batch may be a whole lap: then
+// the wrap counters alone differ, and count as "others" above.
 //
 // One thing the specification does not say. The driver looks at one used descriptor after the
 // other, and those behind the first of a batch may have been written when the process was killed,
@@ -42,6 +43,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -105,9 +107,10 @@ class PackedInflightRegion {
   // To be called once, before the rest: initializes a fresh region for a ring that stands at
   // `next_used`, or does what a predecessor did not come to ("When reconnecting"). `ring`: the
   // descriptor ring, of `ring_size` entries, up to desc_num. Killed in here, the next one does it
-  // again. Errors: as check(), and for a region that contradicts itself or is not this ring's.
+  // again. Errors: as check(), and for a region that contradicts itself or is not this ring's, or
+  // that is fresh where nobody knows where the ring stands.
   Expected<PackedInflightRecovery> recover(std::byte* ring, std::uint16_t ring_size,
-                                           PackedPosition next_used);
+                                           std::optional<PackedPosition> next_used);
 
   // "When receiving available buffers from the driver": each descriptor of a chain in its order,
   // and then that it is popped. All that is in flight has at most ring_size. Returns the entry.

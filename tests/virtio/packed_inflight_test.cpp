@@ -40,7 +40,7 @@ struct TestArea {
   }
   Expected<PackedInflightRecovery> recover(PackedInflightRegion& region,
                                            std::uint16_t size = kSize) {
-    return region.recover(reinterpret_cast<std::byte*>(ring.data()), size, {});
+    return region.recover(reinterpret_cast<std::byte*>(ring.data()), size, PackedPosition{});
   }
   template <typename T>
   void write(std::size_t offset, T value) const {
@@ -177,6 +177,26 @@ TEST(PackedInflightRegion, that_contradicts_itself_or_its_ring_is_refused) {
   EXPECT_TRUE(refuses(kBytes - 2, std::uint16_t{0}, kSize + 1)) << "a larger ring";
   EXPECT_TRUE(refuses(kBytes - 2, std::uint16_t{0}, 51)) << "a ring without such an id";
   EXPECT_TRUE(refuses(kBytes - 2, std::uint16_t{0}, 3)) << "more descriptors than the ring has";
+}
+
+// The frontend may make a used region a fresh one while the ring starts.
+TEST(PackedInflightRegion, that_is_fresh_is_refused_where_the_ring_stands_nowhere) {
+  const TestArea test;
+  PackedInflightRegion region = test.area->packed_region(0);
+  std::vector<std::uint64_t> ring(std::size_t{kSize} * 2);
+  auto* const bytes = reinterpret_cast<std::byte*>(ring.data());
+  EXPECT_FALSE(region.recover(bytes, kSize, std::nullopt).has_value());
+  EXPECT_TRUE(region.is_fresh()) << "and it stays that";
+  PackedRig rig({.size = kSize});
+  rig.queue.reset();
+  for (const std::uint32_t base : {0x8040'8040U, 0x8004'8005U}) {
+    BlkQueueSetup setup = rig.ring->setup();
+    setup.next_avail = base;
+    setup.inflight = test.area;
+    EXPECT_FALSE(
+        BlkQueue::start(*rig.device, *rig.context, rig.memory.shared(), setup).has_value());
+  }
+  EXPECT_TRUE(region.is_fresh());
 }
 
 TEST(PackedInflightRegion, of_noise_is_refused_or_survived) {
