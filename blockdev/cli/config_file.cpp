@@ -292,6 +292,7 @@ Expected<std::vector<ServeOptions>> Reader::read(const toml::table& root) {
                       fmt::format("{}: there is no [[device]] in it", path_));
   }
   std::vector<ServeOptions> options;
+  options.reserve(devices_.size());
   for (Device& device : devices_) options.push_back(std::move(device.options));
   return options;
 }

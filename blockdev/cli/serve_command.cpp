@@ -14,6 +14,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <thread>
 #include <unistd.h>
 #include <utility>
@@ -126,12 +127,19 @@ Expected<void> run_all(const Devices& devices) {
   std::vector<Expected<void>> outcomes(devices.size());
   {
     std::vector<std::jthread> threads;
-    for (std::size_t i = 0; i < devices.size(); ++i) {
-      threads.emplace_back([&device = *devices[i], &outcome = outcomes[i]] {
-        log::set_thread_subject(device.options().name);
-        outcome = device.run();
-        if (!outcome) log::error("{}", outcome.error().message);
-      });
+    threads.reserve(devices.size());
+    try {
+      for (std::size_t i = 0; i < devices.size(); ++i) {
+        threads.emplace_back([&device = *devices[i], &outcome = outcomes[i]] {
+          log::set_thread_subject(device.options().name);
+          outcome = device.run();
+          if (!outcome) log::error("{}", outcome.error().message);
+        });
+      }
+    } catch (const std::system_error&) {
+      // No thread is left for one of them. Those that run would be joined for ever.
+      for (const auto& device : devices) device->request_stop();
+      throw;
     }
   }
   for (std::size_t i = 0; i < devices.size(); ++i) {

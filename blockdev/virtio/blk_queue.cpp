@@ -195,6 +195,7 @@ struct BlkQueue::State {
   void dispatch(Slot& slot, const BlkCommand& command);
   void submit_transfer(Slot& slot, blockdev::BlockOperation operation, const BlkCommand& command);
   void submit_segment(Slot& slot);
+  void submit_limited(Slot& slot);
   [[nodiscard]] bool must_wait(Slot& slot);
   void go_on(blockdev::IoLimiter::Ticket& ticket);
   void failed(Slot& slot, int error);
@@ -794,12 +795,18 @@ void BlkQueue::State::submit_transfer(Slot& slot, blockdev::BlockOperation opera
     if (error != 0) return done.queue->failed(done, error);
     done.queue->finish(done, kBlkSOk, done.data_bytes);
   };
-  if (device.gate().limiter().is_active() && must_wait(slot)) return;
+  // Both are the last thing done: without limits there is no cost but the look.
+  if (device.gate().limiter().is_active()) return submit_limited(slot);
   device.node().submit(slot, context);
 }
 
+// Under the device's limits.
+[[gnu::noinline]] void BlkQueue::State::submit_limited(Slot& slot) {
+  if (!must_wait(slot)) device.node().submit(slot, context);
+}
+
 // Whether the device's limits hold a request up; then go_on() submits it.
-[[gnu::noinline]] bool BlkQueue::State::must_wait(Slot& slot) {
+bool BlkQueue::State::must_wait(Slot& slot) {
   using blockdev::BlockOperation;
   // A flush only has earlier I/O finished; and a stop does not wait for anybody's turn.
   if (slot.operation == BlockOperation::kFlush || stopping) return false;
@@ -839,7 +846,7 @@ void BlkQueue::State::submit_segment(Slot& slot) {
     done.queue->finish(done, kBlkSOk, 0);
   };
   // The limits count the request with its first segment.
-  if (slot.segment_next == 1 && device.gate().limiter().is_active() && must_wait(slot)) return;
+  if (slot.segment_next == 1 && device.gate().limiter().is_active()) return submit_limited(slot);
   device.node().submit(slot, context);
 }
 

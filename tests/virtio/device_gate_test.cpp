@@ -171,6 +171,30 @@ TEST(ErrorPolicy, pauses_again_at_the_request_that_fails_again) {
   EXPECT_EQ(disk.rig.ring->take_used(), (std::vector<Used>{{3, 1}, {6, 1}}));
 }
 
+TEST(ErrorPolicy, does_not_try_again_by_itself_what_space_does_not_help) {
+  FullDisk disk(ErrorChoice::kStop);
+  disk.rig.node.hold = true;
+  disk.write(1, 0);
+  disk.write(2, 3);
+  disk.rig.run();
+  ASSERT_EQ(disk.rig.node.held.size(), 2U);
+  const auto held = std::exchange(disk.rig.node.held, {});
+  disk.rig.node.hold = false;
+  disk.rig.context->complete_later(*held[0], ENOSPC);
+  disk.rig.run();
+  EXPECT_TRUE(disk.gate().is_worth_retrying());
+  disk.rig.context->complete_later(*held[1], EIO);
+  disk.rig.run();
+  EXPECT_FALSE(disk.gate().is_worth_retrying());
+  EXPECT_EQ(disk.gate().status().failed->error, EIO) << "what has to be told now";
+  disk.gate().space_is_back();
+  EXPECT_TRUE(disk.gate().is_paused());
+  disk.full = false;
+  disk.gate().resume();
+  disk.rig.run();
+  EXPECT_EQ(disk.rig.ring->take_used().size(), 2U);
+}
+
 TEST(ErrorPolicy, by_default_pauses_for_a_full_disk_and_reports_the_rest) {
   FullDisk disk;
   disk.error = EIO;
