@@ -92,7 +92,7 @@ const Backend::Rule* Backend::rule_for(Request request) {
       Rule{Request::kResetOwner, 0, 0, 0, false, &Backend::accept_silently},
       Rule{Request::kSetMemTable, kTableMin, kTableMax, kMemoryTableRegionsMax, false,
            &Backend::set_mem_table},
-      Rule{Request::kSetLogBase, sizeof(LogDescription), sizeof(LogDescription), 1, true,
+      Rule{Request::kSetLogBase, sizeof(LogDescription), sizeof(LogDescription), 1, false,
            &Backend::set_log_base},
       Rule{Request::kSetLogFd, 0, kU64, 1, false, &Backend::set_log_fd},
       Rule{Request::kSetVringNum, sizeof(VringState), sizeof(VringState), 0, false,
@@ -188,12 +188,14 @@ Expected<void> Backend::check(const Rule& rule, const Message& message) const {
   return {};
 }
 
+bool Backend::wants_reply(const Message& message) const {
+  return negotiated_protocol(kProtocolFReplyAck) && (message.header.flags & kFlagNeedReply) != 0;
+}
+
 // "VHOST_USER_PROTOCOL_F_REPLY_ACK": who asked for a reply is told of a failure and may go on; who
 // did not can only be told by the end of the connection.
 Expected<void> Backend::acknowledge(const Message& message, const Expected<void>& outcome) {
-  const bool wanted =
-      negotiated_protocol(kProtocolFReplyAck) && (message.header.flags & kFlagNeedReply) != 0;
-  if (!wanted) return outcome;
+  if (!wants_reply(message)) return outcome;
   if (!outcome && log::peer_line_allowed()) log::warning("frontend: {}", outcome.error().message);
   return reply_u64(message, outcome ? 0 : 1);
 }
@@ -466,7 +468,8 @@ void Backend::carry_writeback_over() {
 
 // ---- Migration
 
-// "Sets logging shared memory space"; with LOG_SHMFD it has a reply ("Communication").
+// "Sets logging shared memory space"; with LOG_SHMFD it has a reply, asked for or not
+// ("Communication").
 Expected<void> Backend::set_log_base(Message& message) {
   if (!negotiated_protocol(kProtocolFLogShmfd)) return refused("LOG_SHMFD was not negotiated");
   if (message.fds.empty()) return refused("no descriptor comes with it");
@@ -477,7 +480,7 @@ Expected<void> Backend::set_log_base(Message& message) {
     log_ = std::move(*log);
     return {};
   });
-  if (!changed) return changed;
+  if (!changed || wants_reply(message)) return changed;
   return reply_u64(message, 0);
 }
 

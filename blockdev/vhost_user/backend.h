@@ -108,6 +108,7 @@ class Backend {
 
   Expected<void> handle(Message& message);
   Expected<void> check(const Rule& rule, const Message& message) const;
+  [[nodiscard]] bool wants_reply(const Message& message) const;
   Expected<void> acknowledge(const Message& message, const Expected<void>& outcome);
   Expected<void> reply(const Message& message, std::span<const std::byte> payload,
                        std::span<const int> fds = {});

@@ -160,6 +160,10 @@ TEST_F(MigratingFrontend, is_offered_the_log_and_told_when_it_is_set) {
   EXPECT_EQ(frontend_.polite().features() & kLogAll, 0U) << "nobody migrates yet";
   const UniqueFd log(log_file());
   EXPECT_EQ(set_log_base(4096, 4096, {log.get()}), 0U);
+  EXPECT_EQ(frontend_.acknowledged(Request::kSetLogBase, payload_of(LogDescription{4096, 0}),
+                                   std::array{log.get()}),
+            0U)
+      << "one answer is enough";
   EXPECT_EQ(frontend_.acknowledged(Request::kSetLogFd, {}, std::array{log.get()}), 0U);
   EXPECT_EQ(frontend_.acknowledged(Request::kSetFeatures,
                                    payload_of(frontend_.polite().features() | kLogAll)),
