@@ -426,7 +426,7 @@ def test_migration(report, guest, options, folder, engine, form="raw", propertie
     run("qemu-img", "create", "-q", "-f", form, image, 192 * MIB)
     arguments = [image, "--format", form, "--aio", engine, "--queues", 2, "--iothreads", 2, "--migration", "on"]
     servers = [Server(options.vblk, arguments, folder / name, folder / f"log-{name}") for name in ("a", "b")]
-    parameters = {"run": "rings,recovery", "seconds": 12 * MIGRATIONS, "rings": PACKED_RINGS.get(properties, "event_idx,indirect")}
+    parameters = {"run": "rings,recovery", "seconds": 8 * MIGRATIONS, "rings": PACKED_RINGS.get(properties, "event_idx,indirect")}
     migrating = MigratingGuest(guest, [server.socket for server in servers], parameters, folder, properties)
     try:
         pauses = []
