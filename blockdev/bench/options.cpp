@@ -205,7 +205,7 @@ program_options::options_description describe_target() {
       ("pid", value<int>()->default_value(0)->value_name("PID"),               //
        "the process of that backend, whose CPU time, context switches and, for root, io_uring "
        "punts "
-       "to kernel workers are reported; 0: who listens on the socket")              //
+       "to kernel workers are reported; 0: who listens on the socket")               //
       ("ring", text("KIND"), "split (default) or packed: the rings to drive it by")  //
       ("image", text("PATH"),
        "an image, with an engine in this process")                                               //

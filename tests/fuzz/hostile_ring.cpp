@@ -3,6 +3,8 @@
 #include <array>
 #include <bit>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 
 #include "tests/fuzz/input.h"
 #include "tests/virtio/packed_fixture.h"
@@ -52,12 +54,34 @@ std::uint32_t length_of(Input& input) {
   return what < 240 ? kLengths[what % kLengths.size()] : input.take<std::uint32_t>();
 }
 
+// One for all inputs, because its memory takes far longer to make than an input to run. What an
+// input can write is zero again before the next.
+template <typename EitherRig>
+EitherRig& rig_of_all(std::uint64_t features) {
+  static EitherRig rig;
+  rig.queue.reset();
+  EXPECT_TRUE(rig.device->set_features(features).has_value());
+  constexpr std::uint64_t kBorder = virtio::testing::kGuestBase + virtio::testing::kRegionBytes;
+  constexpr std::size_t kBesideBorder = 8192;
+  std::memset(rig.memory.at(virtio::testing::kGuestBase), 0, virtio::testing::kRegionBytes / 2);
+  std::memset(rig.memory.at(kBorder - kBesideBorder), 0, kBesideBorder);
+  std::memset(rig.memory.at(kBorder), 0, kBesideBorder);
+  rig.node.records.clear();
+  static_cast<void>(rig.error.take());
+  return rig;
+}
+
 // Both kinds of rings behind the same steps.
 struct SplitSide {
   explicit SplitSide(Input& input, std::uint8_t flags)
-      : rig({.size = std::bit_floor(static_cast<std::uint16_t>(1 + input.byte() % kSizeMax)),
-             .features = features(flags, virtio::testing::kUsualFeatures),
-             .start_index = static_cast<std::uint16_t>(input.byte() * 257)}) {}
+      : rig(rig_of_all<Rig>(features(flags, virtio::testing::kUsualFeatures))) {
+    const auto size = std::bit_floor(static_cast<std::uint16_t>(1 + input.byte() % kSizeMax));
+    const auto start = static_cast<std::uint16_t>(input.byte() * 257);
+    rig.ring = std::make_unique<TestRing>(rig.memory, size);
+    rig.ring->set_avail_index(start);
+    rig.ring->set_used_index(start);
+    rig.start({.start_index = start});
+  }
   static std::uint64_t features(std::uint8_t flags, std::uint64_t usual) {
     if ((flags & 2) != 0) usual |= feature_bit(kFEventIdx);
     if ((flags & 4) == 0) usual &= ~feature_bit(kFIndirectDesc);
@@ -84,7 +108,7 @@ struct SplitSide {
     return rig.ring->end() - virtio::testing::kGuestBase;
   }
 
-  Rig rig;
+  Rig& rig;
 
  private:
   Descriptor read(Input& input) const {
@@ -99,9 +123,11 @@ struct SplitSide {
 
 struct PackedSide {
   explicit PackedSide(Input& input, std::uint8_t flags)
-      : rig({.size = static_cast<std::uint16_t>(1 + input.byte() % kSizeMax),
-             .features = SplitSide::features(flags, virtio::testing::kPackedFeatures),
-             .start = input.byte()}) {}
+      : rig(rig_of_all<PackedRig>(SplitSide::features(flags, virtio::testing::kPackedFeatures))) {
+    const auto size = static_cast<std::uint16_t>(1 + input.byte() % kSizeMax);
+    rig.ring = std::make_unique<PackedTestRing>(rig.memory, size, input.byte());
+    rig.start();
+  }
   // Available at once: the next of the ring.
   void put_descriptor(Input& input) {
     PackedTestRing::Raw raw = read(input);
@@ -128,7 +154,7 @@ struct PackedSide {
   }
   [[nodiscard]] std::size_t ring_bytes() const { return std::size_t{rig.ring->size()} * 16 + 8; }
 
-  PackedRig rig;
+  PackedRig& rig;
 
  private:
   static PackedTestRing::Raw read(Input& input) {
