@@ -27,7 +27,7 @@ ENGINE_HEADER = re.compile(r"^aio/(\w+_engine|engine_set|engine)\.h$")
 NO_ENGINES = {"blockdev/qcow2", "blockdev/virtio", "blockdev/vhost_user", "blockdev/driver"}
 # The driver is the other end of the wire: of the device it may see the formats, not the code.
 DRIVER_MAY_SEE = re.compile(
-    r"^(blockdev/driver/|blockdev/vhost_user/(protocol|socket)\.h|blockdev/virtio/(blk_wire|split_ring|\w*endian)\.h"
+    r"^(blockdev/driver/|blockdev/vhost_user/(protocol|socket)\.h|blockdev/virtio/(blk_wire|split_ring|packed_ring|\w*endian)\.h"
     r"|aio/(error|event_fd)\.h|blockdev/(log|byte_size)\.h)")
 # Libraries that few files may include.
 CONFINED = {"libaio.h": {"aio/native_engine.cpp", "aio/native_file_calls.cpp"},

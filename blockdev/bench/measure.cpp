@@ -44,7 +44,9 @@ Expected<RunResult> read_back(Target& target, const Workload& job, Pattern& patt
 
 Expected<std::unique_ptr<Target>> open_target(const TargetOptions& options, const JobGroup& group) {
   if (options.image) return open_image_target(*options.image);
-  SocketTargetOptions socket{.socket_path = options.socket_path, .process = options.process};
+  SocketTargetOptions socket{.socket_path = options.socket_path,
+                             .process = options.process,
+                             .packed_rings = options.packed_rings};
   socket.queue_count = queue_count(group);
   for (const Workload& job : group) {
     socket.depth_max = std::max(socket.depth_max, job.depth);

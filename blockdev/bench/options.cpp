@@ -205,7 +205,8 @@ program_options::options_description describe_target() {
       ("pid", value<int>()->default_value(0)->value_name("PID"),               //
        "the process of that backend, whose CPU time, context switches and, for root, io_uring "
        "punts "
-       "to kernel workers are reported; 0: who listens on the socket")  //
+       "to kernel workers are reported; 0: who listens on the socket")              //
+      ("ring", text("KIND"), "split (default) or packed: the rings to drive it by")  //
       ("image", text("PATH"),
        "an image, with an engine in this process")                                               //
       ("format", text("raw|qcow2"), "of the image (default: qcow2 if its name ends in .qcow2)")  //
@@ -232,10 +233,16 @@ Expected<TargetOptions> take_target(const program_options::variables_map& map) {
     options.socket_path = map["socket-path"].as<std::string>();
     options.process = map["pid"].as<int>();
     if (options.process < 0) return usage_error("--pid: use the number of a process");
+    const auto ring = text_of(map, "ring", "split");
+    if (ring != "split" && ring != "packed")
+      return usage_error(fmt::format("--ring {}: use split or packed", ring));
+    options.packed_rings = ring == "packed";
     return options;
   }
   if (map["pid"].as<int>() != 0)
     return usage_error("--pid is for --socket-path; an image's engine is in this process");
+  if (map.contains("ring"))
+    return usage_error("--ring is for --socket-path; an image is measured without rings");
   auto image = take_image(map);
   if (!image) return std::unexpected(std::move(image.error()));
   options.image = std::move(*image);

@@ -26,6 +26,7 @@ struct TargetOptions {
   std::optional<ImageTargetOptions> image;
   std::string socket_path;
   pid_t process{0};  // of the backend behind the socket; 0: unknown
+  bool packed_rings{false};
 };
 
 struct BenchOptions {

@@ -185,6 +185,7 @@ class SocketTarget final : public Target {
 Expected<std::unique_ptr<Target>> open_socket_target(const SocketTargetOptions& options) {
   driver::BlkDriverOptions driver_options;
   driver_options.queue_count = static_cast<std::uint16_t>(options.queue_count);
+  driver_options.packed = options.packed_rings;
   // Three descriptors for each request where the backend has no indirect ones.
   driver_options.queue_size =
       std::max<std::uint16_t>(128, std::bit_ceil(static_cast<std::uint16_t>(options.depth_max)));

@@ -92,6 +92,7 @@ struct SocketTargetOptions {
   std::size_t block_bytes_max{4096};
   pid_t process{0};  // 0: who listens on the socket, if that can be known and is another process
   unsigned runs{1};  // that ports are opened for, one after the other
+  bool packed_rings{false};
 };
 // A vhost-user-blk backend, ours or another. Errors: as BlkDriver::connect; kCorrupt for a config
 // space that makes no sense.

@@ -31,6 +31,7 @@ constexpr std::uint64_t kUsableFeatures =
 FrontendOptions frontend_options(const BlkDriverOptions& options) {
   FrontendOptions frontend = options.frontend;
   frontend.features_mask &= kUsableFeatures;
+  if (options.packed) frontend.features_mask |= feature_bit(kFRingPacked);
   if (!options.indirect) frontend.features_mask &= ~feature_bit(kFIndirectDesc);
   if (!options.event_idx) frontend.features_mask &= ~feature_bit(kFEventIdx);
   // Who accepts it has to use it: some backends take it for granted.
@@ -66,6 +67,8 @@ Expected<std::unique_ptr<BlkDriver>> BlkDriver::start(std::unique_ptr<Frontend> 
   driver->frontend_ = std::move(frontend);
   driver->frontend_options_ = frontend_options(options);
   auto done = driver->frontend_->negotiate();
+  if (done && options.packed && (driver->frontend_->features() & feature_bit(kFRingPacked)) == 0)
+    done = make_error(ErrorKind::kNotSupported, "the backend has no packed rings");
   if (done && options.inflight) {
     auto inflight = driver->frontend_->get_inflight(options.queue_count, options.queue_size);
     if (!inflight) return std::unexpected(std::move(inflight.error()));
@@ -98,6 +101,7 @@ Expected<void> BlkDriver::start_queues(const BlkDriverOptions& options) {
   const bool indirect = (frontend_->features() & feature_bit(kFIndirectDesc)) != 0;
   const DriverQueueOptions ring_options{
       .size = options.queue_size,
+      .packed = options.packed,
       .event_idx = (frontend_->features() & feature_bit(kFEventIdx)) != 0,
       .indirect = indirect,
       .indirect_max = kChainLength};
@@ -145,7 +149,7 @@ Expected<void> BlkDriver::resume(Frontend& frontend) {
   if (done) done = frontend.set_memory(*memory_);
   for (std::size_t i = 0; i < queues_.size() && done; ++i) {
     const DriverQueue& ring = *queues_[i].ring;
-    done = frontend.start_ring(static_cast<std::uint16_t>(i), ring, ring.device_used_index());
+    done = frontend.start_ring(static_cast<std::uint16_t>(i), ring, ring.resume_base());
   }
   return done;
 }

@@ -31,6 +31,7 @@ struct BlkDriverOptions {
   std::uint16_t queue_size{128};
   std::size_t memory_bytes{std::size_t{64} << 20};  // of each region, for rings, headers and data
   std::size_t memory_region_count{1};
+  bool packed{false};   // packed rings, or an error where the backend has none
   bool indirect{true};  // use indirect descriptors where the backend has them
   bool event_idx{true};
   // Have the backend keep what is in flight, so that reconnect() loses nothing.
@@ -72,7 +73,7 @@ class BlkDriver {
  public:
   // Connects, negotiates, shares memory and starts the queues. Errors: as Frontend's;
   // kInvalidArgument if the backend has fewer queues; kNotSupported if it does not keep what is in
-  // flight where that is asked for.
+  // flight, or has no packed rings, where that is asked for.
   static Expected<std::unique_ptr<BlkDriver>> connect(const std::string& socket_path,
                                                       const BlkDriverOptions& options = {});
   // The same on a socket that is connected already.

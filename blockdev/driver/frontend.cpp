@@ -250,13 +250,15 @@ Expected<void> Frontend::set_inflight(const InflightFile& inflight) {
 }
 
 Expected<void> Frontend::start_ring(std::uint16_t index, const DriverQueue& queue,
-                                    std::uint16_t next_avail) {
+                                    std::optional<std::uint32_t> base) {
   const std::uint64_t number = index;
   const int kick[] = {queue.kick_fd()};
   const int call[] = {queue.call_fd()};
   const int error[] = {queue.error_fd()};
   auto done = command(Request::kSetVringNum, payload_with(VringState{index, queue.options().size}));
-  if (done) done = command(Request::kSetVringBase, payload_with(VringState{index, next_avail}));
+  if (done)
+    done = command(Request::kSetVringBase,
+                   payload_with(VringState{index, base.value_or(queue.initial_base())}));
   if (done) done = command(Request::kSetVringAddr, payload_with(queue.addresses(index)));
   if (done) done = command(Request::kSetVringErr, payload_with(number), error);
   if (done) done = command(Request::kSetVringCall, payload_with(number), call);
@@ -267,14 +269,14 @@ Expected<void> Frontend::start_ring(std::uint16_t index, const DriverQueue& queu
   return done;
 }
 
-Expected<std::uint16_t> Frontend::stop_ring(std::uint16_t index) {
+Expected<std::uint32_t> Frontend::stop_ring(std::uint16_t index) {
   const auto answer = call(Request::kGetVringBase, payload_with(VringState{index, 0}));
   if (!answer) return std::unexpected(answer.error());
   const auto state = decode<VringState>(*answer);
   if (!state || state->index != index) {
     return make_error(ErrorKind::kCorrupt, "the backend answers GET_VRING_BASE for another queue");
   }
-  return static_cast<std::uint16_t>(state->value);
+  return state->value;
 }
 
 pid_t Frontend::backend_process() const {

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <sys/types.h>
@@ -18,13 +19,14 @@
 #include "blockdev/driver/driver_queue.h"
 #include "blockdev/vhost_user/protocol.h"
 #include "blockdev/vhost_user/socket.h"
+#include "blockdev/virtio/blk_wire.h"
 
 namespace vblk::driver {
 
 struct FrontendOptions {
   std::chrono::milliseconds timeout{10'000};  // of each message that waits for an answer
-  // What is accepted of what the backend offers.
-  std::uint64_t features_mask{~std::uint64_t{0}};
+  // What is accepted of what the backend offers. Packed rings are for those who make them.
+  std::uint64_t features_mask{~virtio::feature_bit(virtio::kFRingPacked)};
   std::uint64_t protocol_features_mask{~std::uint64_t{0}};
 };
 
@@ -72,12 +74,13 @@ class Frontend {
   Expected<InflightFile> get_inflight(std::uint16_t queue_count, std::uint16_t queue_size);
   Expected<void> set_inflight(const InflightFile& inflight);
 
-  // Hands the rings of `queue` to the backend and enables them. `next_avail` is where the backend
-  // goes on.
+  // Hands the rings of `queue` to the backend and enables them. `base` is where the backend goes on
+  // (DriverQueue::resume_base()); nothing: at the beginning.
   Expected<void> start_ring(std::uint16_t index, const DriverQueue& queue,
-                            std::uint16_t next_avail = 0);
-  // GET_VRING_BASE: waits until nothing is in flight any more; returns the next available index.
-  Expected<std::uint16_t> stop_ring(std::uint16_t index);
+                            std::optional<std::uint32_t> base = std::nullopt);
+  // GET_VRING_BASE: waits until nothing is in flight any more; returns the base: of split rings the
+  // next available index, of packed ones virtio::packed_base().
+  Expected<std::uint32_t> stop_ring(std::uint16_t index);
 
   // Any message at all, for tests. `call` waits for a reply and returns its payload.
   Expected<void> send(vhost_user::Request request, std::span<const std::byte> payload,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <fcntl.h>
@@ -209,6 +210,8 @@ bool Backend::negotiated_protocol(unsigned number) const {
   return (protocol_features_ & bit(number)) != 0;
 }
 
+bool Backend::has_packed_rings() const { return (features_ & bit(virtio::kFRingPacked)) != 0; }
+
 // ---- Features and config space
 
 Expected<void> Backend::get_features(Message& message) {
@@ -400,7 +403,8 @@ Expected<virtio::InflightDescription> Backend::inflight_description(const Messag
   return virtio::InflightDescription{.size_bytes = wire.mmap_size,
                                      .offset_bytes = wire.mmap_offset,
                                      .queue_count = wire.queue_count,
-                                     .queue_size = wire.queue_size};
+                                     .queue_size = wire.queue_size,
+                                     .is_packed = has_packed_rings()};
 }
 
 // The file is the frontend's from here on; it comes back by SET_INFLIGHT_FD, now and to whoever
@@ -409,7 +413,7 @@ Expected<void> Backend::get_inflight_fd(Message& message) {
   const auto wanted = inflight_description(message);
   if (!wanted) return std::unexpected(wanted.error());
   const std::uint64_t size_bytes =
-      virtio::InflightArea::bytes_for(wanted->queue_count, wanted->queue_size);
+      virtio::InflightArea::bytes_for(wanted->queue_count, wanted->queue_size, wanted->is_packed);
   const auto file = make_inflight_file(size_bytes);
   if (!file) return std::unexpected(file.error());
   std::vector<std::byte> payload;
@@ -498,14 +502,17 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
 void Backend::stop(Ring& ring, Afterwards afterwards) {
   if (ring.queue == nullptr) return;
   using enum virtio::BlkQueue::Unfinished;
-  const auto unfinished =
-      inflight_ != nullptr || afterwards == Afterwards::kRunsAgain ? kLeave : kFail;
+  const bool is_packed =
+      (device_.negotiated_features() & virtio::feature_bit(virtio::kFRingPacked)) != 0;
+  const bool is_handed_on = afterwards == Afterwards::kRunsAgain && !is_packed;
+  const auto unfinished = inflight_ != nullptr || is_handed_on ? kLeave : kFail;
   blockdev::IoThread& thread = thread_of(ring);
   std::promise<void> stopped;
   thread.loop().post([this, &ring, &stopped, unfinished] {
     ring.queue->stop(unfinished, [this, &ring, &stopped] {
       ring.next_avail = ring.queue->next_avail();
       if (inflight_ == nullptr) ring.left_heads = ring.queue->left_heads();
+      if (ring.queue->broken()) ring.started = false;
       ring.queue.reset();
       stopped.set_value();
     });
@@ -529,9 +536,10 @@ Expected<void> Backend::set_vring_num(Message& message) {
   if (!ring) return std::unexpected(ring.error());
   if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
   if (state.value == 0 || state.value > device_.options().queue_size_max ||
-      (state.value & (state.value - 1)) != 0) {
-    return refused(fmt::format("queue {}: size {} is no power of two up to {}; see --queue-size",
-                               state.index, state.value, device_.options().queue_size_max));
+      (!has_packed_rings() && !std::has_single_bit(state.value))) {
+    return refused(fmt::format("queue {}: size {} is no {} up to {}; see --queue-size", state.index,
+                               state.value, has_packed_rings() ? "number" : "power of two",
+                               device_.options().queue_size_max));
   }
   (*ring)->size = static_cast<std::uint16_t>(state.value);
   return {};
@@ -552,10 +560,11 @@ Expected<void> Backend::set_vring_base(Message& message) {
   const auto ring = ring_at(state.index);
   if (!ring) return std::unexpected(ring.error());
   if ((*ring)->queue != nullptr) return refused(fmt::format("queue {} is running", state.index));
-  if (state.value > std::numeric_limits<std::uint16_t>::max()) {
+  // What a packed ring's says is looked at when the ring starts, for its size may still come.
+  if (!has_packed_rings() && state.value > std::numeric_limits<std::uint16_t>::max()) {
     return refused(fmt::format("queue {}: base {} is no 16-bit index", state.index, state.value));
   }
-  (*ring)->next_avail = static_cast<std::uint16_t>(state.value);
+  (*ring)->next_avail = state.value;
   return {};
 }
 

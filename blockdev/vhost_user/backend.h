@@ -12,10 +12,13 @@
 //   yes      no        none
 //   yes      yes       running on I/O thread (index modulo their number)
 //
+// A ring that breaks is not started again before its next kick descriptor, which comes with a reset
+// of the device.
+//
 // A device may be paused with requests that nobody answers before it is resumed (device_gate.h). A
 // ring that stops meanwhile leaves them: in the in-flight area for whoever serves the disk next;
-// where there is none, in its description here while it is certain to run again, and otherwise with
-// an I/O error.
+// where there is none, in its description here while it is certain to run again (and is no packed
+// ring, whose buffers are nowhere else), and otherwise with an I/O error.
 //
 // Thread: the server's. Stopping a queue blocks this thread until what is in flight is done: the
 // memory under a request must stay, and nobody else waits for this thread.
@@ -83,7 +86,7 @@ class Backend {
   struct Ring {
     std::uint16_t index{0};
     std::uint16_t size{0};
-    std::uint16_t next_avail{0};
+    std::uint32_t next_avail{0};            // as BlkQueueSetup::next_avail
     std::vector<std::uint16_t> left_heads;  // as BlkQueueSetup
     bool has_addresses{false};
     VringAddress addresses{};
@@ -141,6 +144,7 @@ class Backend {
   Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
+  [[nodiscard]] bool has_packed_rings() const;
   [[nodiscard]] std::uint64_t offered_protocol_features() const;
 
   UniqueFd socket_;

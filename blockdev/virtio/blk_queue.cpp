@@ -18,13 +18,13 @@
 
 #include "blockdev/io_limiter.h"
 #include "blockdev/log.h"
+#include "blockdev/virtio/any_virtqueue.h"
 #include "blockdev/virtio/blk_request.h"
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/device_gate.h"
 #include "blockdev/virtio/guest_memory_guard.h"
 #include "blockdev/virtio/inflight_region.h"
 #include "blockdev/virtio/little_endian.h"
-#include "blockdev/virtio/virtqueue.h"
 
 namespace vblk::virtio {
 
@@ -151,7 +151,7 @@ constexpr const char* kInflightGone = "the in-flight area has been taken away un
 
 struct BlkQueue::State {
   State(BlkDevice& blk_device, blockdev::IoContext& io_context,
-        std::shared_ptr<const GuestMemory> guest_memory, const Virtqueue::Layout& layout,
+        std::shared_ptr<const GuestMemory> guest_memory, const AnyVirtqueue::Layout& layout,
         const BlkQueueSetup& setup, InflightRecovery recovery)
       : device(blk_device),
         context(io_context),
@@ -214,7 +214,7 @@ struct BlkQueue::State {
   blockdev::Poller* poller{nullptr};  // the queue itself, as the loop knows it
   std::shared_ptr<const GuestMemory> memory;
   std::shared_ptr<const InflightArea> inflight;  // may be none
-  Virtqueue ring;
+  AnyVirtqueue ring;
   const std::uint16_t index;
   const bool is_resumed;             // goes on where a predecessor stopped
   std::vector<std::uint16_t> again;  // heads to be taken again, in this order; room for all
@@ -249,56 +249,169 @@ struct BlkQueue::State {
   BlkQueueStatistics statistics;
 };
 
+namespace {
+
+// What a ring starts with.
+struct Start {
+  AnyVirtqueue::Layout layout;
+  InflightRecovery recovery;
+};
+
+template <typename... Arguments>
+std::unexpected<Error> bad_setup(const BlkQueueSetup& setup,
+                                 fmt::format_string<Arguments...> format,
+                                 Arguments&&... arguments) {
+  return make_error(ErrorKind::kInvalidArgument,
+                    fmt::format("queue {}: {}", setup.index,
+                                fmt::format(format, std::forward<Arguments>(arguments)...)));
+}
+
+// A part of a ring at a frontend's virtual address, or nullptr: not in memory, or not aligned.
+std::byte* part_of_ring(const GuestMemory& memory, std::uint64_t address, std::size_t bytes,
+                        std::uintptr_t alignment) {
+  std::byte* const part = memory.translate_user(address, bytes);
+  return reinterpret_cast<std::uintptr_t>(part) % alignment == 0 ? part : nullptr;
+}
+
+bool has_feature(const BlkDevice& device, unsigned bit) {
+  return (device.negotiated_features() & feature_bit(bit)) != 0;
+}
+
+// What is wrong with the area's part for a queue, or nothing.
+Expected<void> check_inflight(const BlkQueueSetup& setup, bool is_packed) {
+  if (setup.index >= setup.inflight->queue_count())
+    return bad_setup(setup, "the in-flight area is for {} queues", setup.inflight->queue_count());
+  if (setup.inflight->is_packed() != is_packed)
+    return bad_setup(setup, "the in-flight area was given for the other kind of rings");
+  return {};
+}
+
+// Alignments: "Split Virtqueues", the table of parts.
+Expected<Start> start_split(const BlkDevice& device, const GuestMemory& memory,
+                            const BlkQueueSetup& setup) {
+  if (!std::has_single_bit(setup.size))
+    return bad_setup(setup, "size {} is no power of two", setup.size);
+  Virtqueue::Layout layout{
+      .descriptor_table =
+          part_of_ring(memory, setup.descriptor_address, descriptor_table_bytes(setup.size), 16),
+      .avail_ring = part_of_ring(memory, setup.avail_address, avail_ring_bytes(setup.size), 2),
+      .used_ring = part_of_ring(memory, setup.used_address, used_ring_bytes(setup.size), 4),
+      .size = setup.size,
+      .next_avail = static_cast<std::uint16_t>(setup.next_avail),
+      .event_idx = has_feature(device, kFEventIdx),
+      .indirect = has_feature(device, kFIndirectDesc),
+      .inflight = {}};
+  if (layout.descriptor_table == nullptr) {
+    return bad_setup(setup, "descriptor table at {:#x} is outside guest memory or not aligned",
+                     setup.descriptor_address);
+  }
+  if (layout.avail_ring == nullptr) {
+    return bad_setup(setup, "available ring at {:#x} is outside guest memory or not aligned",
+                     setup.avail_address);
+  }
+  if (layout.used_ring == nullptr) {
+    return bad_setup(setup, "used ring at {:#x} is outside guest memory or not aligned",
+                     setup.used_address);
+  }
+  const auto start = [&](InflightRecovery recovery) {
+    return Start{.layout = {.size = setup.size, .of_kind = layout},
+                 .recovery = std::move(recovery)};
+  };
+  if (setup.inflight == nullptr) {
+    const bool is_foreign = std::ranges::any_of(
+        setup.left_heads, [&setup](std::uint16_t head) { return head >= setup.size; });
+    if (is_foreign) return bad_setup(setup, "it is smaller than when requests were left in it");
+    return start({.heads = setup.left_heads});
+  }
+  if (auto checked = check_inflight(setup, false); !checked)
+    return std::unexpected(std::move(checked.error()));
+  layout.inflight = setup.inflight->region(setup.index);
+  auto recovered = layout.inflight.recover(
+      load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset), setup.size);
+  if (!recovered) return bad_setup(setup, "{}", recovered.error().message);
+  if (!recovered->is_fresh) layout.next_avail = recovered->next_avail;
+  return start(std::move(*recovered));
+}
+
+// Where a packed ring stands by its base. Error: kInvalidArgument.
+Expected<void> take_base(const BlkQueueSetup& setup, PackedVirtqueue::Layout& layout) {
+  const auto next_avail = static_cast<std::uint16_t>(setup.next_avail);
+  // Some frontends know no upper half: rings are handed over with nothing in flight.
+  const auto next_used = static_cast<std::uint16_t>(setup.next_avail >> 16);
+  layout.next_avail = PackedPosition::decode(next_avail);
+  layout.next_used = PackedPosition::decode(next_used == 0 ? next_avail : next_used);
+  if (layout.next_avail.index < setup.size && layout.next_used == layout.next_avail) return {};
+  return bad_setup(setup,
+                   "base {:#x} is beyond the ring of {}, or says that buffers are in flight, of "
+                   "which nothing is known",
+                   setup.next_avail, setup.size);
+}
+
+// Alignments: "Packed Virtqueues", "Structure Size and Alignment".
+Expected<Start> start_packed(const BlkDevice& device, const GuestMemory& memory,
+                             const BlkQueueSetup& setup) {
+  PackedVirtqueue::Layout layout{
+      .descriptor_ring =
+          part_of_ring(memory, setup.descriptor_address, descriptor_table_bytes(setup.size), 16),
+      .driver_event = part_of_ring(memory, setup.avail_address, kPackedEventBytes, 4),
+      .device_event = part_of_ring(memory, setup.used_address, kPackedEventBytes, 4),
+      .size = setup.size,
+      .next_avail = {},
+      .next_used = {},
+      .event_idx = has_feature(device, kFEventIdx),
+      .indirect = has_feature(device, kFIndirectDesc),
+      .inflight = {},
+      .in_flight = {}};
+  if (layout.descriptor_ring == nullptr) {
+    return bad_setup(setup, "descriptor ring at {:#x} is outside guest memory or not aligned",
+                     setup.descriptor_address);
+  }
+  if (layout.driver_event == nullptr) {
+    return bad_setup(setup, "driver area at {:#x} is outside guest memory or not aligned",
+                     setup.avail_address);
+  }
+  if (layout.device_event == nullptr) {
+    return bad_setup(setup, "device area at {:#x} is outside guest memory or not aligned",
+                     setup.used_address);
+  }
+  const auto start = [&](InflightRecovery recovery) {
+    return Start{.layout = {.size = setup.size, .of_kind = std::move(layout)},
+                 .recovery = std::move(recovery)};
+  };
+  const auto base = take_base(setup, layout);
+  if (setup.inflight == nullptr) {
+    if (!base) return std::unexpected(base.error());
+    if (!setup.left_heads.empty())
+      return bad_setup(setup, "of requests that were left in a packed ring nothing is known");
+    return start({});
+  }
+  if (auto checked = check_inflight(setup, true); !checked)
+    return std::unexpected(std::move(checked.error()));
+  layout.inflight = setup.inflight->packed_region(setup.index);
+  // A frontend does not know where the ring stood when a predecessor died.
+  if (layout.inflight.is_fresh() && !base) return std::unexpected(base.error());
+  auto recovered = layout.inflight.recover(layout.descriptor_ring, setup.size, layout.next_used);
+  if (!recovered) return bad_setup(setup, "{}", recovered.error().message);
+  if (recovered->is_fresh) return start({});
+  InflightRecovery recovery{.is_fresh = false, .heads = {}};
+  for (const auto& buffer : recovered->in_flight) recovery.heads.push_back(buffer.chain.back().id);
+  layout.next_avail = recovered->next_avail;
+  layout.next_used = recovered->next_used;
+  layout.in_flight = std::move(recovered->in_flight);
+  return start(std::move(recovery));
+}
+
+}  // namespace
+
 Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev::IoContext& context,
                                                     std::shared_ptr<const GuestMemory> memory,
                                                     const BlkQueueSetup& setup) {
-  const auto bad = [&setup](std::string_view why) {
-    return make_error(ErrorKind::kInvalidArgument, fmt::format("queue {}: {}", setup.index, why));
-  };
-  if (setup.size == 0 || !std::has_single_bit(setup.size) ||
-      setup.size > device.options().queue_size_max) {
-    return bad(fmt::format("size {} is no power of two up to {}", setup.size,
-                           device.options().queue_size_max));
-  }
-  Virtqueue::Layout layout{
-      .descriptor_table =
-          memory->translate_user(setup.descriptor_address, descriptor_table_bytes(setup.size)),
-      .avail_ring = memory->translate_user(setup.avail_address, avail_ring_bytes(setup.size)),
-      .used_ring = memory->translate_user(setup.used_address, used_ring_bytes(setup.size)),
-      .size = setup.size,
-      .next_avail = setup.next_avail,
-      .event_idx = (device.negotiated_features() & feature_bit(kFEventIdx)) != 0,
-      .indirect = (device.negotiated_features() & feature_bit(kFIndirectDesc)) != 0};
-  // Alignments: "Split Virtqueues", the table of parts.
-  const auto is_bad = [](const std::byte* part, std::uintptr_t alignment) {
-    return part == nullptr || reinterpret_cast<std::uintptr_t>(part) % alignment != 0;
-  };
-  if (is_bad(layout.descriptor_table, 16))
-    return bad(fmt::format("descriptor table at {:#x} is outside guest memory or not aligned",
-                           setup.descriptor_address));
-  if (is_bad(layout.avail_ring, 2))
-    return bad(fmt::format("available ring at {:#x} is outside guest memory or not aligned",
-                           setup.avail_address));
-  if (is_bad(layout.used_ring, 4))
-    return bad(fmt::format("used ring at {:#x} is outside guest memory or not aligned",
-                           setup.used_address));
-  InflightRecovery recovery;
-  if (setup.inflight != nullptr) {
-    if (setup.index >= setup.inflight->queue_count()) {
-      return bad(fmt::format("the in-flight area is for {} queues", setup.inflight->queue_count()));
-    }
-    layout.inflight = setup.inflight->region(setup.index);
-    auto recovered = layout.inflight.recover(
-        load_acquire_le<std::uint16_t>(layout.used_ring + kUsedIndexOffset), setup.size);
-    if (!recovered) return bad(recovered.error().message);
-    recovery = std::move(*recovered);
-    if (!recovery.is_fresh) layout.next_avail = recovery.next_avail;
-  } else if (std::ranges::any_of(setup.left_heads,
-                                 [&setup](std::uint16_t head) { return head >= setup.size; })) {
-    return bad("it is smaller than when requests were left in it");
-  } else {
-    recovery.heads = setup.left_heads;
-  }
+  if (setup.size == 0 || setup.size > device.options().queue_size_max)
+    return bad_setup(setup, "size {} is not 1 to {}", setup.size, device.options().queue_size_max);
+  auto started = has_feature(device, kFRingPacked) ? start_packed(device, *memory, setup)
+                                                   : start_split(device, *memory, setup);
+  if (!started) return std::unexpected(std::move(started.error()));
+  auto& [layout, recovery] = *started;
   if (setup.inflight != nullptr && !recovery.heads.empty() && log::peer_line_allowed()) {
     log::info("queue {}: {} requests were in flight when a predecessor ended; they are done again",
               setup.index, recovery.heads.size());
@@ -386,7 +499,7 @@ std::size_t BlkQueue::kept() const {
   return state_->kept.size() + state_->again.size() - state_->next_again;
 }
 const std::vector<std::uint16_t>& BlkQueue::left_heads() const { return state_->left_heads; }
-std::uint16_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
+std::uint32_t BlkQueue::next_avail() const { return state_->ring.next_avail(); }
 const BlkQueueStatistics& BlkQueue::statistics() const { return state_->statistics; }
 
 std::size_t BlkQueue::poll() {
@@ -478,7 +591,7 @@ std::size_t BlkQueue::State::recover_one() {
   trial_in_flight = device.gate().is_paused();
   const std::uint16_t head = again[next_again];
   Chain chain;
-  if (ring.take_again(head, iovecs.room(head), chain) == Virtqueue::Pop::kBroken) {
+  if (ring.take_again(head, iovecs.room(head), chain) == Pop::kBroken) {
     break_ring(ring.broken_reason());
     return 0;
   }
@@ -549,7 +662,7 @@ bool BlkQueue::State::pop_one() {
     break_ring("a descriptor chain is made available again while it is in flight");
     return false;
   }
-  if (ring.pop(iovecs.room(*head), chain) == Virtqueue::Pop::kBroken) {
+  if (ring.pop(iovecs.room(*head), chain) == Pop::kBroken) {
     break_ring(ring.broken_reason());
     return false;
   }

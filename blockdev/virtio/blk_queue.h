@@ -2,8 +2,9 @@
 // interrupt.
 //
 // Everything a request needs lies in a slot that is made when the queue starts, one per ring entry,
-// found by the chain's head index. poll() pops every available chain; completions push used
-// entries; settle() publishes them at once and interrupts if the driver asked.
+// found by the chain's head index, or on a packed ring by the buffer's id. poll() pops every
+// available chain; completions push used entries; settle() publishes them at once and interrupts if
+// the driver asked.
 //
 // A queue whose in-flight area says that a predecessor has died takes that one's requests again,
 // before anything from the avail ring, and one after another, in the order in which they were
@@ -40,9 +41,11 @@ namespace vblk::virtio {
 // How a ring is to be run, as the frontend described it.
 struct BlkQueueSetup {
   std::uint16_t index{0};
-  std::uint16_t size{0};        // entries: power of two, 1 to BlkDeviceOptions::queue_size_max
-  std::uint16_t next_avail{0};  // SET_VRING_BASE
-  std::uint64_t descriptor_address{0};  // frontend virtual addresses (SET_VRING_ADDR)
+  std::uint16_t size{0};  // entries: 1 to BlkDeviceOptions::queue_size_max, split: a power of two
+  std::uint32_t next_avail{0};  // SET_VRING_BASE; packed: as packed_base()
+  // Frontend virtual addresses (SET_VRING_ADDR). Packed: the descriptor ring, and the driver's and
+  // the device's event suppression structures.
+  std::uint64_t descriptor_address{0};
   std::uint64_t avail_address{0};
   std::uint64_t used_address{0};
   int kick_fd{-1};   // -1: polled only, the loop never sleeps; stays the caller's
@@ -50,7 +53,8 @@ struct BlkQueueSetup {
   int error_fd{-1};  // signalled when the ring is broken; stays the caller's
   // Where what is in flight is kept for a successor (SET_INFLIGHT_FD); nullptr: nowhere.
   std::shared_ptr<const InflightArea> inflight;
-  // Without such an area: what the queue before this one has left (BlkQueue::left_heads()).
+  // Without such an area, of a split ring: what the queue before this one has left
+  // (BlkQueue::left_heads()). A packed ring's buffers may be overwritten in it.
   std::vector<std::uint16_t> left_heads;
 };
 
@@ -69,8 +73,9 @@ class BlkQueue final : public blockdev::Poller {
  public:
   // Checks the ring's addresses against `memory`, prepares the slots and registers with
   // `context.loop()`. `device` and `context` must outlive the queue.
-  // Error: kInvalidArgument naming the address that is wrong, or what is wrong with its part of the
-  // in-flight area; kExhausted.
+  // The ring is split or packed as negotiated then.
+  // Error: kInvalidArgument naming the address that is wrong, or what is wrong with its base or its
+  // part of the in-flight area; kExhausted.
   static Expected<std::unique_ptr<BlkQueue>> start(BlkDevice& device, blockdev::IoContext& context,
                                                    std::shared_ptr<const GuestMemory> memory,
                                                    const BlkQueueSetup& setup);
@@ -102,7 +107,7 @@ class BlkQueue final : public blockdev::Poller {
   // Of those: at the device's limits; and to be taken again, now or when the device is resumed.
   [[nodiscard]] std::size_t waiting() const;
   [[nodiscard]] std::size_t kept() const;
-  [[nodiscard]] std::uint16_t next_avail() const;
+  [[nodiscard]] std::uint32_t next_avail() const;  // as BlkQueueSetup::next_avail
   [[nodiscard]] const BlkQueueStatistics& statistics() const;
 
   std::size_t poll() override;

@@ -23,6 +23,7 @@ inline constexpr unsigned kBlkFWriteZeroes = 14;
 inline constexpr unsigned kFIndirectDesc = 28;
 inline constexpr unsigned kFEventIdx = 29;
 inline constexpr unsigned kFVersion1 = 32;
+inline constexpr unsigned kFRingPacked = 34;
 
 constexpr std::uint64_t feature_bit(unsigned bit) { return std::uint64_t{1} << bit; }
 

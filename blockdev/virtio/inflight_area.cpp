@@ -16,17 +16,18 @@ constexpr std::uint64_t kWritebackOn = kWritebackOff | 1;
 
 Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
     int fd, const InflightDescription& description) {
-  const auto [size_bytes, offset_bytes, queue_count, queue_size] = description;
+  const auto [size_bytes, offset_bytes, queue_count, queue_size, is_packed] = description;
   if (queue_count == 0 || queue_size == 0) {
     return make_error(
         ErrorKind::kInvalidArgument,
         fmt::format("an in-flight area for {} queues of {} entries", queue_count, queue_size));
   }
-  const std::uint64_t needed = region_bytes_for(queue_count, queue_size);
+  const std::uint64_t needed = region_bytes_for(queue_count, queue_size, is_packed);
   if (size_bytes < needed) {
-    return make_error(ErrorKind::kInvalidArgument,
-                      fmt::format("an in-flight area of {} bytes; {} queues of {} entries take {}",
-                                  size_bytes, queue_count, queue_size, needed));
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("an in-flight area of {} bytes; {} {} queues of {} entries take {}", size_bytes,
+                    queue_count, is_packed ? "packed" : "split", queue_size, needed));
   }
   // The counters in it are written whole.
   if (offset_bytes % alignof(std::uint64_t) != 0) {
@@ -38,7 +39,7 @@ Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
   if (!mapping) return std::unexpected(std::move(mapping.error()));
   std::shared_ptr<const InflightArea> area(new InflightArea(std::move(*mapping), description));
   for (std::uint16_t queue = 0; queue < queue_count; ++queue) {
-    if (auto checked = area->region(queue).check(); !checked) {
+    if (auto checked = area->check_region(queue); !checked) {
       return make_error(checked.error().kind,
                         fmt::format("queue {}: {}", queue, checked.error().message));
     }
@@ -49,8 +50,12 @@ Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
   return area;
 }
 
+Expected<void> InflightArea::check_region(std::uint16_t queue) const {
+  return is_packed() ? packed_region(queue).check() : region(queue).check();
+}
+
 std::byte* InflightArea::kept_writeback() const {
-  const std::uint64_t offset = region_bytes_for(queue_count(), queue_size());
+  const std::uint64_t offset = region_bytes_for(queue_count(), queue_size(), is_packed());
   const bool has_room = description_.size_bytes - offset >= sizeof(std::uint64_t);
   return has_room ? mapping_.host() + offset : nullptr;
 }

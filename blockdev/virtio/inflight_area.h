@@ -1,6 +1,6 @@
 // The memory in which all queues of a device keep what they have in flight: a region for each
-// (inflight_region.h), one behind the other, in a file that the frontend holds on to.
-// vhost-user.rst, "Inflight I/O tracking".
+// (inflight_region.h, packed_inflight_region.h), one behind the other, in a file that the frontend
+// holds on to. vhost-user.rst, "Inflight I/O tracking".
 //
 // Behind the regions an area that was made here has room for one more thing that a successor must
 // know and that no frontend tells it: whether the driver has set `writeback`. A driver that chose
@@ -10,6 +10,7 @@
 // Hostile as all memory that a frontend shares, and guarded like guest memory.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -18,6 +19,7 @@
 
 #include "aio/error.h"
 #include "blockdev/virtio/inflight_region.h"
+#include "blockdev/virtio/packed_inflight_region.h"
 #include "blockdev/virtio/shared_mapping.h"
 
 namespace vblk::virtio {
@@ -28,18 +30,20 @@ struct InflightDescription {
   std::uint64_t offset_bytes{0};
   std::uint16_t queue_count{0};
   std::uint16_t queue_size{0};
+  bool is_packed{false};  // the rings that it is for: VIRTIO_F_RING_PACKED
 };
 
 class InflightArea {
  public:
   // What an area for so many queues of so many entries takes when it is made here, and what the
   // regions of any take.
-  static constexpr std::uint64_t bytes_for(std::uint16_t queue_count, std::uint16_t queue_size) {
-    return region_bytes_for(queue_count, queue_size) + sizeof(std::uint64_t);
+  static constexpr std::uint64_t bytes_for(std::uint16_t queue_count, std::uint16_t queue_size,
+                                           bool is_packed = false) {
+    return region_bytes_for(queue_count, queue_size, is_packed) + sizeof(std::uint64_t);
   }
   static constexpr std::uint64_t region_bytes_for(std::uint16_t queue_count,
-                                                  std::uint16_t queue_size) {
-    return std::uint64_t{queue_count} * InflightRegion::region_bytes(queue_size);
+                                                  std::uint16_t queue_size, bool is_packed) {
+    return std::uint64_t{queue_count} * region_bytes(queue_size, is_packed);
   }
 
   // Maps and checks the area in `fd`, which stays the caller's. Errors: kInvalidArgument (no
@@ -50,10 +54,16 @@ class InflightArea {
 
   [[nodiscard]] std::uint16_t queue_count() const { return description_.queue_count; }
   [[nodiscard]] std::uint16_t queue_size() const { return description_.queue_size; }
-  // Of a queue below queue_count(); valid as long as the area lives.
+  [[nodiscard]] bool is_packed() const { return description_.is_packed; }
+  // Of a queue below queue_count(), of split rings or of packed ones (asserted); valid as long as
+  // the area lives.
   [[nodiscard]] InflightRegion region(std::uint16_t queue) const {
-    return {mapping_.host() + queue * InflightRegion::region_bytes(description_.queue_size),
-            description_.queue_size};
+    assert(!is_packed());
+    return {region_begin(queue), description_.queue_size};
+  }
+  [[nodiscard]] PackedInflightRegion packed_region(std::uint16_t queue) const {
+    assert(is_packed());
+    return {region_begin(queue), description_.queue_size};
   }
   // The `writeback` of the config space that keep_writeback() was last given, by a predecessor
   // perhaps; nothing if there is no room for it or it was never given. The server's thread.
@@ -63,6 +73,14 @@ class InflightArea {
   [[nodiscard]] bool faulted() const { return mapping_.faulted(); }
 
  private:
+  static constexpr std::uint64_t region_bytes(std::uint16_t queue_size, bool is_packed) {
+    return is_packed ? PackedInflightRegion::region_bytes(queue_size)
+                     : InflightRegion::region_bytes(queue_size);
+  }
+  [[nodiscard]] std::byte* region_begin(std::uint16_t queue) const {
+    return mapping_.host() + queue * region_bytes(queue_size(), is_packed());
+  }
+  [[nodiscard]] Expected<void> check_region(std::uint16_t queue) const;
   [[nodiscard]] std::byte* kept_writeback() const;
   InflightArea(SharedMapping mapping, const InflightDescription& description)
       : mapping_(std::move(mapping)), description_(description) {}

@@ -22,18 +22,6 @@ Descriptor read_descriptor(const std::byte* table, std::size_t index) {
 
 }  // namespace
 
-// A chain while it is walked.
-struct Virtqueue::Walk {
-  std::span<iovec> room;
-  std::size_t readable_count{0};
-  std::size_t used_count{0};  // readable and writable
-  std::size_t descriptor_count{0};
-  std::uint64_t readable_bytes{0};
-  std::uint64_t writable_bytes{0};
-  const char* problem{nullptr};
-  std::byte* last_writable_byte{nullptr};
-};
-
 Virtqueue::Virtqueue(const Layout& layout, const GuestMemory& memory)
     : layout_(layout),
       translator_(memory),
@@ -80,15 +68,9 @@ std::optional<std::uint16_t> Virtqueue::peek_head() {
 
 // Inline, because one of its two callers pops every request.
 [[gnu::always_inline]] inline Virtqueue::Pop Virtqueue::take(std::span<iovec> room, Chain& chain) {
-  Walk state{.room = room};
-  if (!walk(state)) return Pop::kBroken;
-  chain = {.head = head_,
-           .readable = room.first(state.readable_count),
-           .writable = room.subspan(state.readable_count, state.used_count - state.readable_count),
-           .readable_bytes = state.readable_bytes,
-           .writable_bytes = state.writable_bytes,
-           .problem = state.problem,
-           .last_writable_byte = state.last_writable_byte};
+  ChainBuilder builder(room);
+  if (!walk(builder)) return Pop::kBroken;
+  chain = builder.chain(head_);
   return Pop::kChain;
 }
 
@@ -106,15 +88,15 @@ Virtqueue::Pop Virtqueue::take_again(std::uint16_t head, std::span<iovec> room, 
 
 // Follows the chain in the descriptor table. False if its structure does not hold (the ring is
 // broken).
-bool Virtqueue::walk(Walk& state) {
+bool Virtqueue::walk(ChainBuilder& builder) {
   std::uint16_t index = head_;
-  for (;;) {
+  for (std::size_t count = 1;; ++count) {
     const Descriptor descriptor = read_descriptor(layout_.descriptor_table, index);
     // A chain that is longer than the table runs in a circle.
-    if (++state.descriptor_count > layout_.size)
+    if (count > layout_.size)
       return broken("a descriptor chain is longer than the queue size: it loops");
-    if ((descriptor.flags & kDescFIndirect) != 0) return walk_indirect(descriptor, state);
-    add(descriptor, state);
+    if ((descriptor.flags & kDescFIndirect) != 0) return walk_indirect(descriptor, builder);
+    add(descriptor, builder);
     if ((descriptor.flags & kDescFNext) == 0) return true;
     if (descriptor.next >= layout_.size)
       return broken("a descriptor's next field lies beyond the table");
@@ -123,7 +105,7 @@ bool Virtqueue::walk(Walk& state) {
 }
 
 // "Indirect Descriptors": always the last of its chain, one level only.
-bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
+bool Virtqueue::walk_indirect(const Descriptor& descriptor, ChainBuilder& builder) {
   if (!layout_.indirect) return broken("an indirect descriptor without VIRTIO_F_INDIRECT_DESC");
   if ((descriptor.flags & kDescFNext) != 0)
     return broken("an indirect descriptor that has a next one");
@@ -141,45 +123,11 @@ bool Virtqueue::walk_indirect(const Descriptor& descriptor, Walk& state) {
     if (steps == entries) return broken("an indirect descriptor chain loops");
     if ((entry.flags & kDescFIndirect) != 0)
       return broken("an indirect descriptor inside an indirect table");
-    add(entry, state);
+    add(entry, builder);
     if ((entry.flags & kDescFNext) == 0) return true;
     if (entry.next >= entries)
       return broken("an indirect descriptor's next field lies beyond its table");
     index = entry.next;
-  }
-}
-
-// Where the status byte would lie if the chain ended with this descriptor; nullptr outside memory.
-std::byte* Virtqueue::last_byte(const Descriptor& descriptor) {
-  std::uint64_t address = 0;
-  const bool wraps =
-      __builtin_add_overflow(descriptor.guest_address, descriptor.length_bytes - 1U, &address);
-  return wraps ? nullptr : translator_.translate(address, 1);
-}
-
-// Translates one descriptor into the room. What cannot be translated marks the chain, and the walk
-// goes on to find the status byte.
-void Virtqueue::add(const Descriptor& descriptor, Walk& state) {
-  const bool writable = (descriptor.flags & kDescFWrite) != 0;
-  if (descriptor.length_bytes == 0) return;
-  const std::size_t count = translator_.translate(descriptor.guest_address, descriptor.length_bytes,
-                                                  state.room.subspan(state.used_count));
-  if (writable) state.last_writable_byte = last_byte(descriptor);
-  // "The driver MUST place any device-writable descriptor elements after any device-readable ones."
-  if (!writable && state.used_count > state.readable_count) {
-    state.problem = "a device-readable descriptor follows a device-writable one";
-    return;
-  }
-  if (count == 0) {
-    state.problem = "a descriptor points outside guest memory, or the chain has too many pieces";
-    return;
-  }
-  state.used_count += count;
-  if (writable) {
-    state.writable_bytes += descriptor.length_bytes;
-  } else {
-    state.readable_count += count;
-    state.readable_bytes += descriptor.length_bytes;
   }
 }
 

@@ -2,9 +2,7 @@
 // virtio 1.2, "Split Virtqueues".
 //
 // Everything the driver wrote is hostile and may change while we look: indices and descriptors are
-// read once, into copies. A chain whose structure holds is handed out even if an address in it is
-// bad, because its status byte may still be reached; a structure that does not hold breaks the
-// ring.
+// read once, into copies. A chain whose structure does not hold breaks the ring (chain.h).
 #pragma once
 
 #include <cstddef>
@@ -13,31 +11,12 @@
 #include <span>
 #include <sys/uio.h>
 
+#include "blockdev/virtio/chain.h"
 #include "blockdev/virtio/guest_memory.h"
 #include "blockdev/virtio/inflight_region.h"
 #include "blockdev/virtio/split_ring.h"
 
 namespace vblk::virtio {
-
-// A popped descriptor chain. The iovecs lie in the caller's room: readable first, then writable.
-struct Chain {
-  std::uint16_t head{0};
-  std::span<iovec> readable;
-  std::span<iovec> writable;
-  std::uint64_t readable_bytes{0};
-  std::uint64_t writable_bytes{0};
-  // What is wrong with it, or nullptr: an address outside guest memory, readable after writable,
-  // too many pieces. Then the iovecs and sums above are incomplete.
-  const char* problem{nullptr};
-  // Last byte of the last device-writable descriptor, where the status belongs; nullptr if there is
-  // none.
-  std::byte* last_writable_byte{nullptr};
-};
-
-// Longest indirect table taken. "A driver MUST NOT create a descriptor chain longer than the Queue
-// Size", but Linux sizes its tables by seg_max alone, and a backend announces that before it knows
-// the queue size.
-inline constexpr std::size_t kIndirectEntriesMax = 1024;
 
 class Virtqueue {
  public:
@@ -51,7 +30,7 @@ class Virtqueue {
     bool indirect;             // VIRTIO_F_INDIRECT_DESC negotiated
     InflightRegion inflight;   // recovered; or nothing: buffers in flight are not tracked
   };
-  enum class Pop : std::uint8_t { kChain, kBroken };
+  using Pop = virtio::Pop;
 
   // `memory` must outlive the queue. The used index goes on where the ring's own stands. Leaves
   // the driver's notifications suppressed.
@@ -85,13 +64,14 @@ class Virtqueue {
   [[nodiscard]] const char* broken_reason() const { return broken_reason_; }
 
  private:
-  struct Walk;
   bool broken(const char* reason);
   Pop take(std::span<iovec> room, Chain& chain);
-  bool walk(Walk& walk);
-  bool walk_indirect(const Descriptor& descriptor, Walk& walk);
-  void add(const Descriptor& descriptor, Walk& walk);
-  [[nodiscard]] std::byte* last_byte(const Descriptor& descriptor);
+  bool walk(ChainBuilder& builder);
+  bool walk_indirect(const Descriptor& descriptor, ChainBuilder& builder);
+  void add(const Descriptor& descriptor, ChainBuilder& builder) {
+    builder.add(translator_, descriptor.guest_address, descriptor.length_bytes,
+                (descriptor.flags & kDescFWrite) != 0);
+  }
   [[nodiscard]] std::uint16_t load_avail_index() const;
 
   const Layout layout_;

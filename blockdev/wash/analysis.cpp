@@ -83,7 +83,6 @@ Preset read_preset(std::string_view name, const json::object& object) {
           .region_bytes = object.at("region_bytes").to_number<std::uint64_t>(),
           .ram_bytes = object.at("ram_bytes").to_number<std::uint64_t>(),
           .slowdown = number(object.at("slowdown")),
-          .control_wash_share_min = number(object.at("control_wash_share_min")),
           .reruns_max = object.at("reruns_max").to_number<unsigned>(),
           .noisy_share_max = number(object.at("noisy_share_max"))};
 }
@@ -146,6 +145,8 @@ Family read_family(const json::object& object) {
   family.cache = blockdev::parse_cache_mode(text_or(object, "cache", "none")).value();
   if (const auto* share = object.if_contains("share_flushes"))
     family.share_flushes = share->as_bool();
+  if (const auto* times = object.if_contains("run_times"))
+    family.run_times = times->to_number<unsigned>();
   if (const auto* workload = object.if_contains("workload")) {
     for (const auto& [key, value] : workload->as_object())
       family.workload.emplace_back(key, text(value));

@@ -46,8 +46,7 @@ struct Preset {
   std::chrono::milliseconds idle_time{0};  // before a burst
   std::uint64_t region_bytes{0};           // of the image that is used
   std::uint64_t ram_bytes{0};
-  double slowdown{0};  // of a request's processor time, injected
-  double control_wash_share_min{0};
+  double slowdown{0};         // of a request's processor time, injected
   unsigned reruns_max{0};     // of a block that is noisy
   double noisy_share_max{0};  // of all blocks, for verdicts
 };
@@ -81,7 +80,8 @@ struct Family {
   std::vector<std::string> devices;  // "image", "ram", "files", "none"
   blockdev::CacheMode cache{blockdev::CacheMode::kNone};
   bool share_flushes{true};
-  Levels workload;  // the same in all cells
+  unsigned run_times{1};  // a run is so many times the preset's
+  Levels workload;        // the same in all cells
   std::vector<std::string> arms;
   // By preset; a family that a preset does not have is not there. Each name with its values.
   std::map<std::string, std::vector<std::pair<std::string, std::vector<std::string>>>> levels;

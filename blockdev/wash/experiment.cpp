@@ -122,7 +122,7 @@ class Conductor {
                  .image_path = device.name == "files" ? "" : device.path,
                  .directory = device.name == "files" ? device.path : "",
                  .region_bytes = device.region_bytes,
-                 .run_time = preset.run_time,
+                 .run_time = cell.family->run_times * preset.run_time,
                  .ramp_time = preset.ramp_time,
                  .idle_time = preset.idle_time,
                  .peer = conduct_.peer};

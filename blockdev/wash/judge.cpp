@@ -199,18 +199,18 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
     const std::size_t wins =
         count_of(counts, Verdict::kAioWins) + count_of(counts, Verdict::kThreadsWin);
     const std::size_t all = measured_in(counts);
-    const std::size_t washes = count_of(counts, Verdict::kWash);
     if (wins > 0) {
       result.refusals[metric] = fmt::format(
           "an engine compared with itself differs in {} of {} cells: the machine or the bench is "
           "not to be trusted",
           wins, all);
-    } else if (all > 0 && static_cast<double>(washes) <
-                              preset.control_wash_share_min * static_cast<double>(all)) {
-      result.refusals[metric] = fmt::format(
-          "an engine compared with itself is a wash in only {} of {} cells: too noisy for verdicts",
-          washes, all);
     }
+    std::vector<double> widths;
+    for (const CellVerdict& verdict : verdicts) {
+      if (verdict.verdict == Verdict::kNotMeasured) continue;
+      widths.push_back(std::expm1((verdict.log_ratio.upper - verdict.log_ratio.lower) / 2));
+    }
+    if (!widths.empty()) result.again_within[metric] = median_of(std::move(widths));
     result.again_cells.insert(result.again_cells.end(), verdicts.begin(), verdicts.end());
   }
   result.slowed =

@@ -69,6 +69,9 @@ struct ClaimResult {
 
 struct ControlResult {
   std::map<std::string, std::map<Verdict, std::size_t>> again;  // by metric
+  // Half the width of the 90 % interval, as a part (0.05), median over the cells, by metric: about
+  // what these blocks can tell apart.
+  std::map<std::string, double> again_within;
   std::size_t slowed_found{0};
   std::size_t slowed_cells{0};
   std::size_t blocks{0};

@@ -201,6 +201,9 @@ std::string controls_text(const ControlResult& controls, const Preset& preset) {
     }
     if (differences > 0)
       words += fmt::format("{}{} DIFFERENT", words.empty() ? "" : ", ", differences);
+    const auto within = controls.again_within.find(metric);
+    if (within != controls.again_within.end())
+      words += fmt::format(", within {:.1f} %", within->second * 100);
     text += fmt::format("An engine compared with itself, {}: {}. ", metric_name(metric), words);
   }
   text += fmt::format("An engine slowed down by {:.0f} % was found in {} of {} cells. ",
@@ -244,7 +247,10 @@ std::string json_report(const Report& report) {
   const ControlResult& controls = report.judgement.controls;
   json::object again;
   for (const auto& [metric, counts] : controls.again) again[metric] = counts_json(counts);
+  json::object within;
+  for (const auto& [metric, part] : controls.again_within) within[metric] = part;
   json::object control_object{{"again", std::move(again)},
+                              {"again_within", std::move(within)},
                               {"slowed_found", controls.slowed_found},
                               {"slowed_cells", controls.slowed_cells},
                               {"blocks", controls.blocks},

@@ -35,7 +35,9 @@ constexpr const char* name_of(Phase phase) {
 }
 
 struct Case {
-  std::string disk;  // "null", with recovery or not, the engine under a raw image, "qcow2 on" it
+  // "null", on a packed ring or not, with recovery or not; the engine under a raw image; "qcow2 on"
+  // it.
+  std::string disk;
   Shape shape;
   unsigned depth;
 };
@@ -76,12 +78,21 @@ void run_null() {
   }
 }
 
-// What it costs to keep track of what is in flight.
-void run_null_with_recovery() {
+// What it costs to keep track of what is in flight, and what the kind of ring does.
+void run_null_with_recovery(RingKind ring) {
+  const bool is_packed = ring == RingKind::kPacked;
   const auto node = null_node();
-  SteppedPath path(*node, instant_engine(), inflight_area());
-  for (const unsigned depth : {1U, 32U})
-    run_case(path, {"null with recovery", Shape::kRead4k, depth});
+  SteppedPath path(*node, instant_engine(), ring, inflight_area(ring));
+  const std::string disk = is_packed ? "null, packed, with recovery" : "null with recovery";
+  for (const unsigned depth : {1U, 32U}) run_case(path, {disk, Shape::kRead4k, depth});
+}
+
+void run_null_packed() {
+  const auto node = null_node();
+  SteppedPath path(*node, instant_engine(), RingKind::kPacked);
+  for (const Shape shape : {Shape::kRead4k, Shape::kRead64k}) {
+    for (const unsigned depth : {1U, 32U}) run_case(path, {"null, packed", shape, depth});
+  }
 }
 
 void run_raw(aio::EngineName name) {
@@ -110,7 +121,9 @@ void run_qcow2(const std::string& path) {
 int main(int count, char** arguments) {
   using namespace vblk;
   measure::run_null();
-  measure::run_null_with_recovery();
+  measure::run_null_with_recovery(measure::RingKind::kSplit);
+  measure::run_null_packed();
+  measure::run_null_with_recovery(measure::RingKind::kPacked);
   for (const aio::EngineName name : aio::kAllEngineNames) {
     try {
       measure::run_raw(name);

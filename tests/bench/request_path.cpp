@@ -84,12 +84,13 @@ const char* name_of(Shape shape) {
   return kNames[static_cast<std::size_t>(shape)];
 }
 
-Driver::Driver(std::uint16_t queue_count)
+Driver::Driver(std::uint16_t queue_count, RingKind ring)
     : memory_(value_of(driver::DriverMemory::create({kMemoryBytes}))),
       guest_memory_(map(*memory_)) {
   for (std::uint16_t i = 0; i < queue_count; ++i) {
     queues_.push_back(
         value_of(driver::DriverQueue::create(*memory_, {.size = kQueueSize,
+                                                        .packed = ring == RingKind::kPacked,
                                                         .event_idx = true,
                                                         .indirect = true,
                                                         .indirect_max = kPiecesMax + 2})));
@@ -128,6 +129,7 @@ virtio::BlkQueueSetup Driver::setup(std::uint16_t queue) const {
   const auto addresses = ring.addresses(queue);
   return {.index = queue,
           .size = kQueueSize,
+          .next_avail = ring.initial_base(),
           .descriptor_address = addresses.descriptor_user_address,
           .avail_address = addresses.avail_user_address,
           .used_address = addresses.used_user_address,
@@ -159,11 +161,13 @@ void Driver::finish(std::uint16_t queue) {
   }
 }
 
-std::unique_ptr<virtio::BlkDevice> make_device(blockdev::BlockNode& node,
-                                               std::uint16_t queue_count) {
+std::unique_ptr<virtio::BlkDevice> make_device(blockdev::BlockNode& node, std::uint16_t queue_count,
+                                               RingKind ring) {
   auto device = value_of(
       virtio::BlkDevice::create(node, {.queue_count = queue_count, .queue_size_max = kQueueSize}));
-  const auto negotiated = device->set_features(device->offered_features());
+  const std::uint64_t packed = virtio::feature_bit(virtio::kFRingPacked);
+  const auto negotiated = device->set_features(
+      device->offered_features() & (ring == RingKind::kPacked ? ~std::uint64_t{0} : ~packed));
   assert(negotiated.has_value());
   return device;
 }
@@ -216,8 +220,8 @@ std::chrono::nanoseconds ServedPath::cpu_time() const {
 }
 
 SteppedPath::SteppedPath(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines,
-                         std::shared_ptr<const virtio::InflightArea> inflight)
-    : device_(make_device(node, 1)), context_(loop_, std::move(engines)) {
+                         RingKind ring, std::shared_ptr<const virtio::InflightArea> inflight)
+    : driver_(1, ring), device_(make_device(node, 1, ring)), context_(loop_, std::move(engines)) {
   virtio::BlkQueueSetup setup = driver_.setup(0);
   setup.inflight = std::move(inflight);
   queue_ = value_of(virtio::BlkQueue::start(*device_, context_, driver_.guest_memory(), setup));
@@ -240,12 +244,14 @@ std::unique_ptr<aio::EngineSet> engine(aio::EngineName name) {
   return value_of(aio::EngineSet::create(selection, {}));
 }
 
-std::shared_ptr<const virtio::InflightArea> inflight_area() {
+std::shared_ptr<const virtio::InflightArea> inflight_area(RingKind ring) {
+  const bool is_packed = ring == RingKind::kPacked;
   const virtio::InflightDescription description{
-      .size_bytes = virtio::InflightArea::bytes_for(1, kQueueSize),
+      .size_bytes = virtio::InflightArea::bytes_for(1, kQueueSize, is_packed),
       .offset_bytes = 0,
       .queue_count = 1,
-      .queue_size = kQueueSize};
+      .queue_size = kQueueSize,
+      .is_packed = is_packed};
   const vhost_user::UniqueFd fd(::memfd_create("inflight", MFD_CLOEXEC));
   if (::ftruncate(fd.get(), static_cast<off_t>(description.size_bytes)) != 0)
     throw std::runtime_error("no memory for what is in flight");

@@ -41,10 +41,12 @@ enum class Shape : std::uint8_t {
 };
 [[nodiscard]] const char* name_of(Shape shape);
 
+enum class RingKind : std::uint8_t { kSplit, kPacked };
+
 // A Linux guest's side: indirect descriptors, event index. One thread.
 class Driver {
  public:
-  explicit Driver(std::uint16_t queue_count);
+  explicit Driver(std::uint16_t queue_count, RingKind ring = RingKind::kSplit);
 
   // Of a backend that finds the memory at the same addresses.
   [[nodiscard]] const std::shared_ptr<const virtio::GuestMemory>& guest_memory() const {
@@ -73,8 +75,8 @@ class Driver {
 };
 
 // Makes the device on `node` and negotiates what Driver does.
-std::unique_ptr<virtio::BlkDevice> make_device(blockdev::BlockNode& node,
-                                               std::uint16_t queue_count);
+std::unique_ptr<virtio::BlkDevice> make_device(blockdev::BlockNode& node, std::uint16_t queue_count,
+                                               RingKind ring = RingKind::kSplit);
 
 struct ServedPathOptions {
   std::uint16_t queue_count{1};
@@ -110,8 +112,9 @@ class ServedPath {
 // One queue without a thread, to be taken through the cycle of its loop step by step.
 class SteppedPath {
  public:
-  // `inflight`: where the queue keeps what is in flight; nullptr: nowhere.
+  // `inflight`: where the queue keeps what is in flight, for rings of this kind; nullptr: nowhere.
   SteppedPath(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines,
+              RingKind ring = RingKind::kSplit,
               std::shared_ptr<const virtio::InflightArea> inflight = nullptr);
 
   [[nodiscard]] Driver& driver() { return driver_; }
@@ -126,7 +129,7 @@ class SteppedPath {
   void finish();
 
  private:
-  Driver driver_{1};
+  Driver driver_;
   std::unique_ptr<virtio::BlkDevice> device_;
   blockdev::IoLoop loop_;
   blockdev::IoContext context_;
@@ -138,7 +141,7 @@ std::unique_ptr<aio::EngineSet> instant_engine();
 std::unique_ptr<aio::EngineSet> engine(aio::EngineName name);
 
 // For one queue of kQueueSize.
-std::shared_ptr<const virtio::InflightArea> inflight_area();
+std::shared_ptr<const virtio::InflightArea> inflight_area(RingKind ring);
 
 // A file of kDiskBytes with data in it, open for O_DIRECT, in a directory of its own.
 class ScratchFile {

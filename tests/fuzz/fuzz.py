@@ -1,12 +1,13 @@
 #!/usr/bin/python3
-"""Runs the fuzzer on hostile images for some time, from generated seeds and what earlier runs have learned. Prints TAP.
+"""Runs the fuzzers on hostile images and rings for some time, from seeds and what earlier runs have learned. Prints TAP.
 
-What it finds is left in FOLDER/findings; `image_fuzzer FILE` repeats it, and a copy in tests/fuzz/regressions has the
-unit tests repeat it from then on.
+What they find is left in FOLDER/findings and FOLDER/rings/findings; `image_fuzzer FILE` or `ring_fuzzer FILE` repeats it,
+and a copy of an image's in tests/fuzz/regressions has the unit tests repeat it from then on.
 """
 
 import argparse
 import os
+import random
 import re
 import subprocess
 import sys
@@ -24,7 +25,13 @@ INPUT_BYTES_MAX = 4096
 WELL_MAPPED = bytes([0, 1, 0, 4, 3, 100, 0, 0])
 
 
-def run_fuzzer(options, *arguments, canary=False):
+# A packed ring of 8 entries, and a flush on it that works: hostile_ring.h.
+FLUSH_ON_A_RING = bytes([1, 7, 0, 8, 0, 9])
+# Rings get so much less time than images: their code is small.
+RING_SHARE = 4
+
+
+def run_fuzzer(options, *arguments, canary=False, fuzzer=None, folder=None):
     environment = dict(os.environ, ASAN_OPTIONS="malloc_context_size=4:quarantine_size_mb=32",
                        UBSAN_OPTIONS="print_stacktrace=1")
     symbolizer = Path("/usr/lib/llvm-19/bin/llvm-symbolizer")
@@ -32,16 +39,42 @@ def run_fuzzer(options, *arguments, canary=False):
         environment["ASAN_SYMBOLIZER_PATH"] = str(symbolizer)
     if canary:
         environment["VBLK_FUZZ_CANARY"] = "1"
-    command = [options.fuzzer, f"-timeout={HANG_SECONDS}", f"-rss_limit_mb={MEMORY_MIB_MAX}",
-               f"-artifact_prefix={options.folder}/{'canary' if canary else 'findings'}/", *map(str, arguments)]
+    command = [fuzzer or options.fuzzer, f"-timeout={HANG_SECONDS}", f"-rss_limit_mb={MEMORY_MIB_MAX}",
+               f"-artifact_prefix={folder or options.folder}/{'canary' if canary else 'findings'}/", *map(str, arguments)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           timeout=options.seconds + 300, env=environment)
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+def tell(runs, edges, folder):
+    print(f"{runs[1] if runs else 'no'} runs, {edges[-1] if edges else 'no'} edges of the code seen; {folder}", file=sys.stderr)
+
+
+def fuzz_rings(report, options):
+    folder = options.folder / "rings"
+    for name in ("corpus", "findings", "canary", "seeds"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    source = random.Random(1)
+    for number in range(64):
+        # Of each kind, with steps that lead somewhere: descriptors, chains, requests that work, cycles.
+        steps = b"".join(bytes([source.choice([0, 2, 3, 6, 8, 8, 9, 9])]) + source.randbytes(5) for _ in range(20))
+        (folder / "seeds" / str(number)).write_bytes(bytes([number % 16, source.randrange(64), source.randrange(256)]) + steps)
+    canary = folder / "flush"
+    canary.write_bytes(FLUSH_ON_A_RING)
+    status, output = run_fuzzer(options, canary, canary=True, fuzzer=options.ring_fuzzer, folder=folder)
+    report.check("a request called lost on purpose is found", status != 0 and "is lost" in output, output[-4000:])
+    seconds = max(1, options.seconds // RING_SHARE)
+    status, output = run_fuzzer(options, f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", folder / "corpus",
+                                folder / "seeds", fuzzer=options.ring_fuzzer, folder=folder)
+    found = "\n".join(line for line in output.splitlines() if not re.match(r"#\d+\s|\s*NEW_FUNC", line))
+    report.check(f"{seconds} s of hostile rings do no harm", status == 0, found[-8000:])
+    tell(re.search(r"Done (\d+) runs", output), re.findall(r"cov: (\d+)", output), folder)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fuzzer", required=True, help="the program, built from tests/fuzz/image_fuzzer.cpp")
+    parser.add_argument("--ring-fuzzer", required=True, help="the one from tests/fuzz/ring_fuzzer.cpp")
     parser.add_argument("--folder", required=True, type=Path, help="keeps the corpus and the findings")
     parser.add_argument("--seconds", type=int, default=60)
     options = parser.parse_args()
@@ -62,8 +95,8 @@ def main():
     runs = re.search(r"Done (\d+) runs", output)
     edges = re.findall(r"cov: (\d+)", output)
     report.check("the fuzzer has been through its seeds", runs and int(runs[1]) >= len(list(seeds.iterdir())), output[-2000:])
-    print(f"{runs[1] if runs else 'no'} runs, {edges[-1] if edges else 'no'} edges of the code seen; {options.folder}",
-          file=sys.stderr)
+    tell(runs, edges, options.folder)
+    fuzz_rings(report, options)
     report.exit()
 
 

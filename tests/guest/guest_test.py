@@ -38,18 +38,18 @@ class Guest:
         subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
         self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
 
-    def boot(self, socket, queue_count, parameters, on_ready=None, reconnects=False):
+    def boot(self, socket, queue_count, parameters, on_ready=None, reconnects=False, properties=""):
         """Boots, waits for power-off; returns (console text, whether it ended in time).
 
         `on_ready` is called, once, when the guest says that it waits for the host. `reconnects`: QEMU goes on with
-        whoever listens at `socket` next, when its backend has gone.
+        whoever listens at `socket` next, when its backend has gone. `properties`: more of the device.
         """
         words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
         command = [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
             "-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
             "-chardev", f"socket,id=c,path={socket}" + (",reconnect=1" if reconnects else ""),
-            "-device", f"vhost-user-blk-pci,chardev=c,num-queues={queue_count}",
+            "-device", f"vhost-user-blk-pci,chardev=c,num-queues={queue_count}" + (f",{properties}" if properties else ""),
             "-kernel", str(self.vmlinuz), "-initrd", str(self.initramfs),
             "-append", f"console=ttyS0 quiet panic=-1 {words}",
             "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-net", "none",
@@ -167,6 +167,29 @@ def test_write_through(report, guest, options, folder, engine):
         report_guest(report, f"{engine}, directsync", console, ended, 12)
 
 
+# Properties of the device, and what the guest is then to have negotiated.
+PACKED_RINGS = {
+    "packed=on": "packed,event_idx,indirect",
+    "packed=on,event_idx=off,queue-size=64": "packed,indirect",
+    "packed=on,indirect_desc=off,queue-size=256": "packed,event_idx",
+}
+
+
+def test_packed(report, guest, options, folder, engine):
+    """Packed rings: raw use over two queues and a file system, with and without what a ring may have besides."""
+    for properties, rings in PACKED_RINGS.items():
+        image, title = folder / "disk.img", f"{engine}, {properties}"
+        make_sparse(image, 256 * MIB)
+        parameters = {"run": "rings,files,fio,durability,discard", "rings": rings}
+        arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--queue-size", 256]
+        with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
+            console, ended = guest.boot(server.socket, 2, parameters, properties=properties)
+            report_guest(report, title, console, ended, 15)
+            report.check(f"{title}: server ends with status 0", server.stop() == 0, server.log.read_text())
+        status, output = run("e2fsck", "-fn", image)
+        report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+
+
 def make_root_file_system(folder, image):
     """A raw image with a root file system, for tests/guest/root_init to be run from."""
     content = folder / "content"
@@ -274,9 +297,9 @@ def test_resize(report, guest, options, folder, engine):
 KILLS = 6
 
 
-def test_recovery(report, guest, options, folder, engine):
+def test_recovery(report, guest, options, folder, engine, properties=""):
     """The server is killed again and again under a guest that writes and verifies, and the next one goes on."""
-    image, title = folder / "disk.qcow2", f"{engine}, a server that is killed"
+    image, title = folder / "disk.qcow2", f"{engine}, a server that is killed" + (f", {properties}" if properties else "")
     run("qemu-img", "create", "-q", "-f", "qcow2", image, 192 * MIB)
     arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--iothreads", 2,
                  "--monitor", folder / "m"]
@@ -299,9 +322,9 @@ def test_recovery(report, guest, options, folder, engine):
             servers[-1].kill()
             servers.append(serve(number))
     try:
-        parameters = {"run": "recovery", "seconds": 5 * KILLS}
-        console, ended = guest.boot(servers[0].socket, 2, parameters, kill_and_restart, reconnects=True)
-        report_guest(report, title, console, ended, 10)
+        parameters = {"run": "rings,recovery", "seconds": 5 * KILLS, "rings": PACKED_RINGS.get(properties, "event_idx,indirect")}
+        console, ended = guest.boot(servers[0].socket, 2, parameters, kill_and_restart, reconnects=True, properties=properties)
+        report_guest(report, title, console, ended, 11)
         report.check(f"{title}: it was killed", len(servers) == KILLS + 1, len(servers))
         logs = "\n".join(server.log.read_text() for server in servers)
         found = sum(int(count) for count in re.findall(r"(\d+) requests were in flight when", logs))
@@ -313,6 +336,10 @@ def test_recovery(report, guest, options, folder, engine):
     raw = check_qcow2(report, title, folder, image, leaks_allowed=True)
     status, output = run("e2fsck", "-fn", raw)
     report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+
+
+def test_recovery_packed(report, guest, options, folder, engine):
+    test_recovery(report, guest, options, folder, engine, "packed=on")
 
 
 def test_two_guests(report, guest, options, folder, engine):
@@ -410,7 +437,8 @@ def main():
                 for engine in options.engine or ENGINES]
     # The engines are below the format, which tests/interop runs on all of them: here one each will do.
     batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0]),
-                (test_resize, (options.engine or ENGINES)[-1]), (test_recovery, "threads"),
+                (test_resize, (options.engine or ENGINES)[-1]), (test_packed, (options.engine or ENGINES)[-1]),
+                (test_recovery, "threads"), (test_recovery_packed, "threads"),
                 (test_two_guests, (options.engine or ENGINES)[-1]), (test_full_disk, (options.engine or ENGINES)[0])]
     for test, engine in batches:
         if options.only and options.only not in test.__name__:

@@ -74,6 +74,8 @@ def test_bad_options(report, vblk):
                 ("writes to a read-only image", [*at, "--rw", "write", "--read-only"], "read-only"),
                 ("backend that is not there", ["--socket-path", folder / "none", "--runtime", "1"], str(folder / "none")),
                 ("process of an image", [*at, "--pid", "1"], "--pid"),
+                ("rings of an image", [*at, "--ring", "packed"], "--ring"),
+                ("rings that nobody knows", ["--socket-path", folder / "s", "--ring", "round"], "round"),
                 ("flushes of no device", ["--socket-path", folder / "s", "--flush-device", "/proc/version"], "/proc/version"),
                 ("flush tests without a target", ["flush"], "--socket-path"),
                 ("flush tests of an unknown engine", ["flush", "--image", image, "--aio", "warp"], "warp"),
@@ -323,6 +325,9 @@ def test_workloads(report, vblk):
         with Server(vblk, [folder / "disk.img"], folder / "s", folder / "log"):
             found = counts_on(["--socket-path", folder / "s"])
         report.check("bench of a backend does every kind of request", found == expected, found)
+        with Server(vblk, [folder / "disk.img"], folder / "s", folder / "log"):
+            found = counts_on(["--socket-path", folder / "s", "--ring", "packed"])
+        report.check("bench of a backend does every kind of request on packed rings", found == expected, found)
         make_sparse(folder / "disk.img", 4 * MIB)
         at = ["--image", folder / "disk.img", "--output-format", "json"]
         run(vblk, "bench", *at, "--rw", "write", "--offset", "1M", "--size", "1M", "--io_size", "2M")

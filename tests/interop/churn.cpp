@@ -44,9 +44,9 @@ namespace {
 
 constexpr const char* kUsage = R"(usage: churn
 commands:
-  connect SOCKET QUEUES [keep]
+  connect SOCKET QUEUES [keep] [packed]
                               again without `disconnect` after the backend was killed; keep: goes on
-                              with the next backend on the socket by itself
+                              with the next backend on the socket by itself; packed: on packed rings
   forget                      the next backend finds nothing in flight: what is, is never answered
   disconnect
   adopt                       the disk is as it should be now: the model is made from it
@@ -212,15 +212,22 @@ void Churn::abandon() {
 }
 
 std::string Churn::connect(std::istream& words) {
-  std::string mode;
-  words >> path_ >> queue_count_ >> mode;
-  keeps_ = mode == "keep";
+  words >> path_ >> queue_count_;
+  bool packed = false;
+  keeps_ = false;
+  for (std::string mode; words >> mode;) {
+    keeps_ |= mode == "keep";
+    packed |= mode == "packed";
+  }
   forgets_ = false;
   reconnects_ = 0;
   if (driver_) abandon();
   slots_.clear();
   driver_.reset();
-  driver::BlkDriverOptions options{.queue_count = queue_count_, .inflight = keeps_};
+  driver::BlkDriverOptions options{
+      .queue_count = queue_count_, .packed = packed, .inflight = keeps_};
+  // No power of two, so that the ring's end is nowhere special.
+  if (packed) options.queue_size = 101;
   auto driver = driver::BlkDriver::connect(path_, options);
   if (!driver) return "connect error: " + driver.error().message;
   driver_ = std::move(*driver);

@@ -31,8 +31,8 @@ def serve(options, folder, image, *arguments, listener=None):
     return Server(options.vblk, [image, *QUEUES, *arguments], folder / "s", folder / "log", listener=listener)
 
 
-def connect(churn, folder):
-    answer = churn(f"connect {folder / 's'} 4 keep")
+def connect(churn, folder, rings="split"):
+    answer = churn(f"connect {folder / 's'} 4 keep" + (" packed" if rings == "packed" else ""))
     if not answer["text"].startswith("connected"):
         raise RuntimeError(f"churn: {answer['text']}\n{(folder / 'log').read_text()}")
 
@@ -77,8 +77,8 @@ def make_overlay(folder):
 IMAGES = {"raw": make_raw, "qcow2": make_qcow2, "an overlay": make_overlay}
 
 
-def test_kills(report, options, kind, engine, cache):
-    title = f"{kind} on {engine}, {cache}"
+def test_kills(report, options, kind, engine, cache, rings="split"):
+    title = f"{kind} on {engine}, {cache}" + (", packed rings" if rings == "packed" else "")
     with Folder() as folder, Script(options.churn) as churn:
         image = IMAGES[kind](folder)
         if kind == "an overlay":
@@ -87,7 +87,7 @@ def test_kills(report, options, kind, engine, cache):
         arguments = ["--aio", engine, "--cache", cache]
         server = [serve(options, folder, image, *arguments)]
         try:
-            connect(churn, folder)
+            connect(churn, folder, rings)
             seed = options.random.getrandbits(32)
             churn.start(f"run {seed} 10000000 {DEPTH} 65536 {MIX} {SECONDS}")
             answer, kills, found = kill_while_running(options, churn, server,
@@ -113,14 +113,14 @@ def test_kills(report, options, kind, engine, cache):
             report.check(f"{title}: qemu-img check finds leaks at most", qcow2.is_sound(found), found["text"][-2000:])
 
 
-def test_orderly_updates(report, options):
+def test_orderly_updates(report, options, rings):
     """SIGTERM instead: nothing is left for the next server to do again."""
-    title = "a server that is replaced"
+    title = f"a server that is replaced, {rings} rings"
     with Folder() as folder, Script(options.churn) as churn:
         image = make_qcow2(folder)
         server = [serve(options, folder, image)]
         try:
-            connect(churn, folder)
+            connect(churn, folder, rings)
             churn.start(f"run 1 10000000 {DEPTH} 65536 {MIX} 1.5")
             statuses = []
             answer, ends, found = kill_while_running(options, churn, server, lambda: serve(options, folder, image),
@@ -179,17 +179,17 @@ def test_writeback(report, options):
             churn("disconnect")
 
 
-def test_canary(report, options):
+def test_canary(report, options, rings):
     """What the driver must find: a server that does not know what was in flight."""
     with Folder() as folder, Script(options.churn) as churn:
         image = make_raw(folder)
         server = [serve(options, folder, image)]
         try:
-            connect(churn, folder)
+            connect(churn, folder, rings)
             churn("forget")
             churn.start(f"run 1 10000000 32 65536 {MIX} 1")
             answer, kills, _ = kill_while_running(options, churn, server, lambda: serve(options, folder, image))
-            report.check("canary: requests that the next server does not know of are missed",
+            report.check(f"canary: requests that the next server does not know of are missed, {rings} rings",
                          kills > 0 and answer.get("lost") == 1, f"{kills} kills\n{answer['text']}")
         finally:
             server[0].kill()
@@ -204,10 +204,13 @@ def main():
         setattr(options, name, getattr(options, name).resolve())
     options.random = random.Random(test_seed())
     report = Report()
-    tests = [(test_canary,), (test_orderly_updates,), (test_activation,), (test_writeback,)]
+    tests = [(test, rings) for test in (test_canary, test_orderly_updates) for rings in ("split", "packed")]
+    tests += [(test_activation,), (test_writeback,)]
     for engine in ENGINES:
         tests += [(test_kills, "raw", engine, "none"), (test_kills, "qcow2", engine, "none")]
     tests += [(test_kills, "an overlay", "io_uring", "writeback")]
+    tests += [(test_kills, "raw", engine, "none", "packed") for engine in ENGINES]
+    tests += [(test_kills, "qcow2", "io_uring", "none", "packed")]
     for test, *arguments in tests:
         try:
             test(report, options, *arguments)

@@ -55,10 +55,10 @@ class ResizedDisk : public ::testing::Test {
   void SetUp() override { log::set_level(log::Level::kOff); }
 
   // Opens an image; the one before is closed.
-  void open(Bytes image, const Tags& backing, const RigOptions& options) {
+  void open(const Bytes& image, const Tags& backing, const RigOptions& options) {
     rig_.reset();
     backing_ = backing;
-    rig_ = std::make_unique<Rig>(std::move(image), backing, options);
+    rig_ = std::make_unique<Rig>(image, backing, options);
     ASSERT_NE(rig_->node, nullptr) << rig_->error;
   }
   void resize(std::uint64_t size_bytes) {

@@ -65,10 +65,16 @@ class Noise {
       case kRemMemReg:
         return payload_of(SingleMemoryRegion{0, region()});
       case kSetVringNum:
-      case kSetVringBase:
       case kGetVringBase:
       case kSetVringEnable:
         return payload_of(state());
+      case kSetVringBase: {
+        // Of a packed ring that nothing is in flight on, often.
+        const auto half = static_cast<std::uint32_t>(0x8000 | below(3));
+        return below(2) == 0 ? payload_of(state())
+                             : payload_of(VringState{static_cast<std::uint32_t>(below(3)),
+                                                     half << 16 | half});
+      }
       case kSetVringAddr:
         return payload_of(VringAddress{.index = static_cast<std::uint32_t>(below(3)),
                                        .descriptor_user_address = address(),
@@ -84,7 +90,7 @@ class Noise {
         return payload_of(below(3));
       case kSetFeatures:
         return payload_of((std::uint64_t{1} << 32) | (below(2) << kFProtocolFeatures) |
-                          (below(4) << 28));
+                          (below(4) << 28) | (below(2) << virtio::kFRingPacked));
       case kSetProtocolFeatures:
         return payload_of(std::uint64_t{1} << kProtocolFReplyAck | below(2) |
                           below(4) << kProtocolFInflightShmfd);

@@ -31,10 +31,14 @@ TEST(BlkDevice, offers_what_the_node_can_do) {
   const std::uint64_t all = BlkDevice::create(node, {}).value()->offered_features();
   for (const unsigned bit :
        {kBlkFSizeMax, kBlkFSegMax, kBlkFBlkSize, kBlkFFlush, kBlkFTopology, kBlkFConfigWce, kBlkFMq,
-        kBlkFDiscard, kBlkFWriteZeroes, kFIndirectDesc, kFEventIdx, kFVersion1})
+        kBlkFDiscard, kBlkFWriteZeroes, kFIndirectDesc, kFEventIdx, kFVersion1, kFRingPacked})
     EXPECT_NE(all & feature_bit(bit), 0U) << bit;
   EXPECT_EQ(all & feature_bit(kBlkFRo), 0U);
-  EXPECT_EQ(all & feature_bit(kBlkFGeometry), 0U);
+  constexpr unsigned kInOrder = 35;
+  constexpr unsigned kNotificationData = 38;
+  constexpr unsigned kRingReset = 40;
+  for (const unsigned bit : {kBlkFGeometry, kInOrder, kNotificationData, kRingReset})
+    EXPECT_EQ(all & feature_bit(bit), 0U) << bit;
 
   const std::uint64_t kept =
       BlkDevice::create(node, {.discard = false}).value()->offered_features();
@@ -79,7 +83,7 @@ TEST(BlkDevice, refuses_features_that_were_not_offered) {
   MemoryNode node(kDiskBytes);
   const auto device = BlkDevice::create(node, {}).value();
   EXPECT_FALSE(device->set_features(feature_bit(kBlkFGeometry)).has_value());
-  EXPECT_FALSE(device->set_features(feature_bit(34)).has_value());
+  EXPECT_FALSE(device->set_features(feature_bit(35)).has_value());
   EXPECT_EQ(device->negotiated_features(), 0U);
   EXPECT_TRUE(device->set_features(device->offered_features()).has_value());
   EXPECT_EQ(device->negotiated_features(), device->offered_features());

@@ -19,7 +19,6 @@ using testing::EventFd;
 using testing::MemFd;
 using testing::pattern;
 using testing::Rig;
-using testing::RigOptions;
 using testing::Used;
 
 constexpr std::uint16_t kSize = 64;
@@ -116,6 +115,7 @@ TEST(InflightArea, must_be_a_file_that_can_be_written) {
   std::array<int, 2> pipe{};
   ASSERT_EQ(::pipe2(pipe.data(), O_CLOEXEC), 0);
   const int directory = ::open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  ASSERT_GE(directory, 0);
   const int closed = ::dup(directory);
   ::close(closed);
   for (const int fd : {event.fd(), pipe[0], pipe[1], directory, closed, -1})

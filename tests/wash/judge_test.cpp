@@ -42,7 +42,6 @@ class Laboratory {
  public:
   Laboratory() : preset_(*rules().preset("smoke")), cells_(cells_of(rules(), preset_, {"image"})) {
     preset_.slowdown = 0.2;
-    preset_.control_wash_share_min = 0.9;
     preset_.noisy_share_max = 0.25;
     truths_["threads-slowed"].cpu = 1.2;
   }
