@@ -227,7 +227,9 @@ Expected<std::size_t> BlkDriver::poll(std::uint16_t index) {
 
 Expected<void> BlkDriver::sleep(std::uint16_t index, std::chrono::nanoseconds timeout) {
   DriverQueue& ring = *queues_[index].ring;
-  if (!ring.wait(timeout, frontend_->socket()).by_other_fd || !frontend_->is_hung_up()) return {};
+  const auto woken = ring.wait(timeout, frontend_->socket());
+  // A backend that ends answers first: what it has answered counts.
+  if (woken.by_device || !woken.by_other_fd || !frontend_->is_hung_up()) return {};
   return make_error(ErrorKind::kIo,
                     fmt::format("the backend has closed the connection, {} requests "
                                 "of queue {} in flight",
