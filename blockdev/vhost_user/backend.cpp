@@ -571,8 +571,10 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
 void Backend::stop(Ring& ring, Afterwards afterwards) {
   if (ring.queue == nullptr) return;
   using enum virtio::BlkQueue::Unfinished;
-  const auto unfinished =
-      inflight_ != nullptr || afterwards == Afterwards::kRunsAgain ? kLeave : kFail;
+  // The in-flight area does not go where a guest is migrated to.
+  const bool has_successor = inflight_ != nullptr && (features_ & bit(kFLogAll)) == 0;
+  const bool is_left = has_successor || afterwards == Afterwards::kRunsAgain;
+  const auto unfinished = is_left ? kLeave : kFail;
   blockdev::IoThread& thread = thread_of(ring);
   std::promise<void> stopped;
   thread.loop().post([this, &ring, &stopped, unfinished] {
