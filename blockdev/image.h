@@ -46,6 +46,11 @@ struct ImageOptions {
   // kQcow2 only; 0: as qcow2_node.h says. For each image of a chain of backing files.
   std::uint64_t l2_cache_bytes{0};
   std::uint64_t refcount_cache_bytes{0};
+  // kQcow2, read_only only: the disk as it was in this internal snapshot
+  // (qcow2/snapshots.h, header_of_snapshot()).
+  std::string snapshot;
+  // Without it others may write the image meanwhile, and what is read may be anything.
+  bool lock{true};
 };
 
 }  // namespace vblk::blockdev

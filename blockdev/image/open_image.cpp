@@ -21,6 +21,7 @@
 #include "blockdev/null_node.h"
 #include "blockdev/private_context.h"
 #include "blockdev/qcow2/qcow2_node.h"
+#include "blockdev/qcow2/snapshots.h"
 #include "blockdev/raw_node.h"
 
 namespace vblk::blockdev {
@@ -128,6 +129,7 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
   backing.path = *path;
   backing.read_only = true;
   backing.write_behind_bytes = 0;
+  backing.snapshot.clear();
   if (header.backing_format == "raw") {
     backing.format = ImageFormat::kRaw;
   } else if (header.backing_format == "qcow2") {
@@ -184,6 +186,10 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_qcow2(const ImageOptions& opti
   if (!file) return std::unexpected(std::move(file.error()));
   auto header = qcow2::read_header(**file, make_private_context);
   if (!header) return std::unexpected(std::move(header.error()));
+  if (!options.snapshot.empty()) {
+    header = qcow2::header_of_snapshot(**file, *header, options.snapshot, make_private_context);
+    if (!header) return std::unexpected(std::move(header.error()));
+  }
   std::unique_ptr<RawNode> data_file;
   if (header->has_data_file()) {
     auto opened = open_data_file(options, *header);

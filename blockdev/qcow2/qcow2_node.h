@@ -90,6 +90,10 @@ class Qcow2Node final : public blockdev::BlockNode {
   [[nodiscard]] blockdev::FlushStatistics flush_statistics() const override {
     return flushes_.statistics();
   }
+  [[nodiscard]] Task<int> range_status(IoContext& context, std::uint64_t offset_bytes,
+                                       std::uint64_t length_bytes,
+                                       blockdev::RangeStatus& status) override;
+  [[nodiscard]] BlockNode* backing_node() const override { return parts_.backing.get(); }
 
  protected:
   void do_submit(BlockRequest& request, IoContext& context) override;
