@@ -18,6 +18,7 @@ int convert_command(std::span<const std::string> words);
 int compare_command(std::span<const std::string> words);
 int measure_command(std::span<const std::string> words);
 int resize_command(std::span<const std::string> words);
+int snapshot_command(std::span<const std::string> words);
 
 // Prints "vblk img: MESSAGE" on standard error; returns `status`.
 int fail(std::string_view message, int status = 1);

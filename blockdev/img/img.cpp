@@ -38,19 +38,21 @@ constexpr std::array kCommands{
     Command{"info", info_command, "[-f FORMAT] [--output=human|json] [--backing-chain] [-U] FILE"},
     Command{"map", map_command,
             "[-f FORMAT] [--start-offset=OFFSET] [--max-length=LENGTH] [--output=human|json] [-U]\n"
-            "          FILE"},
+            "           FILE"},
     Command{"measure", measure_command,
             "[--output=human|json] [-O FORMAT] [-o OPTIONS] [-U]\n"
-            "          [--size N | [-f FORMAT] [-l SNAPSHOT] FILE]"},
+            "           [--size N | [-f FORMAT] [-l SNAPSHOT] FILE]"},
     Command{"resize", resize_command,
-            "[-f FORMAT] [--preallocation=MODE] [-q] [--shrink] FILE [+|-]SIZE"}};
+            "[-f FORMAT] [--preallocation=MODE] [-q] [--shrink] FILE [+|-]SIZE"},
+    Command{"snapshot", snapshot_command,
+            "[-U] [-q] [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] FILE"}};
 
 void print_usage() {
   fmt::print(
       "Usage: vblk img COMMAND [options]\n\n"
       "Makes, describes, checks and converts raw and qcow2 images; commands, options, output\n"
       "and exit statuses are those of qemu-img.\n\nCommands:\n");
-  for (const Command& command : kCommands) fmt::print("  {:8}{}\n", command.name, command.usage);
+  for (const Command& command : kCommands) fmt::print("  {:9}{}\n", command.name, command.usage);
   fmt::print(
       "\nFORMAT is raw or qcow2; without it the file's first bytes tell. '-o help' lists the\n"
       "options of a format. Sizes are in bytes, or with a suffix k, M, G, T, P, E.\n"

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <ctime>
 #include <optional>
 #include <sys/stat.h>
 #include <utility>
@@ -15,6 +14,7 @@
 #include "blockdev/img/engines.h"
 #include "blockdev/img/json.h"
 #include "blockdev/img/names.h"
+#include "blockdev/img/snapshot_list.h"
 #include "blockdev/img/source.h"
 #include "blockdev/qcow2/bitmaps.h"
 #include "blockdev/qcow2/snapshots.h"
@@ -171,32 +171,6 @@ boost::json::object to_json(const ImageInfo& info) {
     object["snapshots"] = std::move(snapshots);
   }
   return object;
-}
-
-std::string local_time(std::uint32_t seconds) {
-  const std::time_t time = seconds;
-  std::tm parts{};
-  ::localtime_r(&time, &parts);
-  std::array<char, 32> text{};
-  const std::size_t length = std::strftime(text.data(), text.size(), "%Y-%m-%d %H:%M:%S", &parts);
-  return {text.data(), length};
-}
-
-void print_snapshots(const std::vector<qcow2::Snapshot>& snapshots) {
-  fmt::print("Snapshot list:\n{:<9} {:<16} {:>8} {:>19} {:>12} {:>10}\n", "ID", "TAG", "VM SIZE",
-             "DATE", "VM CLOCK", "ICOUNT");
-  for (const qcow2::Snapshot& snapshot : snapshots) {
-    const qcow2::SnapshotEntry& entry = snapshot.entry;
-    const std::uint64_t seconds = entry.vm_clock_nanoseconds / kNanoseconds;
-    const std::string clock =
-        fmt::format("{:02}:{:02}:{:02}.{:03}", seconds / 3600, seconds / 60 % 60, seconds % 60,
-                    entry.vm_clock_nanoseconds / 1'000'000 % 1000);
-    const std::string count =
-        entry.instructions == ~std::uint64_t{0} ? "" : std::to_string(entry.instructions);
-    fmt::print("{:<9} {:<16} {:>8} {:>19} {:>12} {:>10}\n", printable(snapshot.id),
-               printable(snapshot.name), human_size(entry.vm_state_bytes),
-               local_time(entry.date_seconds), clock, count);
-  }
 }
 
 void print_format_specific(const ImageInfo& info) {

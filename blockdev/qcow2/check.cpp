@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <limits>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <fmt/core.h>
@@ -12,6 +13,7 @@
 #include "blockdev/qcow2/bitmaps.h"
 #include "blockdev/qcow2/refcount_layout.h"
 #include "blockdev/qcow2/snapshots.h"
+#include "blockdev/qcow2/table_reader.h"
 
 namespace vblk::qcow2 {
 
@@ -19,14 +21,10 @@ using blockdev::AlignedBuffer;
 using blockdev::BlockIo;
 using blockdev::BlockOperation;
 using blockdev::IoContext;
-using blockdev::IoGroup;
 using blockdev::Task;
 
 namespace {
 
-// Tables are read in pieces of up to this, of which this many are in flight.
-constexpr std::uint64_t kPieceBytesMax = std::uint64_t{2} << 20;
-constexpr std::size_t kPiecesInFlight = 8;
 // "Snapshot extra data": version 3 has these two fields; more than that is nothing anybody knows.
 constexpr std::uint32_t kSnapshotExtraBytesMin = 16;
 constexpr std::uint32_t kSnapshotExtraBytesMax = 1024;
@@ -47,39 +45,6 @@ struct Named {
   std::uint32_t total;
 };
 
-// Reads tables of a cluster each at ascending offsets, in as few pieces as possible, and shows them
-// to `visit(index, bytes)`.
-template <typename Offset, typename Visit>
-Task<int> read_tables(blockdev::RawNode& file, IoContext& context, std::uint64_t table_bytes,
-                      std::size_t count, const Offset& offset_of, const Visit& visit) {
-  struct Piece {
-    std::size_t first;
-    std::size_t count;
-    AlignedBuffer bytes;
-  };
-  for (std::size_t next = 0; next < count;) {
-    std::vector<Piece> pieces;
-    IoGroup group(context);
-    while (next < count && pieces.size() < kPiecesInFlight) {
-      std::size_t length = 1;
-      while (next + length < count && (length + 1) * table_bytes <= kPieceBytesMax &&
-             offset_of(next + length) == offset_of(next) + length * table_bytes)
-        ++length;
-      pieces.push_back({next, length, AlignedBuffer(length * table_bytes)});
-      AlignedBuffer& bytes = pieces.back().bytes;
-      group.start(file, BlockOperation::kRead, offset_of(next), {{bytes.data(), bytes.size()}});
-      next += length;
-    }
-    const int error = co_await group;
-    if (error != 0) co_return error;
-    for (Piece& piece : pieces) {
-      for (std::size_t i = 0; i < piece.count; ++i)
-        visit(piece.first + i, piece.bytes.bytes().subspan(i * table_bytes, table_bytes));
-    }
-  }
-  co_return 0;
-}
-
 class Checker {
  public:
   Checker(blockdev::RawNode& file, IoContext& context, const Header& header,
@@ -95,6 +60,11 @@ class Checker {
   // After run(), which `keeps_references` for it.
   Task<int> repair(Repair repair, Header& header, RepairResult& result);
   void keep_references() { keeps_references_ = true; }
+  // Without those of the refcount table to itself and its blocks.
+  [[nodiscard]] std::vector<std::uint32_t> take_references() {
+    references_of_content_.resize(geometry_.clusters_of(file_.data_bytes()));
+    return std::move(references_of_content_);
+  }
 
  private:
   struct Sector {
@@ -710,6 +680,16 @@ Task<int> check_image(blockdev::RawNode& file, IoContext& context, const Header&
                       const TellFinding& tell, CheckResult& result) {
   Checker checker(file, context, header, tell, result);
   const int error = co_await checker.run();
+  co_return error;
+}
+
+Task<int> survey_image(blockdev::RawNode& file, IoContext& context, const Header& header,
+                       const TellFinding& tell, CheckResult& result,
+                       std::vector<std::uint32_t>& references) {
+  Checker checker(file, context, header, tell, result);
+  checker.keep_references();
+  const int error = co_await checker.run();
+  if (error == 0) references = checker.take_references();
   co_return error;
 }
 

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "blockdev/qcow2/header.h"
 #include "blockdev/raw_node.h"
@@ -44,6 +45,12 @@ inline constexpr std::uint64_t kCheckClustersMax = std::uint64_t{1} << 28;
 // ended early: EFBIG (too many clusters), those of the file.
 blockdev::Task<int> check_image(blockdev::RawNode& file, blockdev::IoContext& context,
                                 const Header& header, const TellFinding& tell, CheckResult& result);
+
+// The same, and how often each cluster of the file is named, by everything but the refcount
+// structures: what their content ought to be.
+blockdev::Task<int> survey_image(blockdev::RawNode& file, blockdev::IoContext& context,
+                                 const Header& header, const TellFinding& tell, CheckResult& result,
+                                 std::vector<std::uint32_t>& references);
 
 enum class Repair : std::uint8_t {
   kLeaks,  // refcounts that are too high are lowered

@@ -303,6 +303,8 @@ void encode_header_fields(const Header& header, std::span<std::byte, kHeaderSect
   store_be(to + kL1OffsetAt, header.l1_table_offset);
   store_be(to + kRefcountTableAt, header.refcount_table_offset);
   store_be(to + kRefcountClustersAt, header.refcount_table_clusters);
+  store_be(to + kSnapshotCountAt, header.snapshot_count);
+  store_be(to + kSnapshotsAt, header.snapshots_offset);
   if (header.version < 3) return;
   store_be(to + kIncompatibleAt, header.incompatible_features);
   store_be(to + kAutoclearAt, header.autoclear_features);

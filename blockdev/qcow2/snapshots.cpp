@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <span>
 #include <utility>
 
 #include <fmt/core.h>
@@ -18,7 +19,7 @@ using blockdev::BlockOperation;
 namespace {
 
 // "Snapshot table entry": byte offsets.
-constexpr std::uint64_t kFixedBytes = 40;
+constexpr std::uint64_t kFixedBytes = SnapshotEntry::kFixedBytes;
 constexpr std::size_t kL1EntriesAt = 8;
 constexpr std::size_t kIdBytesAt = 12;
 constexpr std::size_t kNameBytesAt = 14;
@@ -94,6 +95,30 @@ blockdev::Task<int> visit_snapshots(blockdev::BlockNode& file, blockdev::IoConte
   }
   table.length_bytes = at;
   co_return 0;
+}
+
+std::vector<std::byte> encode_snapshot(const SnapshotEntry& entry, std::string_view id) {
+  constexpr std::uint32_t kExtraBytes = 24;
+  const std::size_t length = kFixedBytes + kExtraBytes + id.size() + entry.name.size();
+  std::vector<std::byte> bytes((length + 7) / 8 * 8);
+  std::byte* const to = bytes.data();
+  store_be(to, entry.l1_table.offset);
+  store_be(to + kL1EntriesAt, static_cast<std::uint32_t>(entry.l1_table.length / 8));
+  store_be(to + kIdBytesAt, static_cast<std::uint16_t>(id.size()));
+  store_be(to + kNameBytesAt, static_cast<std::uint16_t>(entry.name.size()));
+  store_be(to + kDateSecondsAt, entry.date_seconds);
+  store_be(to + kDateNanosecondsAt, entry.date_nanoseconds);
+  store_be(to + kVmClockAt, entry.vm_clock_nanoseconds);
+  store_be(to + kVmStateBytesAt,
+           static_cast<std::uint32_t>(std::min<std::uint64_t>(entry.vm_state_bytes, 0xffff'ffffU)));
+  store_be(to + kExtraBytesAt, kExtraBytes);
+  store_be(to + kLargeVmStateAt, entry.vm_state_bytes);
+  store_be(to + kDiskBytesAt, entry.disk_bytes);
+  store_be(to + kInstructionsAt, entry.instructions);
+  std::byte* const texts =
+      std::ranges::copy(std::as_bytes(std::span(id)), to + kFixedBytes + kExtraBytes).out;
+  std::ranges::copy(std::as_bytes(std::span(entry.name)), texts);
+  return bytes;
 }
 
 Expected<std::vector<Snapshot>> read_snapshots(blockdev::RawNode& file, const Header& header,

@@ -2,6 +2,7 @@
 // be done without looking elsewhere.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -18,6 +19,9 @@ namespace vblk::qcow2 {
 
 // One entry. The texts are the table's own, and any bytes.
 struct SnapshotEntry {
+  // What comes before the texts and the extra data.
+  static constexpr std::uint64_t kFixedBytes = 40;
+
   Extent l1_table;
   std::string_view id;
   std::string_view name;
@@ -44,6 +48,10 @@ using VisitSnapshot = std::function<bool(const SnapshotEntry& entry)>;
 blockdev::Task<int> visit_snapshots(blockdev::BlockNode& file, blockdev::IoContext& context,
                                     const Header& header, std::uint64_t file_end,
                                     const VisitSnapshot& visit, SnapshotTable& table);
+
+// The bytes of an entry in the table, padded; with `id` in place of the entry's.
+[[nodiscard]] std::vector<std::byte> encode_snapshot(const SnapshotEntry& entry,
+                                                     std::string_view id);
 
 // An entry that is kept.
 struct Snapshot {

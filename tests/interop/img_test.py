@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 
-from harness import Folder, Report, Server, allocated_bytes, make_sparse, test_seed  # noqa: E402
+from harness import Folder, Report, Server, allocated_bytes, test_seed, wait_until  # noqa: E402
 from qcow2_images import (COPIED, KIB, MIB, OFFSET_MASK, SECTOR, Header, check, is_clean, option_matrix,  # noqa: E402
                           qemu_img, qemu_io, read_number, unique_content, write_number)
 
@@ -56,6 +56,11 @@ def same(report, name, vblk, arguments, change=lambda text: text, **options):
 
 def as_json(text):
     return json.loads(text) if text.strip() else None
+
+
+def released(path):
+    """Waits until the kernel has given up the locks of a process that was killed."""
+    return wait_until(lambda: "lock" not in QEMU("info", path)[2])
 
 
 def without_holes(text):
@@ -538,6 +543,110 @@ def resizes_alike(report, vblk, folder, rng):
         path.unlink()
 
 
+# ---- snapshot
+
+def snapshots_alike(report, vblk, folder, rng):
+    """The same orders to both; afterwards both images are the same disk, with the same snapshots, and clean."""
+    wrong, orders = [], 0
+    for options in ([], ["-o", "cluster_size=4k,refcount_bits=32"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"],
+                    ["-o", "cluster_size=512"], ["-o", "refcount_bits=64,lazy_refcounts=on"]):
+        paths = [folder / "theirs.qcow2", folder / "ours.qcow2"]
+        raw = folder / "raw"
+        raw.write_bytes(content(rng, 2 * MIB))
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", "-c", *options, raw, paths[0])
+        shutil.copy(paths[0], paths[1])
+        names = []
+        for step in range(12):
+            kind = rng.choice(["-c", "-c", "-a", "-d", "write"] if names else ["-c", "write"])
+            name = f"s{step}" if kind == "-c" else rng.choice([*names, *names, "none"]) if names else ""
+            if kind == "write":
+                at = rng.randrange(20) * 96 * KIB // SECTOR * SECTOR
+                for path in paths:
+                    qemu_io(path, f"write -P {step + 1} {at} {(step * 37 % 300 + 1) * SECTOR}")
+                continue
+            orders += 1
+            ended = [tool("snapshot", kind, name, path)[0] for tool, path in zip((QEMU, vblk), paths)]
+            if kind == "-c":
+                names.append(name)
+            elif kind == "-d" and name in names:
+                names.remove(name)
+            listed = [[(s["id"], s["name"], s["vm-state-size"], s["icount"]) for s in
+                       as_json(QEMU.works("info", "--output=json", path)).get("snapshots", [])] for path in paths]
+            judged = check(paths[1])
+            found = identical(paths[0], "qcow2", paths[1], "qcow2")
+            if ended[0] != ended[1] or listed[0] != listed[1] or not is_clean(judged) or found[0] != 0:
+                wrong.append(f"{options} step {step} {kind} {name}: {ended} {listed} {judged['text']} {found}")
+        for name in names:
+            raws = [folder / "one.raw", folder / "other.raw"]
+            for path, to in zip(paths, raws):
+                QEMU.works("convert", "-l", f"snapshot.name={name}", "-O", "raw", path, to)
+            if raws[0].read_bytes() != raws[1].read_bytes():
+                wrong.append(f"{options}: snapshot {name} has another content")
+        same(report, f"snapshot -l {' '.join(options)}", vblk, ["snapshot", "-l", paths[0]])
+    report.check("snapshots are made, taken back to and removed as qemu-img does it", not wrong and orders > 25,
+                 f"{orders}\n" + "\n".join(wrong[:3]))
+    image = folder / "grow.qcow2"
+    QEMU.works("create", "-f", "qcow2", image, "3M")
+    qemu_io(image, "write -P 3 0 3M")
+    vblk.works("snapshot", "-c", "small", image)
+    QEMU.works("resize", image, "700M")
+    qemu_io(image, "write -P 4 600M 1M")
+    vblk.works("snapshot", "-c", "large", image)
+    vblk.works("snapshot", "-a", "small", image)
+    sizes = [as_json(QEMU.works("info", "--output=json", image))["virtual-size"]]
+    vblk.works("snapshot", "-a", "large", image)
+    sizes.append(as_json(QEMU.works("info", "--output=json", image))["virtual-size"])
+    report.check("a snapshot brings its size back", sizes == [3 * MIB, 700 * MIB] and is_clean(check(image)), sizes)
+    vblk.works("snapshot", "-d", "large", image)
+    vblk.works("snapshot", "-d", "small", image)
+    report.check("what is removed gives its space back",
+                 is_clean(check(image)) and allocated_bytes(image) < 6 * MIB and identical(image, "qcow2", image, "qcow2")[0] == 0,
+                 allocated_bytes(image))
+    QEMU.works("bitmap", "--add", image, "b")
+    narrow = folder / "narrow.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "refcount_bits=1", narrow, "1M")
+    qemu_io(narrow, "write -P 3 0 1M")
+    fresh = folder / "fresh.qcow2"
+    shutil.copy(narrow, fresh)
+    each_fails(report, "snapshot refuses what qemu-img refuses", vblk, [
+        ["snapshot", "-c", "x", raw], ["snapshot", "-a", "none", image], ["snapshot", "-d", "none", image],
+        ["snapshot", "-l", "-c", "x", image], ["snapshot"], ["snapshot", "-c"], ["snapshot", "-c", "x", narrow]], folder)
+    before = fresh.read_bytes()
+    report.check("and leaves such an image alone",
+                 vblk("snapshot", "-c", "x", fresh)[0] == 1 and fresh.read_bytes() == before)
+    # Killed at any write: no error, leaks at most.
+    sound = folder / "sound.qcow2"
+    QEMU.works("create", "-f", "qcow2", "-o", "cluster_size=4k", sound, "3M")
+    qemu_io(sound, "write -P 3 0 1M")
+    QEMU.works("snapshot", "-c", "one", sound)
+    qemu_io(sound, "write -P 4 500k 1M")
+    wrong, interrupted = [], 0
+    before = folder / "before.raw"
+    QEMU.works("convert", "-O", "raw", sound, before)
+    for order in (["-c", "two"], ["-d", "one"], ["-a", "one"]):
+        for when in range(3, 33, 3):
+            copy = folder / "copy.qcow2"
+            shutil.copy(sound, copy)
+            process = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", f"inject=io_uring_enter,pwritev2:signal=KILL:when={when}",
+                                        *vblk.command, "snapshot", *order, copy],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process.wait(20)
+            interrupted += process.returncode != 0
+            released(copy)
+            found = check(copy)
+            if found["corruptions"] or found["check-errors"]:
+                wrong.append(f"{order} {when}: {found['text'][:600]}")
+            if order[0] != "-a" and identical(before, "raw", copy, "qcow2")[0] != 0:
+                wrong.append(f"{order} {when}: the disk has changed")
+            vblk("check", "-r", "all", copy)
+            if vblk("snapshot", "-c", "three", copy)[0] != 0 or not is_clean(check(copy)):
+                wrong.append(f"{order} {when}: of no use afterwards")
+    report.check("snapshot killed on the way: as it was or as it is to be, with leaks at most", not wrong and interrupted > 12,
+                 f"{interrupted}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
 # ---- check of damaged images
 
 class Damage:
@@ -635,6 +744,7 @@ def repairs(report, vblk, folder, images, rng):
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process.wait(20)
         interrupted += process.returncode not in (0, 1, 2, 3)
+        released(broken)
         after = as_json(vblk("check", "--output=json", broken)[1])
         # A file that has grown has more refcounts that cannot be read.
         if after["check-errors"] > 2 * before["check-errors"] or \
@@ -735,6 +845,7 @@ def main():
         "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
         "compares_alike": lambda folder: compares_alike(report, vblk, folder, rng),
         "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
+        "snapshots_alike": lambda folder: snapshots_alike(report, vblk, folder, rng),
         "damaged": lambda folder: damaged(report, vblk, folder, rng),
     }
     for name, test in tests.items():
