@@ -8,7 +8,7 @@ namespace vblk::img {
 
 namespace {
 
-std::unexpected<Error> usage_error(std::string message) {
+std::unexpected<Error> usage_error(const std::string& message) {
   return make_error(ErrorKind::kInvalidArgument, message + "; see vblk img --help");
 }
 

@@ -17,6 +17,7 @@ int check_command(std::span<const std::string> words);
 int convert_command(std::span<const std::string> words);
 int compare_command(std::span<const std::string> words);
 int measure_command(std::span<const std::string> words);
+int rebase_command(std::span<const std::string> words);
 int resize_command(std::span<const std::string> words);
 int snapshot_command(std::span<const std::string> words);
 

@@ -42,6 +42,8 @@ constexpr std::array kCommands{
     Command{"measure", measure_command,
             "[--output=human|json] [-O FORMAT] [-o OPTIONS] [-U]\n"
             "           [--size N | [-f FORMAT] [-l SNAPSHOT] FILE]"},
+    Command{"rebase", rebase_command,
+            "[-f FORMAT] [-t CACHE] [-T CACHE] [-p] [-q] [-u] -b BACKING [-F FORMAT] FILE"},
     Command{"resize", resize_command,
             "[-f FORMAT] [--preallocation=MODE] [-q] [--shrink] FILE [+|-]SIZE"},
     Command{"snapshot", snapshot_command,

@@ -121,6 +121,47 @@ TEST(Qcow2HeaderWriting, fits_names_into_the_smallest_cluster_or_refuses_them) {
   EXPECT_FALSE(encode_header(header, cluster));
 }
 
+// What nobody here knows is somebody's all the same.
+TEST(Qcow2HeaderWriting, gives_an_image_another_backing_file_and_leaves_the_rest) {
+  for (const std::size_t room : {std::size_t{4096}, std::size_t{512}}) {
+    Header header;
+    header.geometry.cluster_bits = room == 512 ? 9 : 12;
+    header.size_bytes = 512;
+    header.l1_entries = 1;
+    header.l1_table_offset = room;
+    header.refcount_table_offset = 2 * room;
+    header.refcount_table_clusters = 1;
+    header.backing_format = "raw";
+    header.backing_file = "old";
+    Bytes cluster(room);
+    ASSERT_TRUE(encode_header(header, cluster));
+    // An extension of unknown kind in place of the names of features, or of the end.
+    const std::size_t at = 112 + 16;
+    put_be(cluster, 8, 8, 0);
+    put_be(cluster, at, 4, 0x12345678);
+    put_be(cluster, at + 4, 4, 5);
+    put_be(cluster, at + 8, 8, 0x6162636465000000);
+    put_be(cluster, at + 16, 8, 0);
+    ASSERT_TRUE(replace_backing_file(cluster, "a new one", "qcow2"));
+    const auto decoded = decode_header(cluster, "a.qcow2");
+    ASSERT_TRUE(decoded) << decoded.error().message;
+    EXPECT_EQ(decoded->backing_file, "a new one");
+    EXPECT_EQ(decoded->backing_format, "qcow2");
+    const std::string text(reinterpret_cast<const char*>(cluster.data()), cluster.size());
+    EXPECT_NE(text.find("abcde"), std::string::npos);
+    EXPECT_EQ(text.find("old"), std::string::npos);
+    ASSERT_TRUE(replace_backing_file(cluster, "", ""));
+    EXPECT_EQ(decode_header(cluster, "a.qcow2")->backing_file, "");
+    EXPECT_EQ(decode_header(cluster, "a.qcow2")->backing_format, "");
+    const Bytes before = cluster;
+    EXPECT_FALSE(replace_backing_file(cluster, std::string(1024, 'x'), "raw"));
+    if (room == 512) {
+      EXPECT_FALSE(replace_backing_file(cluster, std::string(400, 'x'), "raw"));
+    }
+    EXPECT_EQ(cluster, before);
+  }
+}
+
 // ---- Reading one.
 
 TEST(Qcow2Header, is_decoded_field_by_field) {
@@ -213,15 +254,19 @@ TEST(Qcow2Header, changes_only_the_fields_that_can) {
   ASSERT_TRUE(header.has_value());
   header->refcount_table_offset = 9 * kCluster;
   header->refcount_table_clusters = 2;
+  header->snapshot_count = 3;
+  header->snapshots_offset = 7 * kCluster;
   header->incompatible_features = kIncompatCorrupt;
   std::array<std::byte, kHeaderSectorBytes> sector{};
   sector.fill(std::byte{0xab});
   encode_header_fields(*header, std::span(sector));
   EXPECT_EQ(testing::get_be(sector, 48, 8), 9 * kCluster);
   EXPECT_EQ(testing::get_be(sector, 56, 4), 2U);
+  EXPECT_EQ(testing::get_be(sector, 60, 4), 3U);
+  EXPECT_EQ(testing::get_be(sector, 64, 8), 7 * kCluster);
   EXPECT_EQ(testing::get_be(sector, 72, 8), kIncompatCorrupt);
   EXPECT_EQ(testing::get_be(sector, 0, 4), 0xababababU);
-  EXPECT_EQ(testing::get_be(sector, 60, 4), 0xababababU);
+  EXPECT_EQ(testing::get_be(sector, 32, 4), 0xababababU);
   EXPECT_EQ(testing::get_be(sector, 96, 8), 0xababababababababU);
 }
 
