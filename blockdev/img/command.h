@@ -14,6 +14,7 @@ int info_command(std::span<const std::string> words);
 int create_command(std::span<const std::string> words);
 int map_command(std::span<const std::string> words);
 int check_command(std::span<const std::string> words);
+int commit_command(std::span<const std::string> words);
 int convert_command(std::span<const std::string> words);
 int compare_command(std::span<const std::string> words);
 int measure_command(std::span<const std::string> words);

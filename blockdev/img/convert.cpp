@@ -222,7 +222,7 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
   if (!image) return std::unexpected(std::move(image.error()));
   Progress progress(options.show_progress, plan.size_bytes);
   plan.writer = (*image)->writer();
-  plan.target_has_backing = !options.create.backing_file.empty();
+  if (!options.create.backing_file.empty()) plan.depth_max = 0;
   if (plan.writer == nullptr) {
     plan.target = &(*image)->target().file();
     plan.target_reads_zero = (*image)->reads_zero();

@@ -126,9 +126,9 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
     if (source != nullptr) {
       // Further than the chunk reaches: what has nothing is passed over as a whole.
       ChainStatus status;
-      const int error = co_await chain_status(*source->node, context, at - begin,
-                                              source->size_bytes() - (at - begin),
-                                              plan_.target_has_backing ? 0 : kWholeChain, status);
+      const int error =
+          co_await chain_status(*source->node, context, at - begin,
+                                source->size_bytes() - (at - begin), plan_.depth_max, status);
       if (error != 0) co_return error;
       piece.end = at + status.length_bytes;
       if (status.is_data) {
@@ -157,7 +157,7 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
 // A cluster of the target that the source has in part, and its backing file in another, is taken
 // whole from the source.
 void Converter::widen_to_clusters(const Chunk& chunk, std::vector<Piece>& pieces) const {
-  if (!plan_.target_has_backing) return;
+  if (plan_.writer == nullptr || plan_.depth_max == kWholeChain) return;
   const std::uint64_t mask = plan_.writer->header().geometry.cluster_mask();
   std::vector<Piece> widened;
   const auto add = [&widened](Piece piece) {
@@ -352,7 +352,7 @@ Task<int> Converter::write_disk(IoContext& context, const Chunk& chunk,
   if (plan_.in_order) turns_.pass(context);
   int error = co_await group;
   for (const Piece& piece : pieces) {
-    if (error != 0 || piece.content == Content::kData || zeroes_need_nothing()) continue;
+    if (error != 0 || piece.content != Content::kZero || zeroes_need_nothing()) continue;
     BlockIo zeroes(*plan_.target, context, BlockOperation::kWriteZeroes, piece.begin,
                    piece.end - piece.begin);
     zeroes.may_unmap = true;

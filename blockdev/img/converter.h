@@ -33,8 +33,9 @@ struct ConvertPlan {
   qcow2::ImageWriter* writer{nullptr};
   BlockNode* target{nullptr};
   bool target_reads_zero{false};  // what is not written to `target` is zero already
-  // What only the source's backing file has is left to the target's.
-  bool target_has_backing{false};
+  // What the source's images down to this depth do not have is left to the target, and what they
+  // have may have to be zeroed there. kWholeChain: the target has nothing of the source's.
+  unsigned depth_max{kWholeChain};
   // Runs of zeroes of this length are not written; 0: everything is.
   std::uint64_t sparse_bytes{4096};
   std::optional<qcow2::Compression> compression;
@@ -86,7 +87,7 @@ class Converter {
   // Whether a range that reads as zeroes needs nothing to be done.
   [[nodiscard]] bool zeroes_need_nothing() const {
     if (plan_.sparse_bytes == 0) return false;
-    return plan_.writer != nullptr ? !plan_.target_has_backing : plan_.target_reads_zero;
+    return plan_.writer != nullptr ? plan_.depth_max == kWholeChain : plan_.target_reads_zero;
   }
   [[nodiscard]] Source* source_at(std::uint64_t offset, std::uint64_t& begin) const;
 

@@ -26,6 +26,8 @@ struct Command {
 constexpr std::array kCommands{
     Command{"check", check_command,
             "[-q] [-f FORMAT] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE"},
+    Command{"commit", commit_command,
+            "[-q] [-f FORMAT] [-t CACHE] [-b BASE] [-r RATE] [-d] [-p] FILE"},
     Command{"compare", compare_command,
             "[-f FORMAT] [-F FORMAT] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2"},
     Command{

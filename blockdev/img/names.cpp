@@ -12,7 +12,7 @@ std::string printable(std::string_view text) {
 }
 
 std::string resolve_name(const std::string& image, const std::string& name) {
-  const std::string path = name.starts_with("file:") ? name.substr(5) : name;
+  std::string path = name.starts_with("file:") ? name.substr(5) : name;
   const std::size_t colon = path.find(':');
   const bool has_protocol =
       colon != std::string::npos && colon < path.find('/') && !name.starts_with("file:");

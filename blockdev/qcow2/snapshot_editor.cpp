@@ -413,4 +413,15 @@ Task<int> SnapshotEditor::apply(std::string_view id_or_name) {
   co_return error;
 }
 
+Task<int> SnapshotEditor::empty() {
+  int error = co_await load();
+  if (error == 0) error = co_await count(l1_table_, -1, true);
+  if (error != 0) co_return error;
+  static_cast<void>(count_clusters(header_.l1_table_offset, l1_table_.size() * 8, -1));
+  std::ranges::fill(l1_table_, 0);
+  error = co_await renew_l1_table(l1_table_);
+  if (error == 0) error = co_await finish();
+  co_return error;
+}
+
 }  // namespace vblk::qcow2

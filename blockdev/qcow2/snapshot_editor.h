@@ -1,5 +1,5 @@
 // Internal snapshots of an image that nobody uses: made, taken back to, removed (qcow2.txt,
-// "Snapshots").
+// "Snapshots"); and the disk emptied, which is the same kind of change.
 //
 // The image is surveyed first (check.h), and refused if it has errors, so that the references that
 // were counted are what refcounts ought to be; leaks end with the change. Nothing that the image
@@ -12,6 +12,7 @@
 //   create   copies, without COPIED flags for what is shared    those that the disk had
 //   apply    copies of the snapshot's, the same                 stay
 //   remove   those in which flags change are written anew       become free
+//   empty    an L1 table that names nothing                     stay
 //
 // COPIED flags in tables of snapshots say nothing ("L2 table entry": only accurate for the active
 // L1 table), so they may stay as they are.
@@ -46,6 +47,9 @@ class SnapshotEditor {
   blockdev::Task<int> apply(std::string_view id_or_name);
   // The first of this name.
   blockdev::Task<int> remove(std::string_view name);
+  // The disk has nothing of its own any more, and reads as its backing file, or zeroes. Snapshots
+  // keep what they have.
+  blockdev::Task<int> empty();
   [[nodiscard]] const std::string& why() const { return why_; }
 
  private:
