@@ -57,9 +57,14 @@ class Checker {
         result_(result) {}
 
   Task<int> run();
-  // After run(), which `keeps_references` for it.
+  // After run(), which has kept the references for it, and with kAll leaves out what repair() will
+  // take away.
   Task<int> repair(Repair repair, Header& header, RepairResult& result);
   void keep_references() { keeps_references_ = true; }
+  void prepare_repair(Repair repair) {
+    keeps_references_ = true;
+    repairs_entries_ = repair == Repair::kAll;
+  }
   // Without those of the refcount table to itself and its blocks.
   [[nodiscard]] std::vector<std::uint32_t> take_references() {
     references_of_content_.resize(geometry_.clusters_of(file_.data_bytes()));
@@ -79,6 +84,9 @@ class Checker {
                        std::vector<Sector>& sectors, RepairResult& result);
   void set_flags_of_l2(std::span<const std::byte> table, std::uint64_t offset,
                        std::vector<Sector>& sectors, RepairResult& result);
+  static void change_word(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                          std::uint64_t word, std::vector<Sector>& sectors);
+  Task<int> write_sectors(std::vector<Sector>& sectors);
   void set_flag(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
                 std::vector<Sector>& sectors, RepairResult& result) const;
   Task<int> flush();
@@ -107,6 +115,14 @@ class Checker {
   [[nodiscard]] std::uint64_t cluster_of(std::uint64_t offset) const {
     return offset >> geometry_.cluster_bits;
   }
+  // Space that cannot be, of a cluster that does not need it: nothing is lost with it.
+  [[nodiscard]] bool is_misplaced_reserve(const L2Entry& entry) const {
+    if ((entry.descriptor & kFlagCompressed) != 0 ||
+        (host_offset(entry) & geometry_.cluster_mask()) == 0)
+      return false;
+    return geometry_.extended_l2 ? (entry.bitmap & (~std::uint64_t{0} >> kSubclusters)) == 0
+                                 : (entry.descriptor & kFlagZero) != 0;
+  }
   // What the refcount blocks say.
   [[nodiscard]] std::uint32_t refcount_at(std::uint64_t offset) const {
     const std::uint64_t cluster = cluster_of(offset);
@@ -127,6 +143,9 @@ class Checker {
   std::vector<std::uint32_t> references_of_content_;  // references_ without the refcounts' own
   std::uint64_t unreadable_refcounts_{0};             // of check_errors
   bool needs_rewrite_{false};                         // of all refcount structures
+  bool repairs_entries_{false};
+  std::vector<Sector> entry_repairs_;
+  std::uint64_t entries_repaired_{0};
 };
 
 // Counts [offset, +length) as referenced. The last cluster of a file may be cut short, no more.
@@ -366,6 +385,13 @@ void Checker::check_l2_table(const Named& table, std::span<const std::byte> byte
     const L2Entry entry{load_be<std::uint64_t>(bytes.data() + at),
                         geometry_.extended_l2 ? load_be<std::uint64_t>(bytes.data() + at + 8) : 0};
     if ((entry.descriptor | entry.bitmap) == 0) continue;
+    if (repairs_entries_ && is_misplaced_reserve(entry)) {
+      tell_(fmt::format("Repairing L2 table at {:#x}, entry {}: it has no cluster at {:#x}",
+                        table.offset, at / step, host_offset(entry)));
+      change_word(bytes, table.offset, at, geometry_.extended_l2 ? 0 : kFlagZero, entry_repairs_);
+      ++entries_repaired_;
+      continue;
+    }
     if ((entry.descriptor & kFlagCompressed) != 0) {
       check_compressed(table, at / step, entry);
     } else {
@@ -510,7 +536,11 @@ Task<int> Checker::flush() {
 Task<int> Checker::repair(Repair repair, Header& header, RepairResult& result) {
   // What could not be read may name anything.
   if (result_.check_errors > unreadable_refcounts_) co_return 0;
-  int error = 0;
+  // First what takes references away: until the refcounts follow, that is a leak.
+  int error = co_await write_sectors(entry_repairs_);
+  result.corruptions_fixed += entries_repaired_;
+  if (error == 0) error = co_await flush();
+  if (error != 0) co_return error;
   if (repair == Repair::kAll && needs_rewrite_) {
     error = co_await rewrite_refcounts(header, result);
   } else if (unreadable_refcounts_ == 0) {
@@ -605,19 +635,32 @@ Task<int> Checker::rewrite_refcounts(Header& header, RepairResult& result) {
   co_return error;
 }
 
-// Changes the entry at byte `at` of a table that lies at `offset`, in a copy of its sector.
-void Checker::set_flag(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
-                       std::vector<Sector>& sectors, RepairResult& result) const {
+// Changes the word at byte `at` of a table that lies at `offset`, in a copy of its sector.
+void Checker::change_word(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                          std::uint64_t word, std::vector<Sector>& sectors) {
   const std::size_t begin = at / blockdev::kSectorBytes * blockdev::kSectorBytes;
   if (sectors.empty() || sectors.back().offset != offset + begin) {
     sectors.push_back({offset + begin, AlignedBuffer(blockdev::kSectorBytes)});
     std::ranges::copy(table.subspan(begin, blockdev::kSectorBytes), sectors.back().bytes.data());
   }
-  std::byte* const word = sectors.back().bytes.data() + (at - begin);
-  const std::uint64_t entry = load_be<std::uint64_t>(word) ^ kFlagCopied;
+  store_be(sectors.back().bytes.data() + (at - begin), word);
+}
+
+void Checker::set_flag(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                       std::vector<Sector>& sectors, RepairResult& result) const {
+  const std::uint64_t entry = load_be<std::uint64_t>(table.data() + at) ^ kFlagCopied;
   tell_(fmt::format("Repairing OFLAG_COPIED of the entry at {:#x}: {:#x}", offset + at, entry));
-  store_be(word, entry);
+  change_word(table, offset, at, entry, sectors);
   ++result.corruptions_fixed;
+}
+
+Task<int> Checker::write_sectors(std::vector<Sector>& sectors) {
+  for (Sector& sector : sectors) {
+    const int error = co_await BlockIo(file_, context_, BlockOperation::kWrite, sector.offset,
+                                       sector.bytes.bytes());
+    if (error != 0) co_return error;
+  }
+  co_return 0;
 }
 
 void Checker::set_flags_of_l1(std::span<const std::byte> table, std::uint64_t offset,
@@ -666,11 +709,7 @@ Task<int> Checker::set_copied_flags(RepairResult& result) {
   };
   int error = co_await read_tables(file_, context_, geometry_.cluster_bytes(), ours.size(),
                                    offset_of, visit);
-  for (Sector& sector : sectors) {
-    if (error != 0) break;
-    error = co_await BlockIo(file_, context_, BlockOperation::kWrite, sector.offset,
-                             sector.bytes.bytes());
-  }
+  if (error == 0) error = co_await write_sectors(sectors);
   co_return error;
 }
 
@@ -698,7 +737,7 @@ Task<int> repair_image(blockdev::RawNode& file, IoContext& context, Header& head
   CheckResult found;
   const Header as_it_was = header;
   Checker checker(file, context, as_it_was, tell, found);
-  checker.keep_references();
+  checker.prepare_repair(repair);
   int error = co_await checker.run();
   if (error == 0) error = co_await checker.repair(repair, header, result);
   co_return error;

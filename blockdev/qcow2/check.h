@@ -62,8 +62,9 @@ struct RepairResult {
   std::uint64_t corruptions_fixed{0};
 };
 
-// Judges, and repairs what the references say how to. Entries that lead nowhere stay: nobody knows
-// what they were. `header` changes where new refcount structures are written.
+// Judges, and repairs what the references say how to. Entries that lead nowhere stay, for nobody
+// knows what they were; unless they are of clusters that read as zeroes, and lose their space.
+// `header` changes where new refcount structures are written.
 //
 // Whatever interrupts it leaves the image no worse, and it can be repeated:
 //   - refcount blocks are changed in place, an entry at a time to what it ought to be;

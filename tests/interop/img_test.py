@@ -820,6 +820,7 @@ class Damage:
             "a refcount of 0": lambda: write_number(self.path, block, 0, ">H"),
             "a refcount of 7": lambda: write_number(self.path, block, 7, ">H"),
             "data that does not begin with a cluster": lambda: self.flip(l2, 512),
+            "space of a zero cluster that does not begin with a cluster": lambda: write_number(self.path, l2, 0x30201),
             "reserved bits of an L2 entry": lambda: self.flip(l2, 1 << 58 | 2),
             "reserved bits of an L1 entry": lambda: self.flip(l1, 1 << 58 | 2),
             "data beyond the end": lambda: self.flip(l2, 1 << 40),
