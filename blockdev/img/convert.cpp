@@ -213,11 +213,13 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
   }
   const auto context = make_context();
   if (!context) return std::unexpected(context.error());
+  // What is left to a backing file has no space of its own.
+  const bool fully_allocated = plan.sparse_bytes == 0 && options.create.backing_file.empty();
   auto image = NewImage::begin(options.target,
                                {.create = options.create,
                                 .size_bytes = plan.size_bytes,
                                 .cache = options.target_cache,
-                                .fully_allocated = plan.sparse_bytes == 0},
+                                .fully_allocated = fully_allocated},
                                **context);
   if (!image) return std::unexpected(std::move(image.error()));
   Progress progress(options.show_progress, plan.size_bytes);

@@ -274,7 +274,7 @@ void Converter::plan_clusters(const Chunk& chunk, const std::vector<Piece>& piec
       has_data = has_data || pieces[i].content == Content::kData;
     const auto bytes = buffers.data.bytes().subspan(at - chunk.begin, cluster_bytes);
     NewCluster cluster;
-    if (plan_.sparse_bytes == 0) has_data = true;
+    if (plan_.sparse_bytes == 0 && pieces[next].content == Content::kZero) has_data = true;
     if (has_data && (plan_.sparse_bytes == 0 || !is_zero(bytes))) {
       cluster = {.content = NewCluster::Content::kData, .bytes = bytes};
     } else if (has_data || pieces[next].content == Content::kZero) {

@@ -342,7 +342,7 @@ def converts_overlays(report, vblk, folder, rng):
     report.check("a chain of five becomes one image",
                  identical(top, "qcow2", folder / "flat.qcow2", "qcow2")[0] == 0 and is_clean(check(folder / "flat.qcow2")))
     for options in ([], ["-o", "compat=0.10"], ["-o", "extended_l2=on"], ["-o", "cluster_size=4k"], ["-c"],
-                    ["-o", "cluster_size=2M"]):
+                    ["-o", "cluster_size=2M"], ["-S", "0"], ["-S", "0", "-o", "cluster_size=4k"], ["-W", "-S", "64k"]):
         over = folder / "over.qcow2"
         vblk.works("convert", "-O", "qcow2", *options, "-B", names[-2].name, "-F", "qcow2", top, over)
         information = as_json(QEMU.works("info", "--output=json", over))
