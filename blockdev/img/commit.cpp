@@ -109,11 +109,11 @@ Expected<void> write_into_base(const CommitOptions& options, const Base& base) {
                       fmt::format("'{}' is a disk of no bytes", base.path));
   }
   if (auto grown = grow(*target->node, source->size_bytes()); !grown) return grown;
-  ConvertPlan plan{.sources = {&*source},
-                   .size_bytes = source->size_bytes(),
-                   .target = target->node.get(),
-                   .depth_max = base.depth - 1,
-                   .rate_bytes = options.rate_bytes};
+  const ConvertPlan plan{.sources = {&*source},
+                         .size_bytes = source->size_bytes(),
+                         .target = target->node.get(),
+                         .depth_max = base.depth - 1,
+                         .rate_bytes = options.rate_bytes};
   Progress progress(options.show_progress, plan.size_bytes);
   if (auto copied = Converter(plan, progress).run(); !copied) return copied;
   const auto context = make_context();
