@@ -57,6 +57,12 @@ void BlockNode::submit(BlockRequest& request, IoContext& context) {
   do_submit(request, context);
 }
 
+Task<int> BlockNode::range_status(IoContext& /*context*/, std::uint64_t /*offset_bytes*/,
+                                  std::uint64_t length_bytes, RangeStatus& status) {
+  status = {.length_bytes = length_bytes};
+  co_return 0;
+}
+
 void BlockNode::resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
   if (size_bytes == 0 || size_bytes % kSectorBytes != 0) {
     return done(make_error(

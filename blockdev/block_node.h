@@ -8,11 +8,13 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "aio/error.h"
 #include "blockdev/block_request.h"
 #include "blockdev/flush_group.h"
+#include "blockdev/task.h"
 
 namespace vblk::blockdev {
 
@@ -28,6 +30,21 @@ struct BlockLimits {
   bool can_write_zeroes{false};
   bool write_zeroes_may_unmap{false};  // whether may_unmap can free space here
   bool operator==(const BlockLimits&) const = default;
+};
+
+// What is known of a range of a disk without reading it; all of it is alike.
+struct RangeStatus {
+  enum class Kind : std::uint8_t {
+    kData,
+    kZero,
+    kBacking,  // what the backing node has there; zeroes where that is none, or ends
+  };
+  Kind kind{Kind::kData};
+  std::uint64_t length_bytes{0};
+  // Where the range lies, if it has space as it is: in which file, and from where on. Not for
+  // compressed data.
+  std::optional<std::uint64_t> file_offset;
+  const std::string* file{nullptr};  // the node's own
 };
 
 class BlockNode {
@@ -62,6 +79,14 @@ class BlockNode {
   // (beyond the end, a change that is not whole sectors, lengths that do not add up), EROFS (change
   // of a read-only disk), EOPNOTSUPP.
   void submit(BlockRequest& request, IoContext& context);
+
+  // How [offset_bytes, +length_bytes) is stored, as far as it is alike from its beginning on; the
+  // range lies within the disk and is not empty. Not for the data path: system calls. On the loop
+  // thread of `context`. 0, or an errno value.
+  [[nodiscard]] virtual Task<int> range_status(IoContext& context, std::uint64_t offset_bytes,
+                                               std::uint64_t length_bytes, RangeStatus& status);
+  // What is read where range_status() says kBacking; nullptr: zeroes.
+  [[nodiscard]] virtual BlockNode* backing_node() const { return nullptr; }
 
   // Makes the disk `size_bytes` long while requests run, on the loop thread of `context`. `done` is
   // called there, at once or later; the new size is stable on the disk by then, and new space reads

@@ -41,12 +41,16 @@ struct ImageOptions {
   bool read_only{false};
   bool share_flushes{true};             // as RawNodeOptions
   std::uint64_t write_behind_bytes{0};  // kWriteback only; as RawNodeOptions
-  bool is_locked{true};                 // false: to be looked at, not to be changed
   bool discard{true};                   // discard and unmapping write zeroes reach the file
   std::uint64_t null_size_bytes{0};     // kNull only
   // kQcow2 only; 0: as qcow2_node.h says. For each image of a chain of backing files.
   std::uint64_t l2_cache_bytes{0};
   std::uint64_t refcount_cache_bytes{0};
+  // kQcow2, read_only only: the disk as it was in this internal snapshot
+  // (qcow2/snapshots.h, header_of_snapshot()).
+  std::string snapshot;
+  // Without it others may write the image meanwhile, and what is read may be anything.
+  bool lock{true};
 };
 
 }  // namespace vblk::blockdev

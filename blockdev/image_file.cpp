@@ -141,7 +141,7 @@ Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options
     ::posix_fadvise(file->buffered_fd_, 0, 0, POSIX_FADV_RANDOM);
     file->probe_alignment();
   }
-  if (!options.is_locked) return file;
+  if (!options.lock) return file;
   if (auto locked = lock_image(file->fd_, options.path, options.read_only); !locked) {
     return std::unexpected(std::move(locked.error()));
   }

@@ -78,6 +78,28 @@ void RawNode::set_data_bytes(std::uint64_t size_bytes) {
   data_bytes_.store(size_bytes, std::memory_order_relaxed);
 }
 
+Task<int> RawNode::range_status(IoContext& /*context*/, std::uint64_t offset_bytes,
+                                std::uint64_t length_bytes, RangeStatus& status) {
+  status = {.length_bytes = length_bytes, .file_offset = offset_bytes, .file = &name_};
+  const auto at = static_cast<off_t>(offset_bytes);
+  const int fd = file_->buffered_fd();
+  const off_t data = ::lseek(fd, at, SEEK_DATA);
+  if (data < 0) {
+    // Beyond the last data; what a file system without holes says means data.
+    if (errno == ENXIO && !is_block_device()) status.kind = RangeStatus::Kind::kZero;
+    co_return 0;
+  }
+  if (data > at) {
+    status.kind = RangeStatus::Kind::kZero;
+    status.length_bytes = std::min(length_bytes, static_cast<std::uint64_t>(data - at));
+    co_return 0;
+  }
+  const off_t hole = ::lseek(fd, at, SEEK_HOLE);
+  if (hole > at)
+    status.length_bytes = std::min(length_bytes, static_cast<std::uint64_t>(hole - at));
+  co_return 0;
+}
+
 int RawNode::set_file_end(std::uint64_t size_bytes) {
   const int error = file_->resize(size_bytes);
   if (error != 0) return error;

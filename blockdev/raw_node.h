@@ -52,6 +52,10 @@ class RawNode final : public BlockNode {
     return flush_error_.load(std::memory_order_relaxed) != 0;
   }
 
+  // By what the file system says of holes.
+  [[nodiscard]] Task<int> range_status(IoContext& context, std::uint64_t offset_bytes,
+                                       std::uint64_t length_bytes, RangeStatus& status) override;
+
   // Where the file ends. Any thread.
   [[nodiscard]] std::uint64_t data_bytes() const {
     return data_bytes_.load(std::memory_order_relaxed);

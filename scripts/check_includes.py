@@ -14,13 +14,14 @@ ALLOWED = {
     "blockdev": {"aio", "threadpool"},
     "blockdev/qcow2": {"blockdev", "aio"},
     "blockdev/image": {"blockdev/qcow2", "blockdev", "aio"},
+    "blockdev/img": {"blockdev/image", "blockdev/qcow2", "blockdev", "aio"},
     "blockdev/virtio": {"blockdev", "aio"},
     "blockdev/vhost_user": {"blockdev/virtio", "blockdev", "aio"},
     "blockdev/driver": {"blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
     "blockdev/bench": {"blockdev/image", "blockdev/driver", "blockdev/virtio", "blockdev", "aio"},
     "blockdev/demo": {"blockdev/bench", "blockdev/driver", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
     "blockdev/wash": {"blockdev/bench", "blockdev/image", "blockdev/driver", "blockdev/vhost_user", "blockdev", "aio", "threadpool"},
-    "blockdev/cli": {"blockdev/image", "blockdev/bench", "blockdev/demo", "blockdev/wash", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/cli": {"blockdev/image", "blockdev/img", "blockdev/bench", "blockdev/demo", "blockdev/wash", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
 }
 # The engines are known by the block layer's core and by the commands that let a user choose; nowhere else.
 ENGINE_HEADER = re.compile(r"^aio/(\w+_engine|engine_set|engine)\.h$")

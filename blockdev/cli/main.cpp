@@ -12,6 +12,7 @@
 #include "blockdev/bench/bench.h"
 #include "blockdev/cli/commands.h"
 #include "blockdev/demo/demo.h"
+#include "blockdev/img/img.h"
 #include "blockdev/wash/wash.h"
 
 namespace {
@@ -24,6 +25,7 @@ vhost-user, on the I/O engine of your choice.
 Commands:
   serve   serve a disk image on a vhost-user socket
   ctl     ask a running server which engines it uses and what it has done
+  img     make, describe, check and convert images, as qemu-img does
   bench   measure a vhost-user-blk backend through its socket
   wash    decide by experiment whether AIO does better than a pool of threads
   demo    compare the engines on this machine, without a virtual machine
@@ -48,6 +50,7 @@ int run_command(std::string_view command, std::span<const std::string> arguments
                 std::span<char*> raw_arguments) {
   if (command == "serve") return vblk::cli::serve_command(arguments);
   if (command == "ctl") return vblk::cli::ctl_command(arguments);
+  if (command == "img") return vblk::img::run(arguments);
   if (command == "bench")
     return vblk::bench::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "demo")

@@ -21,6 +21,7 @@
 #include "blockdev/null_node.h"
 #include "blockdev/private_context.h"
 #include "blockdev/qcow2/qcow2_node.h"
+#include "blockdev/qcow2/snapshots.h"
 #include "blockdev/raw_node.h"
 
 namespace vblk::blockdev {
@@ -130,6 +131,7 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
   backing.path = *path;
   backing.read_only = true;
   backing.write_behind_bytes = 0;
+  backing.snapshot.clear();
   if (header.backing_format == "raw") {
     backing.format = ImageFormat::kRaw;
   } else if (header.backing_format == "qcow2") {
@@ -186,6 +188,10 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_qcow2(const ImageOptions& opti
   if (!file) return std::unexpected(std::move(file.error()));
   auto header = qcow2::read_header(**file, make_private_context);
   if (!header) return std::unexpected(std::move(header.error()));
+  if (!options.snapshot.empty()) {
+    header = qcow2::header_of_snapshot(**file, *header, options.snapshot, make_private_context);
+    if (!header) return std::unexpected(std::move(header.error()));
+  }
   std::unique_ptr<RawNode> data_file;
   if (header->has_data_file()) {
     auto opened = open_data_file(options, *header);
@@ -289,7 +295,7 @@ Expected<DiskShape> look_at_image(const ImageOptions& options) {
   if (!format) return std::unexpected(format.error());
   ImageOptions looked_at = options;
   looked_at.format = *format;
-  looked_at.is_locked = false;
+  looked_at.lock = false;
   looked_at.read_only = true;
   looked_at.write_behind_bytes = 0;
   auto shape = Opener::look_at(looked_at);

@@ -1,6 +1,7 @@
 #include "blockdev/qcow2/compression.h"
 
 #include <memory>
+#include <new>
 #include <zlib.h>
 #include <zstd.h>
 
@@ -49,6 +50,56 @@ bool decompress(Compression compression, std::span<const std::byte> compressed,
                 std::span<std::byte> cluster) {
   return compression == Compression::kZlib ? inflate_cluster(compressed, cluster)
                                            : unzstd_cluster(compressed, cluster);
+}
+
+namespace {
+
+// As QEMU makes them: the window of the format, the memory that goes with it.
+constexpr int kDeflateMemoryLevel = 9;
+
+// Set up once for a thread: that costs as much as a cluster of 64 KiB.
+class Deflater {
+ public:
+  Deflater() {
+    if (deflateInit2(&stream_, Z_DEFAULT_COMPRESSION, Z_DEFLATED, kRawDeflateWindowBits,
+                     kDeflateMemoryLevel, Z_DEFAULT_STRATEGY) != Z_OK)
+      throw std::bad_alloc();
+  }
+  ~Deflater() { deflateEnd(&stream_); }
+  Deflater(const Deflater&) = delete;
+  Deflater& operator=(const Deflater&) = delete;
+
+  std::size_t run(std::span<const std::byte> cluster, std::span<std::byte> compressed) {
+    deflateReset(&stream_);
+    stream_.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(cluster.data()));
+    stream_.avail_in = static_cast<uInt>(cluster.size());
+    stream_.next_out = reinterpret_cast<Bytef*>(compressed.data());
+    stream_.avail_out = static_cast<uInt>(compressed.size());
+    if (deflate(&stream_, Z_FINISH) != Z_STREAM_END) return 0;
+    return compressed.size() - stream_.avail_out;
+  }
+
+ private:
+  z_stream stream_{};
+};
+
+struct FreeZstd {
+  void operator()(ZSTD_CCtx* context) const { ZSTD_freeCCtx(context); }
+};
+
+}  // namespace
+
+std::size_t compress(Compression compression, std::span<const std::byte> cluster,
+                     std::span<std::byte> compressed) {
+  if (compression == Compression::kZlib) {
+    thread_local Deflater deflater;
+    return deflater.run(cluster, compressed);
+  }
+  thread_local const std::unique_ptr<ZSTD_CCtx, FreeZstd> context(ZSTD_createCCtx());
+  if (!context) throw std::bad_alloc();
+  const std::size_t length = ZSTD_compress2(context.get(), compressed.data(), compressed.size(),
+                                            cluster.data(), cluster.size());
+  return ZSTD_isError(length) != 0 ? 0 : length;
 }
 
 }  // namespace vblk::qcow2

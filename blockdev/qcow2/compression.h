@@ -15,4 +15,9 @@ namespace vblk::qcow2 {
 [[nodiscard]] bool decompress(Compression compression, std::span<const std::byte> compressed,
                               std::span<std::byte> cluster);
 
+// Compresses `cluster` into `compressed`; how many bytes that took, 0 if they do not fit. Memory,
+// kept for the thread: some 50 KiB for deflate, some 5 MiB for zstd. Throws std::bad_alloc.
+[[nodiscard]] std::size_t compress(Compression compression, std::span<const std::byte> cluster,
+                                   std::span<std::byte> compressed);
+
 }  // namespace vblk::qcow2

@@ -188,6 +188,15 @@ struct CompressedExtent {
   return {offset, (more_sectors + 1) * 512 - offset % 512};
 }
 
+// The other way round. `length` is not 0 and at most a cluster.
+[[nodiscard]] inline std::uint64_t compressed_descriptor(const Geometry& geometry,
+                                                         std::uint64_t offset,
+                                                         std::uint64_t length) {
+  const unsigned offset_bits = 62 - (geometry.cluster_bits - 8);
+  const std::uint64_t more_sectors = (offset + length - 1) / 512 - offset / 512;
+  return kFlagCompressed | more_sectors << offset_bits | offset;
+}
+
 // "Refcount block entry": entry `index` of a slice, in the big-endian-decoded 64-bit word that
 // holds it.
 struct RefcountPlace {

@@ -1,6 +1,8 @@
 #include "blockdev/qcow2/header.h"
 
 #include <algorithm>
+#include <array>
+#include <vector>
 
 #include <fmt/core.h>
 
@@ -27,6 +29,7 @@ constexpr std::size_t kAutoclearAt = 88;
 constexpr std::size_t kRefcountOrderAt = 96;
 constexpr std::size_t kHeaderLengthAt = 100;
 constexpr std::size_t kCompressionTypeAt = 104;
+constexpr std::size_t kHeaderBytesWritten = 112;  // with the compression type, a multiple of 8
 constexpr std::size_t kHeaderBytesV2 = 72;
 constexpr std::size_t kHeaderBytesV3 = 104;
 constexpr std::uint32_t kBackingNameBytesMax = 1023;
@@ -163,6 +166,7 @@ Expected<void> Decoder::decode_extension(std::uint32_t type, std::size_t offset,
       // "Bitmaps extension": without the bit it may say anything, and its clusters may be others'.
       if ((header_.autoclear_features & kAutoclearBitmaps) == 0) return {};
       if (length < 24) return corrupt("its bitmaps extension is too short");
+      header_.bitmap_count = at<std::uint32_t>(offset);
       header_.bitmap_directory = {at<std::uint64_t>(offset + 16), at<std::uint64_t>(offset + 8)};
       return {};
     default:
@@ -208,12 +212,6 @@ Expected<void> Decoder::check_fields() const {
     return corrupt(fmt::format("its refcount_order is {}", geometry.refcount_order));
   if (geometry.extended_l2 && geometry.cluster_bits < 14)
     return corrupt("it has extended L2 entries and clusters of less than 16 KiB");
-  if (header_.size_bytes == 0 && header_.l1_entries == 0) {
-    return make_error(ErrorKind::kInvalidArgument,
-                      fmt::format("qcow2 image '{}' has a size of 0; give it one with "
-                                  "'qemu-img resize'",
-                                  path_));
-  }
   if (header_.size_bytes > (std::uint64_t{1} << 61))
     return corrupt(fmt::format("its size is {} bytes", header_.size_bytes));
   if (std::uint64_t{header_.l1_entries} * 8 > kL1BytesMax)
@@ -306,9 +304,176 @@ void encode_header_fields(const Header& header, std::span<std::byte, kHeaderSect
   store_be(to + kL1OffsetAt, header.l1_table_offset);
   store_be(to + kRefcountTableAt, header.refcount_table_offset);
   store_be(to + kRefcountClustersAt, header.refcount_table_clusters);
+  store_be(to + kSnapshotCountAt, header.snapshot_count);
+  store_be(to + kSnapshotsAt, header.snapshots_offset);
   if (header.version < 3) return;
   store_be(to + kIncompatibleAt, header.incompatible_features);
   store_be(to + kAutoclearAt, header.autoclear_features);
+}
+
+namespace {
+
+struct FeatureName {
+  std::uint8_t kind;  // 0 incompatible, 1 compatible, 2 autoclear
+  std::uint8_t bit;
+  std::string_view name;
+};
+constexpr std::array kFeatureNames{FeatureName{0, 0, "dirty bit"},
+                                   FeatureName{0, 1, "corrupt bit"},
+                                   FeatureName{0, 2, "external data file"},
+                                   FeatureName{0, 3, "compression type"},
+                                   FeatureName{0, 4, "extended L2 entries"},
+                                   FeatureName{1, 0, "lazy refcounts"},
+                                   FeatureName{2, 0, "bitmaps"},
+                                   FeatureName{2, 1, "raw external data"}};
+
+// Puts one extension after another into a cluster.
+class ExtensionWriter {
+ public:
+  ExtensionWriter(std::span<std::byte> cluster, std::size_t at) : cluster_(cluster), at_(at) {}
+
+  // Where its bytes go, which are zeroes; empty: there is no room.
+  [[nodiscard]] std::span<std::byte> add(std::uint32_t type, std::size_t length) {
+    const std::size_t padded = (length + 7) / 8 * 8;
+    if (cluster_.size() - at_ < kMarkBytes || padded > cluster_.size() - at_ - kMarkBytes)
+      return {};
+    store_be(cluster_.data() + at_, type);
+    store_be(cluster_.data() + at_ + 4, static_cast<std::uint32_t>(length));
+    const std::span<std::byte> place = cluster_.subspan(at_ + kMarkBytes, length);
+    at_ += kMarkBytes + padded;
+    return place;
+  }
+  [[nodiscard]] bool add_text(std::uint32_t type, std::string_view text) {
+    if (text.empty()) return true;
+    const std::span<std::byte> place = add(type, text.size());
+    if (place.empty()) return false;
+    std::ranges::copy(std::as_bytes(std::span(text)), place.begin());
+    return true;
+  }
+  // Behind the end mark, which is zeroes.
+  [[nodiscard]] std::size_t end() const { return at_ + kMarkBytes; }
+  [[nodiscard]] std::size_t room() const {
+    return end() > cluster_.size() ? 0 : cluster_.size() - end();
+  }
+
+ private:
+  static constexpr std::size_t kMarkBytes = 8;  // type and length
+  std::span<std::byte> cluster_;
+  std::size_t at_;
+};
+
+void add_feature_names(ExtensionWriter& extensions) {
+  const std::span<std::byte> place =
+      extensions.add(kExtensionFeatureNames, kFeatureNames.size() * kFeatureNameBytes);
+  if (place.empty()) return;
+  for (std::size_t i = 0; i < kFeatureNames.size(); ++i) {
+    const auto entry = place.subspan(i * kFeatureNameBytes, kFeatureNameBytes);
+    entry[0] = static_cast<std::byte>(kFeatureNames[i].kind);
+    entry[1] = static_cast<std::byte>(kFeatureNames[i].bit);
+    std::ranges::copy(std::as_bytes(std::span(kFeatureNames[i].name)), entry.begin() + 2);
+  }
+}
+
+std::unexpected<Error> no_room() {
+  return make_error(ErrorKind::kInvalidArgument,
+                    "the names of its backing file and data file have no room in the first cluster "
+                    "of the image; use larger clusters, or shorter names");
+}
+
+}  // namespace
+
+Expected<void> encode_header(const Header& header, std::span<std::byte> cluster) {
+  std::ranges::fill(cluster, std::byte{0});
+  std::byte* const to = cluster.data();
+  const bool is_v3 = header.version >= 3;
+  store_be(to, kMagic);
+  store_be(to + kVersionAt, header.version);
+  store_be(to + kClusterBitsAt, std::uint32_t{header.geometry.cluster_bits});
+  store_be(to + kSizeAt, header.size_bytes);
+  store_be(to + kCryptMethodAt, std::uint32_t{0});
+  store_be(to + kL1EntriesAt, header.l1_entries);
+  store_be(to + kL1OffsetAt, header.l1_table_offset);
+  store_be(to + kRefcountTableAt, header.refcount_table_offset);
+  store_be(to + kRefcountClustersAt, header.refcount_table_clusters);
+  store_be(to + kSnapshotCountAt, header.snapshot_count);
+  store_be(to + kSnapshotsAt, header.snapshots_offset);
+  if (is_v3) {
+    store_be(to + kIncompatibleAt, header.incompatible_features);
+    store_be(to + kCompatibleAt, header.compatible_features);
+    store_be(to + kAutoclearAt, header.autoclear_features);
+    store_be(to + kRefcountOrderAt, std::uint32_t{header.geometry.refcount_order});
+    store_be(to + kHeaderLengthAt, static_cast<std::uint32_t>(kHeaderBytesWritten));
+    to[kCompressionTypeAt] = static_cast<std::byte>(header.compression);
+  }
+  if (header.backing_file.size() > kBackingNameBytesMax ||
+      header.data_file.size() > kDataFileNameBytesMax)
+    return no_room();
+  ExtensionWriter extensions(cluster, is_v3 ? kHeaderBytesWritten : kHeaderBytesV2);
+  if (!extensions.add_text(kExtensionBackingFormat, header.backing_format) ||
+      !extensions.add_text(kExtensionDataFile, header.data_file))
+    return no_room();
+  if (header.bitmap_directory) {
+    const std::span<std::byte> place = extensions.add(kExtensionBitmaps, 24);
+    if (place.empty()) return no_room();
+    store_be(place.data(), header.bitmap_count);
+    store_be(place.data() + 8, header.bitmap_directory->length);
+    store_be(place.data() + 16, header.bitmap_directory->offset);
+  }
+  if (extensions.room() < header.backing_file.size()) return no_room();
+  ExtensionWriter with_names = extensions;
+  if (is_v3) add_feature_names(with_names);
+  // The names of features are for people; they make way for what is needed.
+  if (with_names.room() >= header.backing_file.size()) {
+    extensions = with_names;
+  } else {
+    std::ranges::fill(cluster.subspan(extensions.end() - 8), std::byte{0});
+  }
+  if (header.backing_file.empty()) return {};
+  const std::size_t at = extensions.end();
+  store_be(to + kBackingOffsetAt, std::uint64_t{at});
+  store_be(to + kBackingSizeAt, static_cast<std::uint32_t>(header.backing_file.size()));
+  std::ranges::copy(std::as_bytes(std::span(header.backing_file)),
+                    cluster.begin() + static_cast<std::ptrdiff_t>(at));
+  return {};
+}
+
+Expected<void> replace_backing_file(std::span<std::byte> first_cluster, std::string_view file,
+                                    std::string_view format) {
+  if (file.size() > kBackingNameBytesMax) return no_room();
+  const std::vector<std::byte> old(first_cluster.begin(), first_cluster.end());
+  const std::byte* const from = old.data();
+  const auto version = load_be<std::uint32_t>(from + kVersionAt);
+  const std::size_t header_length =
+      version >= 3 ? load_be<std::uint32_t>(from + kHeaderLengthAt) : kHeaderBytesV2;
+  const auto old_name = load_be<std::uint64_t>(from + kBackingOffsetAt);
+  const std::size_t end = old_name == 0 ? old.size() : std::min<std::size_t>(old_name, old.size());
+  // With the names of features, or else without.
+  for (const bool with_feature_names : {true, false}) {
+    std::ranges::fill(first_cluster.subspan(header_length), std::byte{0});
+    ExtensionWriter extensions(first_cluster, header_length);
+    bool fits = extensions.add_text(kExtensionBackingFormat, format);
+    for (std::size_t at = header_length; at + 8 <= end;) {
+      const auto type = load_be<std::uint32_t>(from + at);
+      const auto length = load_be<std::uint32_t>(from + at + 4);
+      if (type == kExtensionEnd || length > end - at - 8) break;
+      if (type != kExtensionBackingFormat &&
+          (type != kExtensionFeatureNames || with_feature_names)) {
+        const std::span<std::byte> place = extensions.add(type, length);
+        if (length > 0 && place.empty()) fits = false;
+        if (!place.empty()) std::copy_n(from + at + 8, length, place.begin());
+      }
+      at += 8 + (std::size_t{length} + 7) / 8 * 8;
+    }
+    if (!fits || extensions.room() < file.size()) continue;
+    const std::size_t at = extensions.end();
+    store_be(first_cluster.data() + kBackingOffsetAt, std::uint64_t{file.empty() ? 0 : at});
+    store_be(first_cluster.data() + kBackingSizeAt, static_cast<std::uint32_t>(file.size()));
+    std::ranges::copy(std::as_bytes(std::span(file)),
+                      first_cluster.begin() + static_cast<std::ptrdiff_t>(at));
+    return {};
+  }
+  std::ranges::copy(old, first_cluster.begin());
+  return no_room();
 }
 
 }  // namespace vblk::qcow2

@@ -45,6 +45,7 @@ struct Header {
   std::string backing_format;              // empty: not recorded
   std::string data_file;                   // empty: not recorded
   std::optional<Extent> bitmap_directory;  // only where the autoclear bit vouches for it
+  std::uint32_t bitmap_count{0};           // in it
   std::optional<Extent> encryption_header;
   // "Feature name table": (kind of feature, bit) -> name.
   std::map<std::pair<unsigned, unsigned>, std::string> feature_names;
@@ -77,5 +78,17 @@ Expected<Header> decode_header(std::span<const std::byte> first_cluster, std::st
 
 // Writes the fields that can change over those of the image's first sector.
 void encode_header_fields(const Header& header, std::span<std::byte, kHeaderSectorBytes> sector);
+
+// Fills the first cluster of a new image: fields, extensions, the names of features (version 3, if
+// there is room), the name of the backing file. What `header` holds without being told of, an
+// encryption header, is not written. Error: kInvalidArgument: the names have no room in the
+// cluster, or are longer than the specification lets them be.
+Expected<void> encode_header(const Header& header, std::span<std::byte> cluster);
+
+// Gives the header in an image's first cluster another backing file; "" is none. Everything else
+// stays, but for the names of features where there is no room for them. The cluster holds a header
+// that decode_header() takes. Error: kInvalidArgument: as encode_header().
+Expected<void> replace_backing_file(std::span<std::byte> first_cluster, std::string_view file,
+                                    std::string_view format);
 
 }  // namespace vblk::qcow2

@@ -12,6 +12,7 @@
 #include "blockdev/log.h"
 #include "blockdev/qcow2/qcow2_node.h"
 #include "blockdev/qcow2/refcount_rebuild.h"
+#include "blockdev/qcow2/snapshots.h"
 #include "blockdev/qcow2/table_io.h"
 
 namespace vblk::qcow2 {
@@ -57,6 +58,12 @@ Expected<Header> read_header(blockdev::RawNode& file, const blockdev::MakePrivat
 Expected<std::unique_ptr<Qcow2Node>> Qcow2Node::open(Qcow2Parts parts, const Qcow2Options& options,
                                                      blockdev::MakePrivateContext make_context) {
   const std::string path = parts.file->name();
+  if (parts.header.size_bytes == 0 && parts.header.l1_entries == 0) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("qcow2 image '{}' has a size of 0; give it one with "
+                                  "'qemu-img resize'",
+                                  path));
+  }
   if (parts.header.has(kIncompatCorrupt) && !options.read_only) {
     return make_error(ErrorKind::kCorrupt,
                       fmt::format("qcow2 image '{}' is marked corrupt and must not be written; run "
@@ -138,48 +145,26 @@ Task<int> Qcow2Node::load(IoContext& context, std::string& why) {
   co_return error;
 }
 
-// "Snapshots": where their L1 tables are.
+// Where the L1 tables of the snapshots are.
 Task<int> Qcow2Node::load_snapshots(IoContext& context, std::string& why) {
-  constexpr std::uint64_t kFixedBytes = 40;
-  constexpr std::uint64_t kStepBytes = 65536;
-  const std::uint64_t table = state_.header.snapshots_offset;
   const std::uint64_t file_end = state_.file_end.load();
-  std::uint64_t at = 0;
-  AlignedBuffer bytes;
-  // Makes bytes [0, end) of the table be there.
-  for (std::uint32_t i = 0; i < state_.header.snapshot_count; ++i) {
-    std::uint64_t entry_bytes = kFixedBytes;
-    for (int pass = 0; pass < 2; ++pass) {
-      const std::uint64_t end = at + entry_bytes;
-      if (end > kSnapshotTableBytesMax || table > file_end || end > file_end - table) {
-        why = "its snapshot table lies beyond the end of the file, or is too large";
-        co_return EINVAL;
-      }
-      if (end > bytes.size()) {
-        // Twice as much each time, so that all is read but twice.
-        const std::uint64_t enough = std::max(end, 2 * bytes.size());
-        bytes = AlignedBuffer((enough + kStepBytes) / kStepBytes * kStepBytes);
-        const int error =
-            co_await BlockIo(state_.file, context, BlockOperation::kRead, table, bytes.bytes());
-        if (error != 0) co_return error;
-      }
-      const std::byte* const entry = bytes.data() + at;
-      entry_bytes = kFixedBytes + load_be<std::uint16_t>(entry + 12) +
-                    load_be<std::uint16_t>(entry + 14) + load_be<std::uint32_t>(entry + 36);
-    }
-    const std::byte* const entry = bytes.data() + at;
-    const Extent l1_table{load_be<std::uint64_t>(entry),
-                          std::uint64_t{load_be<std::uint32_t>(entry + 8)} * 8};
+  const VisitSnapshot visit = [this, &why, file_end](const SnapshotEntry& entry) {
+    const Extent& l1_table = entry.l1_table;
     if ((l1_table.offset & state_.geometry.cluster_mask()) != 0 || l1_table.length > kL1BytesMax ||
         l1_table.offset > file_end || l1_table.length > file_end - l1_table.offset) {
-      why = fmt::format("the L1 table of its snapshot {} has no place in the file", i);
-      co_return EINVAL;
+      why = fmt::format("the L1 table of its snapshot {} has no place in the file",
+                        snapshot_l1_tables_.size());
+      return false;
     }
     snapshot_l1_tables_.push_back(l1_table);
-    at += (entry_bytes + 7) / 8 * 8;
-  }
-  snapshot_table_ = {table, at};
-  co_return 0;
+    return true;
+  };
+  SnapshotTable table;
+  const int error =
+      co_await visit_snapshots(state_.file, context, state_.header, file_end, visit, table);
+  if (!table.why.empty()) why = table.why;
+  snapshot_table_ = {state_.header.snapshots_offset, table.length_bytes};
+  co_return error;
 }
 
 bool Qcow2Node::map_extent(const Extent& extent, const char* what, std::string& why) {

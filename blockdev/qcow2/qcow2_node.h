@@ -94,6 +94,10 @@ class Qcow2Node final : public blockdev::BlockNode {
     return state_.is_corrupt.load(std::memory_order_relaxed) || parts_.file->has_lost_writes() ||
            (parts_.data_file != nullptr && parts_.data_file->has_lost_writes());
   }
+  [[nodiscard]] Task<int> range_status(IoContext& context, std::uint64_t offset_bytes,
+                                       std::uint64_t length_bytes,
+                                       blockdev::RangeStatus& status) override;
+  [[nodiscard]] BlockNode* backing_node() const override { return parts_.backing.get(); }
 
  protected:
   void do_submit(BlockRequest& request, IoContext& context) override;

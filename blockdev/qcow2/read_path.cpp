@@ -106,4 +106,35 @@ Task<int> Qcow2Node::read_compressed(IoContext& context, std::uint64_t descripto
   co_return 0;
 }
 
+Task<int> Qcow2Node::range_status(IoContext& context, std::uint64_t offset_bytes,
+                                  std::uint64_t length_bytes, blockdev::RangeStatus& status) {
+  BlockRequest token;
+  token.context = &context;
+  const unsigned epoch = enter_epoch(context);
+  Run run;
+  int error = 0;
+  while (error == 0 && !state_.lookup(offset_bytes, length_bytes, run))
+    error = co_await load_l2_slice(state_, write_back_, context, token, offset_bytes);
+  leave_epoch(context, epoch);
+  if (error == 0 && run.mapping == Mapping::kInvalid) {
+    mark_corrupt(state_, context,
+                 fmt::format("the L2 entry for guest offset {} is not valid", offset_bytes));
+    error = EIO;
+  }
+  if (error != 0) co_return error;
+  using Kind = blockdev::RangeStatus::Kind;
+  status = {.length_bytes = run.length};
+  if (reads_zero(run.mapping)) {
+    status.kind = Kind::kZero;
+  } else if (run.mapping == Mapping::kUnallocated ||
+             run.mapping == Mapping::kUnallocatedWithSpace) {
+    status.kind = Kind::kBacking;
+  }
+  if (has_space(run.mapping)) {
+    status.file_offset = run.host_offset;
+    status.file = &state_.data().name();
+  }
+  co_return 0;
+}
+
 }  // namespace vblk::qcow2

@@ -9,6 +9,8 @@
 #include <fmt/core.h>
 
 #include "blockdev/block_io.h"
+#include "blockdev/qcow2/bitmaps.h"
+#include "blockdev/qcow2/refcount_layout.h"
 #include "blockdev/qcow2/table_io.h"
 
 namespace vblk::qcow2 {
@@ -131,29 +133,25 @@ Task<int> Counter::count_l1(const std::vector<std::uint64_t>& l1_table) {
 
 // "Bitmap directory", "Bitmap table".
 Task<int> Counter::count_bitmaps(Extent directory) {
-  if (directory.length > kSnapshotTableBytesMax || directory.offset > state_.file_end.load() ||
-      directory.length > state_.file_end.load() - directory.offset) {
-    why_ = "the bitmap directory lies beyond the end of the file";
-    co_return EINVAL;
-  }
+  std::vector<std::byte> bytes;
+  int error = co_await read_bitmap_directory(state_.file, context_, state_.file_end.load(),
+                                             directory, bytes);
+  if (error == EINVAL) why_ = "the bitmap directory lies beyond the end of the file";
+  if (error != 0) co_return error;
   if (!add_table(directory.offset, directory.length, "the bitmap directory")) co_return EINVAL;
-  AlignedBuffer bytes((directory.length + 511) / 512 * 512);
-  int error = co_await BlockIo(state_.file, context_, BlockOperation::kRead, directory.offset,
-                               bytes.bytes());
-  for (std::uint64_t at = 0; error == 0 && at + 24 <= directory.length;) {
-    const auto table_offset = load_be<std::uint64_t>(bytes.data() + at);
-    const auto table_entries = load_be<std::uint32_t>(bytes.data() + at + 8);
-    const auto name_bytes = load_be<std::uint16_t>(bytes.data() + at + 18);
-    const auto extra_bytes = load_be<std::uint32_t>(bytes.data() + at + 20);
+  BitmapEntry entry;
+  for (std::size_t at = 0;
+       error == 0 && decode_bitmap_entry(std::span(bytes).subspan(at), entry);) {
     std::vector<std::uint64_t> words;
-    error = co_await table(table_offset, table_entries, "a bitmap table", words);
-    if (error == 0 && !add_table(table_offset, std::uint64_t{table_entries} * 8, "a bitmap table"))
+    error = co_await table(entry.table_offset, entry.table_entries, "a bitmap table", words);
+    if (error == 0 &&
+        !add_table(entry.table_offset, std::uint64_t{entry.table_entries} * 8, "a bitmap table"))
       error = EINVAL;
     for (const std::uint64_t word : words) {
       if (error != 0 || (word & kOffsetMask) == 0) continue;
       if (!add(word & kOffsetMask, state_.geometry.cluster_bytes(), "a bitmap")) error = EINVAL;
     }
-    at += (24 + std::uint64_t{name_bytes} + extra_bytes + 7) / 8 * 8;
+    at = std::min<std::size_t>(at + entry.length_bytes, bytes.size());
   }
   co_return error;
 }
@@ -188,17 +186,6 @@ Task<int> Counter::count(std::span<const Extent> snapshot_l1_tables, Extent snap
   co_return error;
 }
 
-// A refcount block, or several, for `counts` from their first entry on.
-void encode_blocks(const Geometry& geometry, std::span<const std::uint32_t> counts,
-                   std::span<std::byte> blocks) {
-  std::ranges::fill(blocks, std::byte{0});
-  for (std::size_t i = 0; i < counts.size(); ++i) {
-    const RefcountPlace place = refcount_place(geometry.refcount_order, i);
-    std::byte* const word = blocks.data() + place.word * 8;
-    store_be(word, load_be<std::uint64_t>(word) | (std::uint64_t{counts[i]} << place.shift));
-  }
-}
-
 }  // namespace
 
 Task<int> rebuild_refcounts(ImageState& state, WriteBack& write_back, IoContext& context,
@@ -209,42 +196,35 @@ Task<int> rebuild_refcounts(ImageState& state, WriteBack& write_back, IoContext&
   int error = co_await counter.count(snapshot_l1_tables, snapshot_table);
   if (error != 0) co_return error;
   std::vector<std::uint32_t>& counts = counter.counts();
-  const std::uint64_t first = counts.size();  // of the new table, then the blocks
+  const RefcountLayout layout = plan_refcounts(geometry, counts.size());
   const std::uint64_t range = std::uint64_t{1} << geometry.refcount_block_bits();
-  std::uint64_t blocks = 0;
-  std::uint64_t table_clusters = 0;
-  for (std::uint64_t needed = 1; needed != blocks;) {
-    blocks = needed;
-    table_clusters = geometry.clusters_of(blocks * 8);
-    needed = (first + table_clusters + blocks + range - 1) / range;
-  }
-  if (table_clusters << geometry.cluster_bits > kRefcountTableBytesMax) {
+  if (!layout.is_possible(geometry)) {
     why = "its refcounts would need too large a table";
     co_return EFBIG;
   }
-  counts.resize(first + table_clusters + blocks, 1);
+  counts.resize(layout.end(), 1);
   error = state.file.grow(counts.size() << geometry.cluster_bits);
   if (error == 0) state.file_end.store(counts.size() << geometry.cluster_bits);
-  AlignedBuffer table(table_clusters << geometry.cluster_bits);
+  AlignedBuffer table(layout.table_clusters << geometry.cluster_bits);
   std::ranges::fill(table.bytes(), std::byte{0});
   AlignedBuffer block(geometry.cluster_bytes());
-  for (std::uint64_t i = 0; i < blocks && error == 0; ++i) {
-    const std::uint64_t offset = (first + table_clusters + i) << geometry.cluster_bits;
+  for (std::uint64_t i = 0; i < layout.blocks && error == 0; ++i) {
+    const std::uint64_t offset = (layout.first_block() + i) << geometry.cluster_bits;
     store_be(table.data() + i * 8, offset);
     const auto counted = std::span(counts).subspan(
         i * range, std::min<std::uint64_t>(range, counts.size() - i * range));
-    encode_blocks(geometry, counted, block.bytes());
+    encode_refcounts(geometry, counted, block.bytes());
     error = co_await BlockIo(state.file, context, BlockOperation::kWrite, offset, block.bytes());
   }
   if (error == 0)
     error = co_await BlockIo(state.file, context, BlockOperation::kWrite,
-                             first << geometry.cluster_bits, table.bytes());
+                             layout.first << geometry.cluster_bits, table.bytes());
   if (error == 0) error = co_await write_back.barrier(context);
   if (error == 0) {
     {
       const std::lock_guard lock(state.mutex);
-      state.header.refcount_table_offset = first << geometry.cluster_bits;
-      state.header.refcount_table_clusters = static_cast<std::uint32_t>(table_clusters);
+      state.header.refcount_table_offset = layout.first << geometry.cluster_bits;
+      state.header.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
       state.header.incompatible_features &= ~kIncompatDirty;
     }
     error = co_await write_header(state, context);

@@ -222,6 +222,15 @@ def test_manual_page(report, vblk):
         in_help, in_man = options_in_help(help_text), options_in_man(text, f"OPTIONS OF {command.upper()}")
         report.check(f"the manual page has the options of {command} --help, with their defaults",
                      len(in_help) > 5 and in_help == in_man, f"--help {in_help}\nman    {in_man}")
+    _, help_text = run(vblk, "img", "--help")
+    in_help = set(re.findall(r"^  (\w+) +\[", help_text, re.MULTILINE))
+    in_man = set(re.findall(r'^\.BR "img (\w+) "', text, re.MULTILINE))
+    report.check("the manual page has the commands of img --help", in_help and in_help == in_man, f"{in_help} {in_man}")
+    for command in sorted(in_help):
+        _, help_text = run(vblk, "img", command, "--help")
+        line = re.search(rf'^\.BR "img {command} "(.*)$', text.replace("\\-", "-"), re.MULTILINE)[1]
+        options = [set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", words)) for words in (help_text, line)]
+        report.check(f"the manual page has the options of img {command} --help", options[0] == options[1], options)
     _, help_text = run(vblk, "ctl", "--help")
     in_help = set(re.findall(r"^  ((?:query|set)-\S+)", help_text, re.MULTILINE))
     in_man = set(re.findall(r"^\.BI? ((?:query|set)-\S+)", text, re.MULTILINE))

@@ -25,6 +25,47 @@ using testing::Bytes;
 constexpr Geometry kGeometry{.cluster_bits = 16};
 constexpr Geometry kExtended{.cluster_bits = 16, .refcount_order = 4, .extended_l2 = true};
 
+TEST(Qcow2Format, names_the_sectors_that_compressed_data_touches) {
+  for (const unsigned cluster_bits : {9U, 16U, 21U}) {
+    const Geometry geometry{.cluster_bits = cluster_bits};
+    for (const std::uint64_t offset :
+         {std::uint64_t{512}, std::uint64_t{1023}, std::uint64_t{77777}}) {
+      for (const std::uint64_t length :
+           {std::uint64_t{1}, std::uint64_t{511}, geometry.cluster_bytes() - 1}) {
+        const std::uint64_t descriptor = compressed_descriptor(geometry, offset, length);
+        EXPECT_NE(descriptor & kFlagCompressed, 0U);
+        EXPECT_EQ(descriptor & kFlagCopied, 0U);
+        const CompressedExtent extent = compressed_extent(geometry, descriptor);
+        EXPECT_EQ(extent.offset, offset);
+        // To the end of the sector that has the last byte.
+        EXPECT_EQ(extent.offset + extent.length, (offset + length + 511) / 512 * 512);
+      }
+    }
+  }
+}
+
+TEST(Qcow2Format, decompresses_what_it_has_compressed) {
+  std::mt19937_64 random(test::test_seed());
+  for (const Compression compression : {Compression::kZlib, Compression::kZstd}) {
+    for (const std::size_t size : {std::size_t{512}, std::size_t{65536}, std::size_t{2} << 20}) {
+      std::vector<std::byte> cluster(size);
+      for (std::size_t i = 0; i < size; ++i)
+        cluster[i] = static_cast<std::byte>(i % 64 == 0 ? random() : i / 64);
+      std::vector<std::byte> compressed(size - 1);
+      const std::size_t length = compress(compression, cluster, compressed);
+      ASSERT_GT(length, 0U);
+      ASSERT_LT(length, size);
+      std::vector<std::byte> back(size);
+      // What follows in the last sector is somebody else's.
+      compressed.resize(length + 511, std::byte{0xa5});
+      EXPECT_TRUE(decompress(compression, compressed, back));
+      EXPECT_EQ(back, cluster);
+      for (std::byte& byte : cluster) byte = static_cast<std::byte>(random());
+      EXPECT_EQ(compress(compression, cluster, std::span(compressed).first(length)), 0U);
+    }
+  }
+}
+
 TEST(Qcow2Format, splits_a_guest_offset_as_the_specification_does) {
   // 64 KiB clusters: 8192 entries in an L2 table, 512 in a slice of 4 KiB.
   const std::uint64_t offset = (std::uint64_t{5} << 29) + (std::uint64_t{1025} << 16) + 77;

@@ -57,6 +57,113 @@ class FirstCluster {
   std::uint64_t extensions_end_{104};
 };
 
+// ---- Writing one.
+
+Header a_header() {
+  Header header;
+  header.geometry = {.cluster_bits = 12, .refcount_order = 5, .extended_l2 = false};
+  header.size_bytes = 5 << 20;
+  header.l1_entries = 3;
+  header.l1_table_offset = 4096;
+  header.refcount_table_offset = 8192;
+  header.refcount_table_clusters = 1;
+  header.incompatible_features = kIncompatDataFile | kIncompatCompression;
+  header.compatible_features = kCompatLazyRefcounts;
+  header.compression = Compression::kZstd;
+  header.data_file = "the data";
+  return header;
+}
+
+TEST(Qcow2HeaderWriting, is_undone_by_decoding) {
+  const Header header = a_header();
+  Bytes cluster(4096, std::byte{0xaa});
+  ASSERT_TRUE(encode_header(header, cluster));
+  const auto decoded = decode_header(cluster, "a.qcow2");
+  ASSERT_TRUE(decoded) << decoded.error().message;
+  EXPECT_EQ(decoded->version, 3U);
+  EXPECT_EQ(decoded->geometry.cluster_bits, 12U);
+  EXPECT_EQ(decoded->geometry.refcount_order, 5U);
+  EXPECT_EQ(decoded->size_bytes, header.size_bytes);
+  EXPECT_EQ(decoded->l1_entries, 3U);
+  EXPECT_EQ(decoded->l1_table_offset, 4096U);
+  EXPECT_EQ(decoded->refcount_table_offset, 8192U);
+  EXPECT_EQ(decoded->refcount_table_clusters, 1U);
+  EXPECT_EQ(decoded->incompatible_features, header.incompatible_features);
+  EXPECT_EQ(decoded->compatible_features, header.compatible_features);
+  EXPECT_EQ(decoded->compression, Compression::kZstd);
+  EXPECT_EQ(decoded->data_file, "the data");
+  EXPECT_EQ(decoded->feature_names.at({0U, 4U}), "extended L2 entries");
+}
+
+// The names of features make way for what is needed; what is needed must fit.
+TEST(Qcow2HeaderWriting, fits_names_into_the_smallest_cluster_or_refuses_them) {
+  Header header;
+  header.geometry.cluster_bits = 9;
+  header.size_bytes = 512;
+  header.l1_entries = 1;
+  header.l1_table_offset = 512;
+  header.refcount_table_offset = 1024;
+  header.refcount_table_clusters = 1;
+  header.backing_format = "qcow2";
+  // Header, extension of the format, end mark.
+  constexpr std::size_t kRoom = 512 - 112 - 16 - 8;
+  for (const std::size_t length : {std::size_t{1}, std::size_t{8}, kRoom}) {
+    header.backing_file = std::string(length, 'b');
+    Bytes cluster(512);
+    ASSERT_TRUE(encode_header(header, cluster)) << length;
+    const auto decoded = decode_header(cluster, "a.qcow2");
+    ASSERT_TRUE(decoded) << decoded.error().message;
+    EXPECT_EQ(decoded->backing_file, header.backing_file);
+    EXPECT_EQ(decoded->backing_format, "qcow2");
+  }
+  header.backing_file = std::string(kRoom + 1, 'b');
+  Bytes cluster(512);
+  EXPECT_FALSE(encode_header(header, cluster));
+}
+
+// What nobody here knows is somebody's all the same.
+TEST(Qcow2HeaderWriting, gives_an_image_another_backing_file_and_leaves_the_rest) {
+  for (const std::size_t room : {std::size_t{4096}, std::size_t{512}}) {
+    Header header;
+    header.geometry.cluster_bits = room == 512 ? 9 : 12;
+    header.size_bytes = 512;
+    header.l1_entries = 1;
+    header.l1_table_offset = room;
+    header.refcount_table_offset = 2 * room;
+    header.refcount_table_clusters = 1;
+    header.backing_format = "raw";
+    header.backing_file = "old";
+    Bytes cluster(room);
+    ASSERT_TRUE(encode_header(header, cluster));
+    // An extension of unknown kind in place of the names of features, or of the end.
+    const std::size_t at = 112 + 16;
+    put_be(cluster, 8, 8, 0);
+    put_be(cluster, at, 4, 0x12345678);
+    put_be(cluster, at + 4, 4, 5);
+    put_be(cluster, at + 8, 8, 0x6162636465000000);
+    put_be(cluster, at + 16, 8, 0);
+    ASSERT_TRUE(replace_backing_file(cluster, "a new one", "qcow2"));
+    const auto decoded = decode_header(cluster, "a.qcow2");
+    ASSERT_TRUE(decoded) << decoded.error().message;
+    EXPECT_EQ(decoded->backing_file, "a new one");
+    EXPECT_EQ(decoded->backing_format, "qcow2");
+    const std::string text(reinterpret_cast<const char*>(cluster.data()), cluster.size());
+    EXPECT_NE(text.find("abcde"), std::string::npos);
+    EXPECT_EQ(text.find("old"), std::string::npos);
+    ASSERT_TRUE(replace_backing_file(cluster, "", ""));
+    EXPECT_EQ(decode_header(cluster, "a.qcow2")->backing_file, "");
+    EXPECT_EQ(decode_header(cluster, "a.qcow2")->backing_format, "");
+    const Bytes before = cluster;
+    EXPECT_FALSE(replace_backing_file(cluster, std::string(1024, 'x'), "raw"));
+    if (room == 512) {
+      EXPECT_FALSE(replace_backing_file(cluster, std::string(400, 'x'), "raw"));
+    }
+    EXPECT_EQ(cluster, before);
+  }
+}
+
+// ---- Reading one.
+
 TEST(Qcow2Header, is_decoded_field_by_field) {
   FirstCluster cluster;
   cluster.set(60, 4, 2).set(64, 8, 5 * kCluster).set(80, 8, 1).set(88, 8, 1);
@@ -147,15 +254,19 @@ TEST(Qcow2Header, changes_only_the_fields_that_can) {
   ASSERT_TRUE(header.has_value());
   header->refcount_table_offset = 9 * kCluster;
   header->refcount_table_clusters = 2;
+  header->snapshot_count = 3;
+  header->snapshots_offset = 7 * kCluster;
   header->incompatible_features = kIncompatCorrupt;
   std::array<std::byte, kHeaderSectorBytes> sector{};
   sector.fill(std::byte{0xab});
   encode_header_fields(*header, std::span(sector));
   EXPECT_EQ(testing::get_be(sector, 48, 8), 9 * kCluster);
   EXPECT_EQ(testing::get_be(sector, 56, 4), 2U);
+  EXPECT_EQ(testing::get_be(sector, 60, 4), 3U);
+  EXPECT_EQ(testing::get_be(sector, 64, 8), 7 * kCluster);
   EXPECT_EQ(testing::get_be(sector, 72, 8), kIncompatCorrupt);
   EXPECT_EQ(testing::get_be(sector, 0, 4), 0xababababU);
-  EXPECT_EQ(testing::get_be(sector, 60, 4), 0xababababU);
+  EXPECT_EQ(testing::get_be(sector, 32, 4), 0xababababU);
   EXPECT_EQ(testing::get_be(sector, 96, 8), 0xababababababababU);
 }
 
@@ -197,7 +308,6 @@ const std::vector<Refusal> refusals{
     {"small_extended",
      [](auto& c) { c.set(72, 8, kIncompatExtendedL2).set(20, 4, 13).set(36, 4, 64); }, kCorrupt,
      "less than 16 KiB"},
-    {"empty", [](auto& c) { c.set(24, 8, 0).set(36, 4, 0); }, kInvalidArgument, "size of 0"},
     {"size", [](auto& c) { c.set(24, 8, (std::uint64_t{1} << 61) + 1); }, kCorrupt, "size is"},
     {"large_l1", [](auto& c) { c.set(36, 4, (32U << 17) + 1); }, kCorrupt, "L1 table has 4194305"},
     {"small_l1", [](auto& c) { c.set(24, 8, (std::uint64_t{1} << 29) + 1); }, kCorrupt,

@@ -1,0 +1,300 @@
+// `vblk img convert`.
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <memory>
+#include <sys/stat.h>
+#include <utility>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "blockdev/img/arguments.h"
+#include "blockdev/img/command.h"
+#include "blockdev/img/converter.h"
+#include "blockdev/img/create_options.h"
+#include "blockdev/img/engines.h"
+#include "blockdev/img/names.h"
+#include "blockdev/img/new_image.h"
+#include "blockdev/img/progress.h"
+#include "blockdev/img/source.h"
+
+namespace vblk::img {
+
+namespace {
+
+constexpr std::uint64_t kSparseBytesMax = std::uint64_t{16} << 20;
+constexpr unsigned kWorkersMax = 16;
+
+struct ConvertOptions {
+  std::vector<std::string> sources;
+  std::string target;
+  std::string source_format;
+  std::string snapshot;
+  blockdev::CacheMode source_cache{blockdev::CacheMode::kWriteback};
+  blockdev::CacheMode target_cache{blockdev::CacheMode::kUnsafe};
+  bool lock{true};
+  bool into_existing{false};
+  bool target_is_zero{false};
+  bool compress{false};
+  bool show_progress{false};
+  std::string target_format;
+  CreateOptions create;
+  ConvertPlan plan;
+};
+
+std::unexpected<Error> wrong(std::string message) {
+  return make_error(ErrorKind::kInvalidArgument, std::move(message));
+}
+
+Expected<void> take_numbers(const Arguments& arguments, ConvertPlan& plan) {
+  if (const auto text = arguments.value("S")) {
+    const auto bytes = parse_size(*text, "-S");
+    if (!bytes) return std::unexpected(bytes.error());
+    if (*bytes % blockdev::kSectorBytes != 0 || *bytes > kSparseBytesMax)
+      return wrong("-S takes a multiple of 512 up to 16M; 0: nothing is left out");
+    plan.sparse_bytes = *bytes;
+  }
+  if (const auto text = arguments.value("m")) {
+    const auto workers = parse_size(*text, "-m");
+    if (!workers || *workers < 1 || *workers > kWorkersMax)
+      return wrong(fmt::format("-m takes a number from 1 to {}", kWorkersMax));
+    plan.workers = static_cast<unsigned>(*workers);
+  }
+  if (const auto text = arguments.value("r")) {
+    const auto rate = parse_size(*text, "-r");
+    if (!rate) return std::unexpected(rate.error());
+    plan.rate_bytes = *rate;
+  }
+  plan.in_order = !arguments.has("W");
+  plan.salvage = arguments.has("salvage");
+  plan.quiet = arguments.has("q");
+  return {};
+}
+
+Expected<void> check_combination(const ConvertOptions& options) {
+  const CreateOptions& create = options.create;
+  const bool is_qcow2 = options.target_format == "qcow2";
+  if (options.compress && !is_qcow2) return wrong("-c: a raw image is not compressed");
+  if (options.compress && !create.data_file.empty())
+    return wrong("-c: what is in a data file is not compressed");
+  if (options.compress && create.preallocation != Preallocation::kOff)
+    return wrong("-c and preallocation exclude each other");
+  if (options.into_existing && options.compress)
+    return make_error(ErrorKind::kNotSupported,
+                      "-n with -c: compressed clusters are only written into a new image here");
+  if (options.target_is_zero && !options.into_existing)
+    return wrong("--target-is-zero goes with -n");
+  if (options.into_existing && !create.backing_file.empty())
+    return wrong("-n with -B: the target has the backing file that it has");
+  return {};
+}
+
+Expected<ConvertOptions> parse_options(const Arguments& arguments) {
+  ConvertOptions options;
+  const auto& names = arguments.names();
+  if (names.size() < 2) return wrong("give the image and the name of the new one");
+  options.sources.assign(names.begin(), names.end() - 1);
+  options.target = names.back();
+  options.source_format = arguments.value_or("f", "");
+  options.target_format = arguments.value_or("O", "raw");
+  options.snapshot = arguments.value_or("l", "");
+  options.lock = !arguments.has("U") && !arguments.has("force-share");
+  options.into_existing = arguments.has("n");
+  options.target_is_zero = arguments.has("target-is-zero");
+  options.compress = arguments.has("c");
+  options.show_progress = arguments.has("p") && !arguments.has("q");
+  auto source_cache = parse_cache(arguments.value_or("T", ""), options.source_cache);
+  if (!source_cache) return std::unexpected(source_cache.error());
+  options.source_cache = *source_cache;
+  auto target_cache = parse_cache(arguments.value_or("t", ""), options.target_cache);
+  if (!target_cache) return std::unexpected(target_cache.error());
+  options.target_cache = *target_cache;
+  if (auto taken = take_numbers(arguments, options.plan); !taken)
+    return std::unexpected(std::move(taken.error()));
+  auto create = parse_create_options(options.target_format, key_values(arguments));
+  if (!create) return std::unexpected(std::move(create.error()));
+  options.create = std::move(*create);
+  if (arguments.has("B")) options.create.backing_file = *arguments.value("B");
+  if (arguments.has("F")) options.create.backing_format = *arguments.value("F");
+  if (auto checked = check_create_options(options.create); !checked)
+    return std::unexpected(std::move(checked.error()));
+  if (options.sources.size() > 1 &&
+      (!options.create.backing_file.empty() || !options.snapshot.empty()))
+    return wrong("several images go together neither with -B nor with -l");
+  if (auto checked = check_combination(options); !checked)
+    return std::unexpected(std::move(checked.error()));
+  if (options.compress) options.plan.compression = options.create.compression;
+  return options;
+}
+
+// Two names of one file.
+bool is_same_file(const std::string& one, const std::string& other) {
+  struct stat a{};
+  struct stat b{};
+  if (::stat(one.c_str(), &a) != 0 || ::stat(other.c_str(), &b) != 0) return false;
+  if (S_ISBLK(a.st_mode) && S_ISBLK(b.st_mode)) return a.st_rdev == b.st_rdev;
+  return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+Expected<std::vector<Source>> open_sources(const ConvertOptions& options) {
+  std::vector<Source> sources;
+  for (const std::string& path : options.sources) {
+    auto source = open_source({.path = path,
+                               .format = options.source_format,
+                               .snapshot = options.snapshot,
+                               .cache = options.source_cache,
+                               .lock = options.lock});
+    if (!source) return std::unexpected(std::move(source.error()));
+    if (is_same_file(path, options.target))
+      return wrong(fmt::format("'{}' is the source and the target", path));
+    const BlockNode* node = source->node ? source->node->backing_node() : nullptr;
+    for (; node != nullptr; node = node->backing_node()) {
+      if (is_same_file(node->name(), options.target))
+        return wrong(
+            fmt::format("'{}' is the target, and the source is based on it", options.target));
+    }
+    sources.push_back(std::move(*source));
+  }
+  return sources;
+}
+
+Task<int> flush(BlockNode& node, IoContext& context) {
+  const int error =
+      co_await blockdev::BlockIo(node, context, blockdev::BlockOperation::kFlush, 0, 0);
+  co_return error;
+}
+
+Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {
+  auto target = open_source({.path = options.target,
+                             .format = options.target_format,
+                             .cache = file_cache(options.target_cache),
+                             .read_only = false});
+  if (!target) return std::unexpected(std::move(target.error()));
+  if (target->size_bytes() < plan.size_bytes) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("the target '{}' has {} bytes, too few for {}", options.target,
+                                  target->size_bytes(), plan.size_bytes));
+  }
+  Progress progress(options.show_progress, plan.size_bytes);
+  plan.target = target->node.get();
+  plan.target_reads_zero = options.target_is_zero;
+  if (plan.target != nullptr) {
+    auto converted = Converter(plan, progress).run();
+    if (!converted) return converted;
+  }
+  if (plan.target != nullptr && options.target_cache != blockdev::CacheMode::kUnsafe) {
+    const auto context = make_context();
+    if (!context) return std::unexpected(context.error());
+    plan.target->attach((*context)->context());
+    const int error = (*context)->run(flush(*plan.target, (*context)->context()));
+    plan.target->detach((*context)->context());
+    if (error != 0) {
+      return make_error(kind_of_errno(error),
+                        fmt::format("cannot flush '{}': {}", options.target, describe_errno(error)),
+                        error);
+    }
+  }
+  progress.finish();
+  return {};
+}
+
+Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan) {
+  if (auto checked = check_image_size(options.create, plan.size_bytes); !checked) return checked;
+  if (!options.create.backing_file.empty()) {
+    const auto backing =
+        open_source({.path = resolve_name(options.target, options.create.backing_file),
+                     .format = options.create.backing_format,
+                     .lock = options.lock});
+    if (!backing) {
+      return make_error(backing.error().kind,
+                        "the backing file cannot be used: " + backing.error().message);
+    }
+  }
+  const auto context = make_context();
+  if (!context) return std::unexpected(context.error());
+  // What is left to a backing file has no space of its own.
+  const bool fully_allocated = plan.sparse_bytes == 0 && options.create.backing_file.empty();
+  auto image = NewImage::begin(options.target,
+                               {.create = options.create,
+                                .size_bytes = plan.size_bytes,
+                                .cache = options.target_cache,
+                                .fully_allocated = fully_allocated},
+                               **context);
+  if (!image) return std::unexpected(std::move(image.error()));
+  Progress progress(options.show_progress, plan.size_bytes);
+  plan.writer = (*image)->writer();
+  if (!options.create.backing_file.empty()) plan.depth_max = 0;
+  if (plan.writer == nullptr) {
+    plan.target = &(*image)->target().file();
+    plan.target_reads_zero = (*image)->reads_zero();
+  }
+  auto converted = Converter(plan, progress).run();
+  if (!converted) return converted;
+  if (auto finished = (*image)->finish(**context); !finished) return finished;
+  progress.finish();
+  return {};
+}
+
+}  // namespace
+
+int convert_command(std::span<const std::string> words) {
+  constexpr std::array<std::string_view, 28> kOptions{"c",
+                                                      "p",
+                                                      "q",
+                                                      "n",
+                                                      "f:",
+                                                      "t:",
+                                                      "T:",
+                                                      "O:",
+                                                      "B:",
+                                                      "F:",
+                                                      "o:",
+                                                      "l:",
+                                                      "S:",
+                                                      "r:",
+                                                      "m:",
+                                                      "W",
+                                                      "U",
+                                                      "C!",
+                                                      "force-share",
+                                                      "target-is-zero",
+                                                      "salvage",
+                                                      "bitmaps!",
+                                                      "object:!",
+                                                      "image-opts!",
+                                                      "target-image-opts!",
+                                                      "skip-broken-bitmaps!",
+                                                      "b:!",
+                                                      "s:!"};
+  const auto arguments = Arguments::parse(words, kOptions);
+  if (!arguments) return fail(arguments.error().message);
+  if (asks_for_help(*arguments)) {
+    const std::string format = arguments->value_or("O", "raw");
+    if (format != "raw" && format != "qcow2")
+      return fail(
+          fmt::format("format '{}' is not known here; raw and qcow2 are supported", format));
+    print_create_help(format);
+    return 0;
+  }
+  const auto options = parse_options(*arguments);
+  if (!options) return fail(options.error().message);
+  auto sources = open_sources(*options);
+  if (!sources) return fail(sources.error().message);
+  ConvertPlan plan = options->plan;
+  for (Source& source : *sources) {
+    if (!source.node) continue;
+    plan.sources.push_back(&source);
+    plan.size_bytes += source.size_bytes();
+  }
+  if (options->create.size_bytes) {
+    // A disk of another size is not the source any more.
+    return fail("option 'size' has no place here: the new image has the size of the source");
+  }
+  auto written = options->into_existing ? write_into_existing(*options, plan)
+                                        : write_new_image(*options, plan);
+  if (!written) return fail(fmt::format("{}: {}", options->target, written.error().message));
+  return 0;
+}
+
+}  // namespace vblk::img

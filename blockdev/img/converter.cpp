@@ -1,0 +1,403 @@
+#include "blockdev/img/converter.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <thread>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "blockdev/img/zeroes.h"
+#include "blockdev/qcow2/compression.h"
+
+namespace vblk::img {
+
+using blockdev::AlignedBuffer;
+using blockdev::BlockIo;
+using blockdev::BlockOperation;
+using blockdev::IoGroup;
+using qcow2::ImageWriter;
+using qcow2::NewCluster;
+
+namespace {
+
+constexpr std::uint64_t kChunkBytes = std::uint64_t{1} << 20;
+
+}  // namespace
+
+// One worker's.
+struct Converter::Buffers {
+  AlignedBuffer data;
+  AlignedBuffer compressed;
+  std::vector<NewCluster> clusters;
+};
+
+Converter::Converter(const ConvertPlan& plan, Progress& progress)
+    : plan_(plan),
+      progress_(progress),
+      chunk_bytes_(plan.writer == nullptr
+                       ? kChunkBytes
+                       : std::max(kChunkBytes, plan.writer->header().geometry.cluster_bytes())),
+      next_write_(std::chrono::steady_clock::now()) {
+  // Where every cluster is mapped, each has to be placed.
+  may_skip_ = zeroes_need_nothing() && (plan.writer == nullptr || !plan.writer->maps_everything());
+}
+
+Expected<void> Converter::run() {
+  std::vector<BlockNode*> nodes;
+  for (Source* const source : plan_.sources) {
+    if (source->node) nodes.push_back(source->node.get());
+  }
+  if (plan_.target != nullptr) nodes.push_back(plan_.target);
+  auto ran =
+      run_workers(plan_.workers, nodes, [this](IoContext& context) { return work(context); });
+  if (!ran) return ran;
+  if (error_) return std::unexpected(*error_);
+  if (plan_.writer != nullptr && may_skip_ && next_ > 0) {
+    // What is left behind the last chunk has been skipped.
+    const qcow2::Geometry& geometry = plan_.writer->header().geometry;
+    plan_.writer->skip(
+        geometry.clusters_of(skipped_from_),
+        geometry.clusters_of(plan_.size_bytes) - geometry.clusters_of(skipped_from_));
+  }
+  return {};
+}
+
+bool Converter::take(Chunk& chunk) {
+  const std::lock_guard lock(mutex_);
+  if (failed_.load(std::memory_order_relaxed)) return false;
+  if (may_skip_ && empty_until_ > next_) {
+    const std::uint64_t whole = empty_until_ >= plan_.size_bytes
+                                    ? plan_.size_bytes
+                                    : empty_until_ / chunk_bytes_ * chunk_bytes_;
+    if (whole > next_) {
+      progress_.advance(whole - next_);
+      next_ = whole;
+    }
+  }
+  if (next_ >= plan_.size_bytes) return false;
+  chunk = {.number = next_number_++,
+           .skipped_from = skipped_from_,
+           .begin = next_,
+           .end = std::min(plan_.size_bytes, next_ + chunk_bytes_)};
+  next_ = chunk.end;
+  skipped_from_ = chunk.end;
+  return true;
+}
+
+void Converter::note_error(const char* what, std::uint64_t offset, int error) {
+  const std::lock_guard lock(mutex_);
+  failed_.store(true, std::memory_order_relaxed);
+  if (error_) return;
+  error_ =
+      Error{kind_of_errno(error), error,
+            fmt::format("cannot {} at byte {}: {}", what, offset,
+                        error == EFBIG ? "the image becomes too large" : describe_errno(error))};
+}
+
+Task<int> Converter::work(IoContext& context) {
+  Buffers buffers{.data = AlignedBuffer(chunk_bytes_), .compressed = {}, .clusters = {}};
+  if (plan_.compression) buffers.compressed = AlignedBuffer(chunk_bytes_);
+  Chunk chunk;
+  while (take(chunk)) {
+    [[maybe_unused]] const int ignored = co_await convert(context, chunk, buffers);
+    progress_.advance(chunk.end - chunk.begin);
+  }
+  co_return 0;
+}
+
+// The source that has `offset`, and where it begins; nullptr: beyond the last.
+Source* Converter::source_at(std::uint64_t offset, std::uint64_t& begin) const {
+  begin = 0;
+  for (Source* const source : plan_.sources) {
+    if (offset < begin + source->size_bytes()) return source;
+    begin += source->size_bytes();
+  }
+  return nullptr;
+}
+
+// How the chunk is stored, in pieces side by side.
+Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Piece>& pieces) {
+  for (std::uint64_t at = chunk.begin; at < chunk.end;) {
+    std::uint64_t begin = 0;
+    Source* const source = source_at(at, begin);
+    Piece piece{.begin = at, .end = plan_.size_bytes, .content = Content::kZero};
+    if (source != nullptr) {
+      // Further than the chunk reaches: what has nothing is passed over as a whole.
+      ChainStatus status;
+      const int error =
+          co_await chain_status(*source->node, context, at - begin,
+                                source->size_bytes() - (at - begin), plan_.depth_max, status);
+      if (error != 0) co_return error;
+      piece.end = at + status.length_bytes;
+      if (status.is_data) {
+        piece.content = Content::kData;
+        // A file may end within a sector.
+        piece.end = (piece.end + blockdev::kSectorBytes - 1) / blockdev::kSectorBytes *
+                    blockdev::kSectorBytes;
+      }
+      if (!status.is_data && !status.is_zero) piece.content = Content::kBacking;
+    }
+    if (may_skip_ && piece.content == Content::kZero && piece.end > chunk.end) {
+      const std::lock_guard lock(mutex_);
+      if (next_ <= piece.end && next_ >= at) empty_until_ = std::max(empty_until_, piece.end);
+    }
+    piece.end = std::min(piece.end, chunk.end);
+    at = piece.end;
+    if (!pieces.empty() && pieces.back().content == piece.content) {
+      pieces.back().end = piece.end;
+    } else {
+      pieces.push_back(piece);
+    }
+  }
+  co_return 0;
+}
+
+// A cluster of the target that the source has in part, and its backing file in another, is taken
+// whole from the source.
+void Converter::widen_to_clusters(const Chunk& chunk, std::vector<Piece>& pieces) const {
+  if (plan_.writer == nullptr || plan_.depth_max == kWholeChain) return;
+  const std::uint64_t mask = plan_.writer->header().geometry.cluster_mask();
+  std::vector<Piece> widened;
+  const auto add = [&widened](Piece piece) {
+    if (piece.begin >= piece.end) return;
+    if (!widened.empty() && widened.back().content == piece.content) {
+      widened.back().end = piece.end;
+    } else {
+      widened.push_back(piece);
+    }
+  };
+  std::size_t next = 0;
+  for (std::uint64_t at = chunk.begin; at < chunk.end;) {
+    while (pieces[next].end <= at) ++next;
+    const std::uint64_t cluster_end = std::min(chunk.end, (at | mask) + 1);
+    if (pieces[next].end >= cluster_end) {
+      // One piece up to its last whole cluster, or the chunk's end.
+      const std::uint64_t end =
+          pieces[next].end >= chunk.end ? chunk.end : pieces[next].end & ~mask;
+      add({at, end, pieces[next].content});
+      at = end;
+    } else {
+      add({at, cluster_end, Content::kData});
+      at = cluster_end;
+    }
+  }
+  pieces = std::move(widened);
+}
+
+Task<int> Converter::read_piece(IoContext& context, std::uint64_t at, std::span<std::byte> bytes) {
+  IoGroup group(context);
+  while (!bytes.empty()) {
+    std::uint64_t begin = 0;
+    Source* const source = source_at(at, begin);
+    if (source == nullptr) {
+      std::ranges::fill(bytes, std::byte{0});
+      break;
+    }
+    const auto length = std::min<std::uint64_t>(bytes.size(), begin + source->size_bytes() - at);
+    group.start(*source->node, BlockOperation::kRead, at - begin, {{bytes.data(), length}});
+    at += length;
+    bytes = bytes.subspan(length);
+  }
+  const int error = co_await group;
+  co_return error;
+}
+
+// Sector by sector.
+Task<int> Converter::salvage(IoContext& context, std::uint64_t at, std::span<std::byte> bytes) {
+  for (; !bytes.empty(); bytes = bytes.subspan(blockdev::kSectorBytes)) {
+    const auto sector = bytes.first(blockdev::kSectorBytes);
+    const int error = co_await read_piece(context, at, sector);
+    if (error != 0) {
+      std::ranges::fill(sector, std::byte{0});
+      if (!plan_.quiet) {
+        fmt::print(stderr, "vblk img: warning: cannot read at byte {}: {}; taken as zeroes\n", at,
+                   describe_errno(error));
+      }
+    }
+    at += blockdev::kSectorBytes;
+  }
+  co_return 0;
+}
+
+// What is not data is zeroes in the buffer.
+Task<int> Converter::read(IoContext& context, const Chunk& chunk, const std::vector<Piece>& pieces,
+                          Buffers& buffers) {
+  const bool has_data = std::ranges::find(pieces, Content::kData, &Piece::content) != pieces.end();
+  if (!has_data && plan_.sparse_bytes != 0) co_return 0;
+  for (const Piece& piece : pieces) {
+    const auto bytes =
+        buffers.data.bytes().subspan(piece.begin - chunk.begin, piece.end - piece.begin);
+    if (piece.content != Content::kData) {
+      std::ranges::fill(bytes, std::byte{0});
+      continue;
+    }
+    int error = co_await read_piece(context, piece.begin, bytes);
+    if (error != 0 && plan_.salvage) error = co_await salvage(context, piece.begin, bytes);
+    if (error != 0) {
+      note_error("read", piece.begin, error);
+      co_return error;
+    }
+  }
+  co_return 0;
+}
+
+// Waits as long as the rate demands. What else this thread has in flight waits too: that is what a
+// limit is for.
+void Converter::pace(std::uint64_t bytes) {
+  if (plan_.rate_bytes == 0 || bytes == 0) return;
+  std::chrono::steady_clock::time_point when;
+  {
+    const std::lock_guard lock(mutex_);
+    when = std::max(next_write_, std::chrono::steady_clock::now());
+    next_write_ =
+        when + std::chrono::nanoseconds(static_cast<std::int64_t>(
+                   1e9 * static_cast<double>(bytes) / static_cast<double>(plan_.rate_bytes)));
+  }
+  std::this_thread::sleep_until(when);
+}
+
+// ---- Into a new qcow2 image.
+
+void Converter::plan_clusters(const Chunk& chunk, const std::vector<Piece>& pieces,
+                              Buffers& buffers) const {
+  const std::uint64_t cluster_bytes = plan_.writer->header().geometry.cluster_bytes();
+  buffers.clusters.clear();
+  std::uint64_t compressed_at = 0;
+  std::size_t next = 0;
+  for (std::uint64_t at = chunk.begin; at < chunk.end; at += cluster_bytes) {
+    const std::uint64_t end = std::min(at + cluster_bytes, chunk.end);
+    while (pieces[next].end <= at) ++next;
+    bool has_data = pieces[next].content == Content::kData;
+    for (std::size_t i = next + 1; i < pieces.size() && pieces[i].begin < end; ++i)
+      has_data = has_data || pieces[i].content == Content::kData;
+    const auto bytes = buffers.data.bytes().subspan(at - chunk.begin, cluster_bytes);
+    NewCluster cluster;
+    if (plan_.sparse_bytes == 0 && pieces[next].content == Content::kZero) has_data = true;
+    if (has_data && (plan_.sparse_bytes == 0 || !is_zero(bytes))) {
+      cluster = {.content = NewCluster::Content::kData, .bytes = bytes};
+    } else if (has_data || pieces[next].content == Content::kZero) {
+      cluster.content = NewCluster::Content::kZero;
+    }
+    if (plan_.compression && cluster.content == NewCluster::Content::kData) {
+      // One byte less than a cluster: otherwise it is better off as it is.
+      const auto place = buffers.compressed.bytes().subspan(compressed_at, cluster_bytes - 1);
+      const std::size_t length = qcow2::compress(*plan_.compression, bytes, place);
+      if (length > 0)
+        cluster = {.content = NewCluster::Content::kCompressed, .bytes = place.first(length)};
+      compressed_at += cluster_bytes;
+    }
+    buffers.clusters.push_back(cluster);
+  }
+}
+
+Task<int> Converter::write_clusters(IoContext& context, const Chunk& chunk, Buffers& buffers) {
+  ImageWriter& writer = *plan_.writer;
+  const qcow2::Geometry& geometry = writer.header().geometry;
+  ImageWriter::Writes writes;
+  if (chunk.skipped_from < chunk.begin) {
+    writer.skip(chunk.skipped_from >> geometry.cluster_bits,
+                (chunk.begin - chunk.skipped_from) >> geometry.cluster_bits);
+  }
+  int error = writer.place(chunk.begin >> geometry.cluster_bits, buffers.clusters, writes);
+  if (plan_.in_order) turns_.pass(context);
+  if (error == 0) error = co_await ImageWriter::carry_out(context, writes);
+  if (error != 0) note_error("write", chunk.begin, error);
+  co_return error;
+}
+
+// ---- Into a disk.
+
+// Takes zeroes out of the data, in runs of `sparse_bytes` at multiples of that.
+void Converter::split_at_zeroes(const Chunk& chunk, std::vector<Piece>& pieces,
+                                Buffers& buffers) const {
+  if (plan_.sparse_bytes == 0) {
+    pieces = {{chunk.begin, chunk.end, Content::kData}};
+    return;
+  }
+  std::vector<Piece> split;
+  for (const Piece& piece : pieces) {
+    if (piece.content != Content::kData) {
+      split.push_back(piece);
+      continue;
+    }
+    const std::size_t first = split.size();
+    for (std::uint64_t at = piece.begin; at < piece.end;) {
+      const std::uint64_t end =
+          std::min(piece.end, at / plan_.sparse_bytes * plan_.sparse_bytes + plan_.sparse_bytes);
+      const auto bytes = buffers.data.bytes().subspan(at - chunk.begin, end - at);
+      const Content content = is_zero(bytes) ? Content::kZero : Content::kData;
+      if (split.size() > first && split.back().content == content) {
+        split.back().end = end;
+      } else {
+        split.push_back({at, end, content});
+      }
+      at = end;
+    }
+  }
+  pieces = std::move(split);
+}
+
+Task<int> Converter::write_disk(IoContext& context, const Chunk& chunk,
+                                const std::vector<Piece>& pieces, Buffers& buffers) {
+  IoGroup group(context);
+  for (const Piece& piece : pieces) {
+    const std::uint64_t length = piece.end - piece.begin;
+    if (piece.content == Content::kData) {
+      group.start(*plan_.target, BlockOperation::kWrite, piece.begin,
+                  {{buffers.data.data() + (piece.begin - chunk.begin), length}});
+    }
+  }
+  if (plan_.in_order) turns_.pass(context);
+  int error = co_await group;
+  for (const Piece& piece : pieces) {
+    if (error != 0 || piece.content != Content::kZero || zeroes_need_nothing()) continue;
+    BlockIo zeroes(*plan_.target, context, BlockOperation::kWriteZeroes, piece.begin,
+                   piece.end - piece.begin);
+    zeroes.may_unmap = true;
+    error = co_await zeroes;
+  }
+  if (error != 0) note_error("write", chunk.begin, error);
+  co_return error;
+}
+
+// Its turn is passed on in any case: others wait for it.
+Task<int> Converter::convert(IoContext& context, const Chunk& chunk, Buffers& buffers) {
+  std::vector<Piece> pieces;
+  int error = co_await look(context, chunk, pieces);
+  if (error != 0) note_error("find out what there is", chunk.begin, error);
+  if (error == 0) {
+    widen_to_clusters(chunk, pieces);
+    error = co_await read(context, chunk, pieces, buffers);
+  }
+  if (error == 0 && plan_.writer != nullptr) {
+    // The rest of the disk's last cluster.
+    std::ranges::fill(buffers.data.bytes().subspan(chunk.end - chunk.begin), std::byte{0});
+    plan_clusters(chunk, pieces, buffers);
+  } else if (error == 0) {
+    split_at_zeroes(chunk, pieces, buffers);
+  }
+  if (error == 0) {
+    std::uint64_t data_bytes = 0;
+    for (const Piece& piece : pieces) {
+      if (piece.content == Content::kData) data_bytes += piece.end - piece.begin;
+    }
+    pace(data_bytes);
+  }
+  if (plan_.in_order) {
+    [[maybe_unused]] const int ignored = co_await turns_.wait(context, chunk.number);
+  }
+  if (error != 0) {
+    if (plan_.in_order) turns_.pass(context);
+    co_return error;
+  }
+  if (plan_.writer != nullptr) {
+    error = co_await write_clusters(context, chunk, buffers);
+  } else {
+    error = co_await write_disk(context, chunk, pieces, buffers);
+  }
+  co_return error;
+}
+
+}  // namespace vblk::img

@@ -1,0 +1,65 @@
+// A raw or qcow2 image that is made, from its options to its name.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "aio/error.h"
+#include "blockdev/image.h"
+#include "blockdev/img/create_options.h"
+#include "blockdev/img/target.h"
+#include "blockdev/private_context.h"
+#include "blockdev/qcow2/image_writer.h"
+
+namespace vblk::img {
+
+struct NewImageOptions {
+  CreateOptions create;
+  std::uint64_t size_bytes{0};
+  // kUnsafe: nothing is flushed.
+  blockdev::CacheMode cache{blockdev::CacheMode::kUnsafe};
+  // Every byte gets its space, and is written (`convert -S 0`).
+  bool fully_allocated{false};
+};
+
+class NewImage {
+ public:
+  // Makes the files ready. Errors: as Target::create(), kExhausted (a device that is too small),
+  // kNotSupported (preallocation on a block device).
+  static Expected<std::unique_ptr<NewImage>> begin(const std::string& path,
+                                                   const NewImageOptions& options,
+                                                   blockdev::PrivateContext& context);
+
+  // Of a raw image, and of the file of a qcow2 image.
+  [[nodiscard]] Target& target() { return *target_; }
+  [[nodiscard]] Target* data_target() { return data_target_.get(); }
+  // nullptr: a raw image.
+  [[nodiscard]] qcow2::ImageWriter* writer() { return writer_.get(); }
+  // Whether what is not written reads as zeroes.
+  [[nodiscard]] bool reads_zero() const { return target_->reads_zero(); }
+
+  // All content has been written: tables, space, flush, header, name. Errors: those of the files.
+  Expected<void> finish(blockdev::PrivateContext& context);
+
+ private:
+  NewImage(const NewImageOptions& options, std::unique_ptr<Target> target)
+      : options_(options), target_(std::move(target)) {}
+  Expected<void> begin_raw();
+  Expected<void> begin_qcow2(const std::string& path, blockdev::PrivateContext& context);
+  Expected<void> take_space(blockdev::PrivateContext& context, Target& target, std::uint64_t bytes);
+  [[nodiscard]] std::unexpected<Error> failed(const char* what, int error) const;
+  [[nodiscard]] bool must_flush() const { return options_.cache != blockdev::CacheMode::kUnsafe; }
+
+  const NewImageOptions options_;
+  std::unique_ptr<Target> target_;
+  std::unique_ptr<Target> data_target_;
+  std::unique_ptr<qcow2::ImageWriter> writer_;
+};
+
+// The cache mode that files are opened in: "unsafe" only says that nobody flushes.
+[[nodiscard]] inline blockdev::CacheMode file_cache(blockdev::CacheMode cache) {
+  return cache == blockdev::CacheMode::kUnsafe ? blockdev::CacheMode::kWriteback : cache;
+}
+
+}  // namespace vblk::img

@@ -1,0 +1,175 @@
+#include "blockdev/img/source.h"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <fcntl.h>
+#include <optional>
+#include <span>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "blockdev/image/open_image.h"
+#include "blockdev/image_file.h"
+#include "blockdev/img/engines.h"
+#include "blockdev/qcow2/qcow2_node.h"
+
+namespace vblk::img {
+
+namespace {
+
+struct Magic {
+  std::string_view bytes;
+  std::size_t offset;
+  std::string_view format;
+};
+// What other formats begin with.
+constexpr std::array kOtherFormats{Magic{"KDMV", 0, "vmdk"},
+                                   Magic{"COWD", 0, "vmdk"},
+                                   Magic{"# Disk DescriptorFile", 0, "vmdk"},
+                                   Magic{"vhdxfile", 0, "vhdx"},
+                                   Magic{"conectix", 0, "vpc"},
+                                   Magic{"QED", 0, "qed"},
+                                   Magic{"LUKS\xba\xbe", 0, "luks"},
+                                   Magic{"WithoutFreeSpace", 0, "parallels"},
+                                   Magic{"WithouFreSpacExt", 0, "parallels"},
+                                   Magic{"\x7f\x10\xda\xbe", 64, "vdi"}};
+constexpr std::string_view kQcow2Magic{"QFI\xfb"};
+
+std::unexpected<Error> cannot_open(const std::string& path, int error) {
+  return make_error(kind_of_errno(error),
+                    fmt::format("cannot open '{}': {}", path, describe_errno(error)), error);
+}
+
+bool is_empty_file(const std::string& path) {
+  struct stat status{};
+  return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode) && status.st_size == 0;
+}
+
+blockdev::ImageOptions image_options(const SourceOptions& options) {
+  return {.path = options.path,
+          .format = options.format == "qcow2" ? blockdev::ImageFormat::kQcow2
+                                              : blockdev::ImageFormat::kRaw,
+          .cache = options.cache,
+          .read_only = options.read_only,
+          .snapshot = options.snapshot,
+          .lock = options.lock};
+}
+
+}  // namespace
+
+Expected<std::string> decide_format(const std::string& path, const std::string& format) {
+  if (format == "raw" || format == "qcow2") return format;
+  if (!format.empty()) {
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("format '{}' is not known here; raw and qcow2 are supported", format));
+  }
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) return cannot_open(path, errno);
+  std::array<char, 512> bytes{};
+  const ssize_t count = ::pread(fd, bytes.data(), bytes.size(), 0);
+  const int error = errno;
+  ::close(fd);
+  if (count < 0) return cannot_open(path, error);
+  const std::string_view begin(bytes.data(), static_cast<std::size_t>(count));
+  if (begin.starts_with(kQcow2Magic)) return "qcow2";
+  for (const Magic& magic : kOtherFormats) {
+    if (begin.size() < magic.offset || !begin.substr(magic.offset).starts_with(magic.bytes))
+      continue;
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("'{}' looks like an image of format {}; raw and qcow2 are supported, and -f "
+                    "raw takes the file as it is",
+                    path, magic.format));
+  }
+  return "raw";
+}
+
+Expected<std::unique_ptr<blockdev::RawNode>> open_file(const SourceOptions& options) {
+  if (is_empty_file(options.path)) return nullptr;
+  auto file = blockdev::ImageFile::open(image_options(options));
+  if (!file) return std::unexpected(std::move(file.error()));
+  return std::make_unique<blockdev::RawNode>(
+      std::move(*file), blockdev::RawNodeOptions{.name = options.path, .holds_format = true});
+}
+
+Expected<qcow2::Header> read_header(blockdev::RawNode& file) {
+  return qcow2::read_header(file, make_context);
+}
+
+Expected<Source> open_source(const SourceOptions& options) {
+  const auto format = decide_format(options.path, options.format);
+  if (!format) return std::unexpected(format.error());
+  Source source{.path = options.path, .format = *format, .node = nullptr};
+  SourceOptions decided = options;
+  decided.format = *format;
+  if (*format == "raw" && !options.snapshot.empty()) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("'{}' is raw and has no snapshots", options.path));
+  }
+  if (is_empty_file(options.path)) {
+    if (*format == "raw") return source;
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' is not a qcow2 image: it is empty", options.path));
+  }
+  if (*format == "qcow2" && options.snapshot.empty()) {
+    // A disk of no bytes has a header and nothing else.
+    SourceOptions looking = decided;
+    looking.read_only = true;
+    looking.lock = false;
+    const auto file = open_file(looking);
+    if (!file) return std::unexpected(file.error());
+    const auto header = read_header(**file);
+    if (!header) return std::unexpected(header.error());
+    if (header->size_bytes == 0) return source;
+  }
+  auto node = blockdev::open_image(image_options(decided));
+  if (!node) return std::unexpected(std::move(node.error()));
+  source.node = std::move(*node);
+  return source;
+}
+
+Expected<blockdev::CacheMode> parse_cache(const std::string& text, blockdev::CacheMode otherwise) {
+  if (text.empty()) return otherwise;
+  return blockdev::parse_cache_mode(text);
+}
+
+Task<int> chain_status(BlockNode& top, IoContext& context, std::uint64_t offset,
+                       std::uint64_t length, unsigned depth_max, ChainStatus& status) {
+  using Kind = blockdev::RangeStatus::Kind;
+  status = {};
+  BlockNode* node = &top;
+  for (unsigned depth = 0;; ++depth) {
+    blockdev::RangeStatus found;
+    const int error = co_await node->range_status(context, offset, length, found);
+    if (error != 0) co_return error;
+    BlockNode* const backing = node->backing_node();
+    length = found.length_bytes;
+    status.length_bytes = length;
+    status.depth = depth;
+    status.file_offset = found.file_offset;
+    status.file = found.file;
+    if (found.kind != Kind::kBacking) {
+      status.is_present = true;
+      status.is_data = found.kind == Kind::kData;
+      status.is_zero = found.kind == Kind::kZero;
+      co_return 0;
+    }
+    if (backing == nullptr || offset >= backing->size_bytes()) {
+      status.is_zero = true;
+      co_return 0;
+    }
+    if (depth >= depth_max) co_return 0;
+    length = std::min(length, backing->size_bytes() - offset);
+    status.length_bytes = length;
+    node = backing;
+  }
+}
+
+}  // namespace vblk::img

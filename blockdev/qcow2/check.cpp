@@ -1,0 +1,758 @@
+#include "blockdev/qcow2/check.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "blockdev/block_io.h"
+#include "blockdev/qcow2/bitmaps.h"
+#include "blockdev/qcow2/refcount_layout.h"
+#include "blockdev/qcow2/snapshots.h"
+#include "blockdev/qcow2/table_reader.h"
+
+namespace vblk::qcow2 {
+
+using blockdev::AlignedBuffer;
+using blockdev::BlockIo;
+using blockdev::BlockOperation;
+using blockdev::IoContext;
+using blockdev::Task;
+
+namespace {
+
+// "Snapshot extra data": version 3 has these two fields; more than that is nothing anybody knows.
+constexpr std::uint32_t kSnapshotExtraBytesMin = 16;
+constexpr std::uint32_t kSnapshotExtraBytesMax = 1024;
+// "Bitmap table": entries.
+constexpr std::uint64_t kBitmapReservedMask = 0xff00'0000'0000'01fe;
+constexpr std::uint64_t kBitmapAllOnes = 1;
+
+// Beyond it nothing can be read. The last GiB before 2^63 is where qemu-img, too, ends.
+constexpr std::uint64_t kReadableEnd = (std::uint64_t{1} << 63) - (std::uint64_t{1} << 30);
+
+constexpr std::uint32_t kUnknown = std::numeric_limits<std::uint32_t>::max();
+constexpr std::uint32_t kCountMax = kUnknown - 1;
+
+// A table, and how often it is named: by the disk as it is now, and altogether.
+struct Named {
+  std::uint64_t offset;
+  std::uint32_t active;
+  std::uint32_t total;
+};
+
+class Checker {
+ public:
+  Checker(blockdev::RawNode& file, IoContext& context, const Header& header,
+          const TellFinding& tell, CheckResult& result)
+      : file_(file),
+        context_(context),
+        header_(header),
+        geometry_(header.geometry),
+        tell_(tell),
+        result_(result) {}
+
+  Task<int> run();
+  // After run(), which has kept the references for it, and with kAll leaves out what repair() will
+  // take away.
+  Task<int> repair(Repair repair, Header& header, RepairResult& result);
+  void keep_references() { keeps_references_ = true; }
+  void prepare_repair(Repair repair) {
+    keeps_references_ = true;
+    repairs_entries_ = repair == Repair::kAll;
+  }
+  // Without those of the refcount table to itself and its blocks.
+  [[nodiscard]] std::vector<std::uint32_t> take_references() {
+    references_of_content_.resize(geometry_.clusters_of(file_.data_bytes()));
+    return std::move(references_of_content_);
+  }
+
+ private:
+  struct Sector {
+    std::uint64_t offset;
+    AlignedBuffer bytes;
+  };
+  // As the references say; `lower_only`: not higher than it is.
+  Task<int> set_refcounts(bool lower_only, RepairResult& result);
+  Task<int> rewrite_refcounts(Header& header, RepairResult& result);
+  Task<int> set_copied_flags(RepairResult& result);
+  void set_flags_of_l1(std::span<const std::byte> table, std::uint64_t offset,
+                       std::vector<Sector>& sectors, RepairResult& result);
+  void set_flags_of_l2(std::span<const std::byte> table, std::uint64_t offset,
+                       std::vector<Sector>& sectors, RepairResult& result);
+  static void change_word(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                          std::uint64_t word, std::vector<Sector>& sectors);
+  Task<int> write_sectors(std::vector<Sector>& sectors);
+  void set_flag(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                std::vector<Sector>& sectors, RepairResult& result) const;
+  Task<int> flush();
+
+  void corrupt(const std::string& what, std::uint64_t times = 1) {
+    tell_("ERROR " + what);
+    result_.corruptions += times;
+  }
+  void add(std::uint64_t offset, std::uint64_t length, std::uint32_t times, const char* what);
+  Task<int> read_words(std::uint64_t offset, std::uint64_t entries,
+                       std::vector<std::uint64_t>& words);
+  Task<int> load_refcounts();
+  void load_block(std::uint64_t block, std::span<const std::byte> bytes);
+  Task<int> name_tables(Extent l1_table, bool is_active);
+  Task<int> check_snapshots();
+  Task<int> check_tables();
+  void check_l2_table(const Named& table, std::span<const std::byte> bytes);
+  void check_compressed(const Named& table, std::size_t index, const L2Entry& entry);
+  void check_standard(const Named& table, std::size_t index, const L2Entry& entry,
+                      std::uint64_t& expected_offset);
+  void check_copied(bool is_copied, std::uint64_t offset, const std::string& what,
+                    std::uint32_t times);
+  Task<int> check_bitmaps();
+  void check_refcount_table();
+  void compare();
+  [[nodiscard]] std::uint64_t cluster_of(std::uint64_t offset) const {
+    return offset >> geometry_.cluster_bits;
+  }
+  // Space that cannot be, of a cluster that does not need it: nothing is lost with it.
+  [[nodiscard]] bool is_misplaced_reserve(const L2Entry& entry) const {
+    if ((entry.descriptor & kFlagCompressed) != 0 ||
+        (host_offset(entry) & geometry_.cluster_mask()) == 0)
+      return false;
+    return geometry_.extended_l2 ? (entry.bitmap & (~std::uint64_t{0} >> kSubclusters)) == 0
+                                 : (entry.descriptor & kFlagZero) != 0;
+  }
+  // What the refcount blocks say.
+  [[nodiscard]] std::uint32_t refcount_at(std::uint64_t offset) const {
+    const std::uint64_t cluster = cluster_of(offset);
+    return cluster < refcounts_.size() ? refcounts_[cluster] : 0;
+  }
+
+  blockdev::RawNode& file_;
+  IoContext& context_;
+  const Header& header_;
+  const Geometry geometry_;
+  const TellFinding& tell_;
+  CheckResult& result_;
+  std::vector<std::uint64_t> refcount_table_;
+  std::vector<std::uint32_t> refcounts_;   // by cluster, as the image says, or kUnknown
+  std::vector<std::uint32_t> references_;  // by cluster, as counted
+  std::vector<Named> tables_;
+  bool keeps_references_{false};
+  std::vector<std::uint32_t> references_of_content_;  // references_ without the refcounts' own
+  std::uint64_t unreadable_refcounts_{0};             // of check_errors
+  bool needs_rewrite_{false};                         // of all refcount structures
+  bool repairs_entries_{false};
+  std::vector<Sector> entry_repairs_;
+  std::uint64_t entries_repaired_{0};
+};
+
+// Counts [offset, +length) as referenced. The last cluster of a file may be cut short, no more.
+void Checker::add(std::uint64_t offset, std::uint64_t length, std::uint32_t times,
+                  const char* what) {
+  if (length == 0) return;
+  const std::uint64_t file_end = file_.data_bytes();
+  if (offset + length < offset ||
+      (offset + length > file_end && offset + length - file_end >= geometry_.cluster_bytes())) {
+    return corrupt(fmt::format("{} at offset {:#x} lies beyond the end of the file, size {:#x}",
+                               what, offset, length),
+                   times);
+  }
+  const std::uint32_t count_max =
+      static_cast<std::uint32_t>(std::min<std::uint64_t>(geometry_.refcount_max(), kCountMax));
+  const std::uint64_t last = cluster_of(offset + length - 1);
+  for (std::uint64_t cluster = cluster_of(offset); cluster <= last; ++cluster) {
+    std::uint32_t& count = references_[cluster];
+    const std::uint32_t room = count_max - count;
+    count += std::min(room, times);
+    if (times > room) {
+      corrupt(fmt::format("cluster {} has more references than its refcount can hold", cluster),
+              times - room);
+    }
+  }
+}
+
+// Beyond the end of the file there are zeroes.
+Task<int> Checker::read_words(std::uint64_t offset, std::uint64_t entries,
+                              std::vector<std::uint64_t>& words) {
+  words.clear();
+  if (entries == 0) co_return 0;
+  AlignedBuffer bytes((entries * 8 + 511) / 512 * 512);
+  const int error = co_await BlockIo(file_, context_, BlockOperation::kRead, offset, bytes.bytes());
+  if (error != 0) co_return error;
+  words.resize(entries);
+  for (std::size_t i = 0; i < words.size(); ++i)
+    words[i] = load_be<std::uint64_t>(bytes.data() + i * 8);
+  co_return 0;
+}
+
+void Checker::load_block(std::uint64_t block, std::span<const std::byte> bytes) {
+  const std::uint64_t first = block << geometry_.refcount_block_bits();
+  const std::uint64_t count =
+      std::min(std::uint64_t{1} << geometry_.refcount_block_bits(), refcounts_.size() - first);
+  if (geometry_.refcount_order == 4) {
+    for (std::uint64_t i = 0; i < count; ++i)
+      refcounts_[first + i] = load_be<std::uint16_t>(bytes.data() + i * 2);
+    return;
+  }
+  for (std::uint64_t i = 0; i < count; ++i) {
+    const RefcountPlace place = refcount_place(geometry_.refcount_order, i);
+    const auto word = load_be<std::uint64_t>(bytes.data() + place.word * 8);
+    refcounts_[first + i] = static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(word >> place.shift & place.mask, kCountMax));
+  }
+}
+
+// Blocks that have a place; check_refcount_table() judges the others.
+Task<int> Checker::load_refcounts() {
+  const std::uint64_t entries =
+      (std::uint64_t{header_.refcount_table_clusters} << geometry_.cluster_bits) / 8;
+  int error = co_await read_words(header_.refcount_table_offset, entries, refcount_table_);
+  if (error != 0) co_return error;
+  struct Block {
+    std::uint64_t offset;
+    std::uint64_t index;
+  };
+  std::vector<Block> blocks;
+  for (std::uint64_t i = 0; i < refcount_table_.size(); ++i) {
+    const std::uint64_t first = i << geometry_.refcount_block_bits();
+    // All of the bits from 9 on, unlike other tables'.
+    const std::uint64_t offset = refcount_table_[i] & ~kRefcountTableReservedMask;
+    if (first >= refcounts_.size()) break;
+    if ((offset & geometry_.cluster_mask()) != 0 || offset > kReadableEnd) {
+      const std::uint64_t count = std::min(std::uint64_t{1} << geometry_.refcount_block_bits(),
+                                           geometry_.clusters_of(file_.data_bytes()) - first);
+      tell_(fmt::format("refcounts of {} clusters from {} on cannot be read", count, first));
+      result_.check_errors += count;
+      unreadable_refcounts_ += count;
+      needs_rewrite_ = true;
+      std::fill_n(refcounts_.begin() + static_cast<std::ptrdiff_t>(first), count, kUnknown);
+    } else if (offset != 0 && offset < file_.data_bytes()) {
+      blocks.push_back({offset, i});
+    }
+  }
+  std::ranges::sort(blocks, {}, &Block::offset);
+  const auto offset_of = [&blocks](std::size_t i) { return blocks[i].offset; };
+  const auto visit = [this, &blocks](std::size_t i, std::span<const std::byte> bytes) {
+    load_block(blocks[i].index, bytes);
+  };
+  error = co_await read_tables(file_, context_, geometry_.cluster_bytes(), blocks.size(), offset_of,
+                               visit);
+  co_return error;
+}
+
+// Notes the L2 tables that an L1 table names.
+Task<int> Checker::name_tables(Extent l1_table, bool is_active) {
+  add(l1_table.offset, l1_table.length, 1, "L1 table");
+  std::vector<std::uint64_t> entries;
+  const int error = co_await read_words(l1_table.offset, l1_table.length / 8, entries);
+  if (error != 0) co_return error;
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    const std::uint64_t entry = entries[i];
+    if (entry == 0) continue;
+    if ((entry & kL1ReservedMask) != 0)
+      corrupt(fmt::format("L1 entry {} has reserved bits set: {:#x}", i, entry));
+    const std::uint64_t offset = entry & kOffsetMask;
+    add(offset, geometry_.cluster_bytes(), 1, "L2 table");
+    if ((offset & geometry_.cluster_mask()) != 0)
+      corrupt(fmt::format("L2 table at {:#x} does not begin with a cluster", offset));
+    tables_.push_back({offset, is_active ? 1U : 0U, 1U});
+    if (is_active && offset != 0)
+      check_copied((entry & kFlagCopied) != 0, offset, fmt::format("L1 entry {}", i), 1);
+  }
+  co_return 0;
+}
+
+void Checker::check_copied(bool is_copied, std::uint64_t offset, const std::string& what,
+                           std::uint32_t times) {
+  const std::uint32_t refcount = refcount_at(offset);
+  if ((refcount == 1) == is_copied || refcount == kUnknown) return;
+  corrupt(fmt::format("OFLAG_COPIED of {}: set={} offset={:#x} refcount={}", what, is_copied,
+                      offset, refcount),
+          times);
+}
+
+Task<int> Checker::check_snapshots() {
+  std::vector<Extent> l1_tables;
+  std::uint32_t index = 0;
+  const VisitSnapshot visit = [this, &l1_tables, &index](const SnapshotEntry& entry) {
+    const Extent l1_table = entry.l1_table;
+    if (header_.version >= 3 && entry.extra_bytes < kSnapshotExtraBytesMin)
+      corrupt(fmt::format("snapshot table entry {} is incomplete", index));
+    if (entry.extra_bytes > kSnapshotExtraBytesMax)
+      corrupt(fmt::format("snapshot table entry {} has too much extra data", index));
+    if ((l1_table.offset & geometry_.cluster_mask()) != 0) {
+      corrupt(fmt::format("snapshot {}: its L1 table at {:#x} does not begin with a cluster", index,
+                          l1_table.offset));
+    } else if (l1_table.length > kL1BytesMax) {
+      corrupt(fmt::format("snapshot {}: its L1 table is too large", index));
+    } else {
+      l1_tables.push_back(l1_table);
+    }
+    ++index;
+    return true;
+  };
+  SnapshotTable table;
+  int error = co_await visit_snapshots(file_, context_, header_, file_.data_bytes(), visit, table);
+  if (!table.why.empty()) {
+    corrupt(table.why);
+    ++result_.check_errors;
+  }
+  if (error != 0) co_return error;
+  add(header_.snapshots_offset, table.length_bytes, 1, "snapshot table");
+  // Each has clusters of its own. More than there are, and following them could take for ever.
+  std::uint64_t all_bytes = 0;
+  for (const Extent& l1_table : l1_tables) all_bytes += l1_table.length;
+  if (all_bytes > file_.data_bytes()) {
+    corrupt("the L1 tables of the snapshots are larger than the file");
+    ++result_.check_errors;
+    co_return 0;
+  }
+  for (const Extent& l1_table : l1_tables) {
+    error = co_await name_tables(l1_table, false);
+    if (error != 0) co_return error;
+  }
+  co_return 0;
+}
+
+void Checker::check_compressed(const Named& table, std::size_t index, const L2Entry& entry) {
+  const auto where = [&] {
+    return fmt::format("L2 table at {:#x}, entry {}", table.offset, index);
+  };
+  if (header_.has_data_file())
+    return corrupt(where() + ": compressed cluster with a data file", table.total);
+  std::uint64_t descriptor = entry.descriptor;
+  if ((descriptor & kFlagCopied) != 0) {
+    corrupt(where() + ": the copied flag must never be set for a compressed cluster", table.total);
+    descriptor &= ~kFlagCopied;
+  }
+  if (geometry_.extended_l2 && entry.bitmap != 0) {
+    return corrupt(where() + ": compressed cluster with a subcluster allocation bitmap",
+                   table.total);
+  }
+  result_.allocated_clusters += table.active;
+  result_.compressed_clusters += table.active;
+  result_.fragmented_clusters += table.active;  // by nature
+  const CompressedExtent extent = compressed_extent(geometry_, descriptor);
+  add(extent.offset, extent.length, table.total, "compressed data");
+}
+
+void Checker::check_standard(const Named& table, std::size_t index, const L2Entry& entry,
+                             std::uint64_t& expected_offset) {
+  const auto where = [&] {
+    return fmt::format("L2 table at {:#x}, entry {}", table.offset, index);
+  };
+  if ((entry.descriptor & kL2ReservedMask) != 0) {
+    corrupt(fmt::format("{} has reserved bits set: {:#x}", where(), entry.descriptor), table.total);
+  }
+  const std::uint64_t offset = host_offset(entry);
+  const std::uint64_t allocated = entry.bitmap & (~std::uint64_t{0} >> kSubclusters);
+  const bool has_space =
+      offset != 0 || (header_.has_data_file() && (entry.descriptor & kFlagCopied) != 0);
+  if (!has_space) {
+    if (geometry_.extended_l2 && allocated != 0)
+      corrupt(where() + ": unallocated cluster with allocated subclusters", table.total);
+    return;
+  }
+  if (geometry_.extended_l2 && (entry.bitmap >> kSubclusters & allocated) != 0) {
+    corrupt(where() + ": subclusters that are allocated and read as zeroes", table.total);
+  }
+  if ((offset & geometry_.cluster_mask()) != 0) {
+    corrupt(fmt::format("{}: data at {:#x} does not begin with a cluster", where(), offset),
+            table.total);
+  }
+  result_.allocated_clusters += table.active;
+  if (expected_offset != 0 && offset != expected_offset)
+    result_.fragmented_clusters += table.active;
+  expected_offset = offset + geometry_.cluster_bytes();
+  const bool is_copied = (entry.descriptor & kFlagCopied) != 0;
+  if (header_.has_data_file()) {
+    if (!is_copied && table.active > 0)
+      corrupt(where() + ": OFLAG_COPIED is not set, though the data is in a data file",
+              table.active);
+    return;
+  }
+  add(offset, geometry_.cluster_bytes(), table.total, "data");
+  if (table.active > 0 && (refcount_at(offset) == 1) != is_copied)
+    check_copied(is_copied, offset, where(), table.active);
+}
+
+void Checker::check_l2_table(const Named& table, std::span<const std::byte> bytes) {
+  std::uint64_t expected_offset = 0;
+  const std::size_t step = std::size_t{geometry_.l2_entry_words()} * 8;
+  for (std::size_t at = 0; at < bytes.size(); at += step) {
+    const L2Entry entry{load_be<std::uint64_t>(bytes.data() + at),
+                        geometry_.extended_l2 ? load_be<std::uint64_t>(bytes.data() + at + 8) : 0};
+    if ((entry.descriptor | entry.bitmap) == 0) continue;
+    if (repairs_entries_ && is_misplaced_reserve(entry)) {
+      tell_(fmt::format("Repairing L2 table at {:#x}, entry {}: it has no cluster at {:#x}",
+                        table.offset, at / step, host_offset(entry)));
+      change_word(bytes, table.offset, at, geometry_.extended_l2 ? 0 : kFlagZero, entry_repairs_);
+      ++entries_repaired_;
+      continue;
+    }
+    if ((entry.descriptor & kFlagCompressed) != 0) {
+      check_compressed(table, at / step, entry);
+    } else {
+      check_standard(table, at / step, entry, expected_offset);
+    }
+  }
+}
+
+Task<int> Checker::check_tables() {
+  // Each table once, however often it is named.
+  std::ranges::sort(tables_, {}, &Named::offset);
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < tables_.size(); ++i) {
+    if (kept > 0 && tables_[kept - 1].offset == tables_[i].offset) {
+      tables_[kept - 1].active += tables_[i].active;
+      tables_[kept - 1].total += tables_[i].total;
+    } else {
+      tables_[kept++] = tables_[i];
+    }
+  }
+  tables_.resize(kept);
+  const auto offset_of = [this](std::size_t i) { return tables_[i].offset; };
+  const auto visit = [this](std::size_t i, std::span<const std::byte> bytes) {
+    check_l2_table(tables_[i], bytes);
+  };
+  const int error = co_await read_tables(file_, context_, geometry_.cluster_bytes(), tables_.size(),
+                                         offset_of, visit);
+  co_return error;
+}
+
+Task<int> Checker::check_bitmaps() {
+  if (!header_.bitmap_directory) co_return 0;
+  const Extent directory = *header_.bitmap_directory;
+  add(directory.offset, directory.length, 1, "bitmap directory");
+  std::vector<std::byte> bytes;
+  int error = co_await read_bitmap_directory(file_, context_, file_.data_bytes(), directory, bytes);
+  for (std::size_t at = 0; error == 0 && at < bytes.size();) {
+    BitmapEntry bitmap;
+    if (!decode_bitmap_entry(std::span<const std::byte>(bytes).subspan(at), bitmap) ||
+        bitmap.table_entries > kL1BytesMax / 8) {
+      error = EINVAL;
+      break;
+    }
+    at = std::min<std::size_t>(at + bitmap.length_bytes, bytes.size());
+    add(bitmap.table_offset, std::uint64_t{bitmap.table_entries} * 8, 1, "bitmap table");
+    std::vector<std::uint64_t> words;
+    error = co_await read_words(bitmap.table_offset, bitmap.table_entries, words);
+    for (std::size_t i = 0; i < words.size(); ++i) {
+      const std::uint64_t offset = words[i] & kOffsetMask;
+      if ((words[i] & kBitmapReservedMask) != 0 || (offset & geometry_.cluster_mask()) != 0 ||
+          (offset != 0 && (words[i] & kBitmapAllOnes) != 0)) {
+        corrupt(fmt::format("bitmap table at {:#x}: entry {} is not valid: {:#x}",
+                            bitmap.table_offset, i, words[i]));
+      } else if (offset != 0) {
+        add(offset, geometry_.cluster_bytes(), 1, "bitmap");
+      }
+    }
+  }
+  if (error == EINVAL) {
+    corrupt("the bitmap directory is not whole");
+    ++result_.check_errors;
+  }
+  co_return error;
+}
+
+void Checker::check_refcount_table() {
+  if (keeps_references_) references_of_content_ = references_;
+  add(header_.refcount_table_offset, refcount_table_.size() * 8, 1, "refcount table");
+  const std::uint64_t clusters = geometry_.clusters_of(file_.data_bytes());
+  for (std::size_t i = 0; i < refcount_table_.size(); ++i) {
+    const std::uint64_t entry = refcount_table_[i];
+    if (entry == 0) continue;
+    const std::uint64_t corruptions = result_.corruptions;
+    if ((entry & kRefcountTableReservedMask) != 0) {
+      corrupt(fmt::format("refcount table entry {} has reserved bits set", i));
+    } else if ((entry & geometry_.cluster_mask()) != 0) {
+      corrupt(fmt::format("refcount block {} does not begin with a cluster", i));
+    } else if (cluster_of(entry) >= clusters) {
+      corrupt(fmt::format("refcount block {} is outside of the image", i));
+    } else {
+      add(entry, geometry_.cluster_bytes(), 1, "refcount block");
+      const std::uint32_t count = references_[cluster_of(entry)];
+      if (count != 1)
+        corrupt(fmt::format("refcount block {} has {} references instead of 1", i, count));
+    }
+    if (result_.corruptions != corruptions) needs_rewrite_ = true;
+  }
+  for (std::uint64_t i = 0; i < header_.refcount_table_clusters; ++i) {
+    const std::uint64_t cluster = cluster_of(header_.refcount_table_offset) + i;
+    if (cluster < references_.size() && references_[cluster] != 1) needs_rewrite_ = true;
+  }
+}
+
+void Checker::compare() {
+  std::uint64_t last = 0;
+  for (std::uint64_t cluster = 0; cluster < references_.size(); ++cluster) {
+    const std::uint32_t refcount = refcounts_[cluster];
+    const std::uint32_t references = references_[cluster];
+    if (refcount == kUnknown) continue;
+    // What is said of clusters beyond the end says nothing.
+    if (references == 0 && cluster + 1 == references_.size()) break;
+    if ((refcount | references) != 0) last = cluster;
+    if (refcount == references) continue;
+    const std::uint64_t block = cluster >> geometry_.refcount_block_bits();
+    if (refcount == 0 && (block >= refcount_table_.size() || refcount_table_[block] == 0))
+      needs_rewrite_ = true;
+    tell_(fmt::format("{} cluster {} refcount={} reference={}",
+                      refcount < references ? "ERROR" : "Leaked", cluster, refcount, references));
+    ++(refcount < references ? result_.corruptions : result_.leaks);
+  }
+  result_.image_end_offset = (last + 1) << geometry_.cluster_bits;
+}
+
+Task<int> Checker::run() {
+  const std::uint64_t clusters = geometry_.clusters_of(file_.data_bytes());
+  if (clusters > kCheckClustersMax) co_return EFBIG;
+  // One more: what begins in the last cluster may end in the next.
+  refcounts_.resize(clusters + 1);
+  references_.resize(clusters + 1);
+  result_.total_clusters = geometry_.clusters_of(header_.size_bytes);
+  int error = co_await load_refcounts();
+  if (error != 0) co_return error;
+  add(0, geometry_.cluster_bytes(), 1, "header");
+  const Extent l1_table{header_.l1_table_offset, std::uint64_t{header_.l1_entries} * 8};
+  error = co_await name_tables(l1_table, true);
+  if (error == 0 && header_.snapshot_count > 0) error = co_await check_snapshots();
+  if (error == 0) error = co_await check_tables();
+  if (error == 0) error = co_await check_bitmaps();
+  if (error != 0) co_return error;
+  check_refcount_table();
+  compare();
+  co_return 0;
+}
+
+// ---- Repairing.
+
+Task<int> Checker::flush() {
+  const int error = co_await BlockIo(file_, context_, BlockOperation::kFlush, 0, 0);
+  co_return error;
+}
+
+Task<int> Checker::repair(Repair repair, Header& header, RepairResult& result) {
+  // What could not be read may name anything.
+  if (result_.check_errors > unreadable_refcounts_) co_return 0;
+  // First what takes references away: until the refcounts follow, that is a leak.
+  int error = co_await write_sectors(entry_repairs_);
+  result.corruptions_fixed += entries_repaired_;
+  if (error == 0) error = co_await flush();
+  if (error != 0) co_return error;
+  if (repair == Repair::kAll && needs_rewrite_) {
+    error = co_await rewrite_refcounts(header, result);
+  } else if (unreadable_refcounts_ == 0) {
+    error = co_await set_refcounts(repair == Repair::kLeaks, result);
+  }
+  if (error == 0) error = co_await flush();
+  if (error != 0 || repair != Repair::kAll) co_return error;
+  error = co_await set_copied_flags(result);
+  if (error == 0) error = co_await flush();
+  co_return error;
+}
+
+// In place: blocks that are there, and nobody else's.
+Task<int> Checker::set_refcounts(bool lower_only, RepairResult& result) {
+  const std::uint64_t range = std::uint64_t{1} << geometry_.refcount_block_bits();
+  const std::uint64_t clusters = geometry_.clusters_of(file_.data_bytes());
+  AlignedBuffer block(geometry_.cluster_bytes());
+  for (std::uint64_t first = 0; first < clusters; first += range) {
+    const std::uint64_t index = first / range;
+    const std::uint64_t entry = index < refcount_table_.size() ? refcount_table_[index] : 0;
+    const std::uint64_t end = std::min(clusters, first + range);
+    const auto is_wrong = [&](std::uint64_t cluster) {
+      return refcounts_[cluster] > references_[cluster] ||
+             (!lower_only && refcounts_[cluster] < references_[cluster]);
+    };
+    bool any = false;
+    for (std::uint64_t cluster = first; cluster < end; ++cluster) any = any || is_wrong(cluster);
+    const bool is_usable = entry != 0 &&
+                           (entry & (kRefcountTableReservedMask | geometry_.cluster_mask())) == 0 &&
+                           cluster_of(entry) < clusters && references_[cluster_of(entry)] == 1;
+    if (!any || !is_usable) continue;
+    int error = co_await BlockIo(file_, context_, BlockOperation::kRead, entry, block.bytes());
+    if (error != 0) co_return error;
+    for (std::uint64_t cluster = first; cluster < end; ++cluster) {
+      if (!is_wrong(cluster)) continue;
+      tell_(fmt::format("Repairing cluster {} refcount={} reference={}", cluster,
+                        refcounts_[cluster], references_[cluster]));
+      ++(refcounts_[cluster] > references_[cluster] ? result.leaks_fixed
+                                                    : result.corruptions_fixed);
+      refcounts_[cluster] = references_[cluster];
+      const RefcountPlace place = refcount_place(geometry_.refcount_order, cluster - first);
+      std::byte* const word = block.data() + place.word * 8;
+      const std::uint64_t others = load_be<std::uint64_t>(word) & ~(place.mask << place.shift);
+      store_be(word, others | std::uint64_t{references_[cluster]} << place.shift);
+    }
+    error = co_await BlockIo(file_, context_, BlockOperation::kWrite, entry, block.bytes());
+    if (error != 0) co_return error;
+  }
+  co_return 0;
+}
+
+// New ones, behind everything that there is; the old ones become free with the header's change.
+Task<int> Checker::rewrite_refcounts(Header& header, RepairResult& result) {
+  const std::uint64_t clusters = geometry_.clusters_of(file_.data_bytes());
+  references_of_content_.resize(clusters);
+  const RefcountLayout layout = plan_refcounts(geometry_, clusters);
+  if (!layout.is_possible(geometry_) || file_.is_block_device()) co_return EFBIG;
+  tell_("Repairing the refcounts of the whole image: a new table and new blocks");
+  references_of_content_.resize(layout.end(), 1);
+  int error = file_.grow(layout.end() << geometry_.cluster_bits);
+  AlignedBuffer table(layout.table_clusters << geometry_.cluster_bits);
+  std::ranges::fill(table.bytes(), std::byte{0});
+  AlignedBuffer block(geometry_.cluster_bytes());
+  const std::uint64_t range = std::uint64_t{1} << geometry_.refcount_block_bits();
+  for (std::uint64_t i = 0; i < layout.blocks && error == 0; ++i) {
+    const std::uint64_t offset = (layout.first_block() + i) << geometry_.cluster_bits;
+    store_be(table.data() + i * 8, offset);
+    const auto counts = std::span<const std::uint32_t>(references_of_content_)
+                            .subspan(i * range, std::min(range, layout.end() - i * range));
+    encode_refcounts(geometry_, counts, block.bytes());
+    error = co_await BlockIo(file_, context_, BlockOperation::kWrite, offset, block.bytes());
+  }
+  if (error == 0)
+    error = co_await BlockIo(file_, context_, BlockOperation::kWrite,
+                             layout.first << geometry_.cluster_bits, table.bytes());
+  if (error == 0) error = co_await flush();
+  AlignedBuffer sector(kHeaderSectorBytes);
+  if (error == 0)
+    error = co_await BlockIo(file_, context_, BlockOperation::kRead, 0, sector.bytes());
+  if (error != 0) co_return error;
+  for (std::uint64_t cluster = 0; cluster < clusters; ++cluster) {
+    if (refcounts_[cluster] == kUnknown) continue;
+    if (refcounts_[cluster] > references_[cluster]) ++result.leaks_fixed;
+    if (refcounts_[cluster] < references_[cluster]) ++result.corruptions_fixed;
+  }
+  ++result.corruptions_fixed;
+  header.refcount_table_offset = layout.first << geometry_.cluster_bits;
+  header.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
+  encode_header_fields(header, sector.bytes().first<kHeaderSectorBytes>());
+  error = co_await BlockIo(file_, context_, BlockOperation::kWrite, 0, sector.bytes());
+  refcounts_ = references_of_content_;
+  co_return error;
+}
+
+// Changes the word at byte `at` of a table that lies at `offset`, in a copy of its sector.
+void Checker::change_word(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                          std::uint64_t word, std::vector<Sector>& sectors) {
+  const std::size_t begin = at / blockdev::kSectorBytes * blockdev::kSectorBytes;
+  if (sectors.empty() || sectors.back().offset != offset + begin) {
+    sectors.push_back({offset + begin, AlignedBuffer(blockdev::kSectorBytes)});
+    std::ranges::copy(table.subspan(begin, blockdev::kSectorBytes), sectors.back().bytes.data());
+  }
+  store_be(sectors.back().bytes.data() + (at - begin), word);
+}
+
+void Checker::set_flag(std::span<const std::byte> table, std::uint64_t offset, std::size_t at,
+                       std::vector<Sector>& sectors, RepairResult& result) const {
+  const std::uint64_t entry = load_be<std::uint64_t>(table.data() + at) ^ kFlagCopied;
+  tell_(fmt::format("Repairing OFLAG_COPIED of the entry at {:#x}: {:#x}", offset + at, entry));
+  change_word(table, offset, at, entry, sectors);
+  ++result.corruptions_fixed;
+}
+
+Task<int> Checker::write_sectors(std::vector<Sector>& sectors) {
+  for (Sector& sector : sectors) {
+    const int error = co_await BlockIo(file_, context_, BlockOperation::kWrite, sector.offset,
+                                       sector.bytes.bytes());
+    if (error != 0) co_return error;
+  }
+  co_return 0;
+}
+
+void Checker::set_flags_of_l1(std::span<const std::byte> table, std::uint64_t offset,
+                              std::vector<Sector>& sectors, RepairResult& result) {
+  for (std::size_t at = 0; at < std::size_t{header_.l1_entries} * 8; at += 8) {
+    const auto entry = load_be<std::uint64_t>(table.data() + at);
+    if ((entry & kOffsetMask) == 0) continue;
+    if ((refcount_at(entry & kOffsetMask) == 1) != ((entry & kFlagCopied) != 0))
+      set_flag(table, offset, at, sectors, result);
+  }
+}
+
+void Checker::set_flags_of_l2(std::span<const std::byte> table, std::uint64_t offset,
+                              std::vector<Sector>& sectors, RepairResult& result) {
+  const std::size_t step = std::size_t{geometry_.l2_entry_words()} * 8;
+  for (std::size_t at = 0; at < table.size(); at += step) {
+    const auto entry = load_be<std::uint64_t>(table.data() + at);
+    if ((entry & kFlagCompressed) != 0 || (entry & kOffsetMask) == 0) continue;
+    if ((refcount_at(entry & kOffsetMask) == 1) != ((entry & kFlagCopied) != 0))
+      set_flag(table, offset, at, sectors, result);
+  }
+}
+
+Task<int> Checker::set_copied_flags(RepairResult& result) {
+  // What is in a data file has no refcounts, and its flags are not told from them.
+  if (header_.has_data_file()) co_return 0;
+  std::vector<Sector> sectors;
+  const std::uint64_t l1_bytes = (std::uint64_t{header_.l1_entries} * 8 + 511) / 512 * 512;
+  if (l1_bytes > 0 && refcount_at(header_.l1_table_offset) == 1) {
+    AlignedBuffer l1_table(l1_bytes);
+    const int error = co_await BlockIo(file_, context_, BlockOperation::kRead,
+                                       header_.l1_table_offset, l1_table.bytes());
+    if (error != 0) co_return error;
+    set_flags_of_l1(l1_table.bytes(), header_.l1_table_offset, sectors, result);
+  }
+  std::vector<Named> ours;
+  for (const Named& table : tables_) {
+    const bool is_whole = (table.offset & geometry_.cluster_mask()) == 0 && table.offset != 0;
+    if (table.active > 0 && is_whole && refcount_at(table.offset) == table.total)
+      ours.push_back(table);
+  }
+  const auto offset_of = [&ours](std::size_t i) { return ours[i].offset; };
+  const auto visit = [this, &ours, &sectors, &result](std::size_t i,
+                                                      std::span<const std::byte> bytes) {
+    set_flags_of_l2(bytes, ours[i].offset, sectors, result);
+  };
+  int error = co_await read_tables(file_, context_, geometry_.cluster_bytes(), ours.size(),
+                                   offset_of, visit);
+  if (error == 0) error = co_await write_sectors(sectors);
+  co_return error;
+}
+
+}  // namespace
+
+Task<int> check_image(blockdev::RawNode& file, IoContext& context, const Header& header,
+                      const TellFinding& tell, CheckResult& result) {
+  Checker checker(file, context, header, tell, result);
+  const int error = co_await checker.run();
+  co_return error;
+}
+
+Task<int> survey_image(blockdev::RawNode& file, IoContext& context, const Header& header,
+                       const TellFinding& tell, CheckResult& result,
+                       std::vector<std::uint32_t>& references) {
+  Checker checker(file, context, header, tell, result);
+  checker.keep_references();
+  const int error = co_await checker.run();
+  if (error == 0) references = checker.take_references();
+  co_return error;
+}
+
+Task<int> repair_image(blockdev::RawNode& file, IoContext& context, Header& header, Repair repair,
+                       const TellFinding& tell, RepairResult& result) {
+  CheckResult found;
+  const Header as_it_was = header;
+  Checker checker(file, context, as_it_was, tell, found);
+  checker.prepare_repair(repair);
+  int error = co_await checker.run();
+  if (error == 0) error = co_await checker.repair(repair, header, result);
+  co_return error;
+}
+
+Task<int> mark_sound(blockdev::RawNode& file, IoContext& context, Header& header) {
+  if ((header.incompatible_features & (kIncompatDirty | kIncompatCorrupt)) == 0) co_return 0;
+  AlignedBuffer sector(kHeaderSectorBytes);
+  int error = co_await BlockIo(file, context, BlockOperation::kRead, 0, sector.bytes());
+  if (error != 0) co_return error;
+  header.incompatible_features &= ~(kIncompatDirty | kIncompatCorrupt);
+  encode_header_fields(header, sector.bytes().first<kHeaderSectorBytes>());
+  error = co_await BlockIo(file, context, BlockOperation::kWrite, 0, sector.bytes());
+  if (error == 0) error = co_await BlockIo(file, context, BlockOperation::kFlush, 0, 0);
+  co_return error;
+}
+
+}  // namespace vblk::qcow2

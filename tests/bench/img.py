@@ -1,0 +1,98 @@
+#!/usr/bin/python3
+"""`vblk img` beside qemu-img: wall time and processor time of the same work, in turns. Prints a table.
+
+Each round runs both programs once, the first one changing from round to round; what is compared is the ratio within a
+round. Images lie in one folder on a file system of the machine, in the page cache: what is measured is the programs, not
+the disk. The machine should be doing nothing else.
+"""
+
+import argparse
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+
+from harness import Folder  # noqa: E402
+
+MIB = 1 << 20
+
+
+def make_disk(path, size):
+    """Half of it holes; a quarter text that compresses, a quarter noise that does not, a mebibyte at a time."""
+    rng = random.Random(1)
+    lines = [b"%08x the quick brown fox, line %d\n" % (rng.getrandbits(32), number) for number in range(4096)]
+    with open(path, "wb") as file:
+        file.truncate(size)
+        for at in range(0, size, MIB):
+            kind = rng.randrange(4)
+            if kind >= 2:
+                continue
+            file.seek(at)
+            file.write(rng.randbytes(MIB) if kind == 0 else b"".join(rng.choices(lines, k=30000))[:MIB])
+
+
+def run(command):
+    """(wall seconds, processor seconds)."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    wall, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def compare(name, rounds, commands, clean_up):
+    """Rounds of both; commands are {program: command line}."""
+    programs = list(commands)
+    times = {program: [] for program in programs}
+    for number in range(rounds + 1):
+        for program in programs if number % 2 else reversed(programs):
+            clean_up()
+            measured = run(commands[program])
+            if number > 0:  # the first warms the cache
+                times[program].append(measured)
+    ours, theirs = times["vblk img"], times["qemu-img"]
+    ratios = sorted(a[0] / b[0] for a, b in zip(ours, theirs))
+    processor = statistics.median(a[1] / max(b[1], 1e-3) for a, b in zip(ours, theirs))
+    print(f"| {name} | {statistics.median(t[0] for t in theirs):.3f} | {statistics.median(t[0] for t in ours):.3f} | "
+          f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {processor:.2f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vblk", required=True, type=Path)
+    parser.add_argument("--size-mib", type=int, default=4096, help="of the disk, half of it in use")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    programs = {"qemu-img": ["qemu-img"], "vblk img": [options.vblk.resolve(), "img"]}
+    with Folder() as folder:
+        raw, image, out = folder / "disk.raw", folder / "disk.qcow2", folder / "out"
+        make_disk(raw, options.size_mib * MIB)
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image], check=True)
+        mapped = folder / "mapped.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", mapped, "64G"], check=True)
+        print(f"{options.size_mib} MiB, {options.rounds} rounds, {os.cpu_count()} processors\n")
+        print("| | qemu-img s | vblk s | ratio, median (range) | processor time, ratio |\n|---|---|---|---|---|")
+
+        def both(name, *arguments, rounds=options.rounds):
+            compare(name, rounds, {program: [*command, *arguments] for program, command in programs.items()},
+                    lambda: out.unlink(missing_ok=True))
+
+        both("convert raw to qcow2", "convert", "-f", "raw", "-O", "qcow2", raw, out)
+        both("convert qcow2 to raw", "convert", "-f", "qcow2", "-O", "raw", image, out)
+        both("convert to qcow2, deflate", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, out, rounds=3)
+        both("convert to qcow2, zstd", "convert", "-c", "-o", "compression_type=zstd", "-f", "raw", "-O", "qcow2", raw, out,
+             rounds=3)
+        both("compare", "compare", "-f", "raw", "-F", "qcow2", raw, image)
+        both("check, 64 GiB mapped", "check", mapped)
+        both("info", "info", image, rounds=4 * options.rounds)
+        both("map", "map", "--output=json", image, rounds=4 * options.rounds)
+        both("create", "create", "-q", "-f", "qcow2", out, "10G", rounds=4 * options.rounds)
+
+
+if __name__ == "__main__":
+    main()

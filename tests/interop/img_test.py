@@ -1,0 +1,1008 @@
+#!/usr/bin/python3
+"""`vblk img` beside Debian's qemu-img, on the same inputs. Prints TAP.
+
+What both say must be the same: exit status, standard output where a script would read it, JSON. Images that vblk makes
+are judged by qemu-img. Where the two differ on purpose, the test says so.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+
+from harness import Folder, Report, Server, allocated_bytes, test_seed, wait_until  # noqa: E402
+from qcow2_images import (COPIED, KIB, MIB, OFFSET_MASK, SECTOR, Header, check, is_clean, option_matrix,  # noqa: E402
+                          qemu_img, qemu_io, read_number, unique_content, write_number)
+
+
+class Tool:
+    """A program that takes qemu-img's command lines; says (status, output, errors)."""
+
+    def __init__(self, *command):
+        self.command = list(map(str, command))
+
+    def __call__(self, *arguments, **options):
+        done = subprocess.run([*self.command, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=options.pop("timeout", 60), **options)
+        return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+
+    def works(self, *arguments, **options):
+        status, output, errors = self(*arguments, **options)
+        if status != 0:
+            raise RuntimeError(f"{' '.join(map(str, arguments))}: status {status}: {errors}")
+        return output
+
+
+QEMU = Tool("qemu-img")
+
+
+def same(report, name, vblk, arguments, change=lambda text: text, **options):
+    """Both say the same on standard output, and end with the same status."""
+    theirs, ours = QEMU(*arguments, **options), vblk(*arguments, **options)
+    good = theirs[0] == ours[0] and change(theirs[1]) == change(ours[1])
+    return report.check(name, good, f"{' '.join(map(str, arguments))}\nqemu-img: {theirs}\nvblk img: {ours}")
+
+
+def as_json(text):
+    return json.loads(text) if text.strip() else None
+
+
+def released(path):
+    """Waits until the kernel has given up the locks of a process that was killed."""
+    return wait_until(lambda: "lock" not in QEMU("info", path)[2])
+
+
+def without_holes(text):
+    """A map as JSON. Where an image has many clusters that were never written, qemu-img asks the file below, and tells
+    of data that is zero; here data is data."""
+    merged = []
+    for piece in json.loads(text):
+        piece["zero"] = piece["zero"] and not piece["data"]
+        last = merged[-1] if merged else None
+        if last and all(last.get(key) == piece.get(key) for key in ("depth", "present", "zero", "data")) and \
+                ("offset" in last) == ("offset" in piece) and \
+                last.get("offset", 0) + last["length"] == piece.get("offset", last["length"]):
+            last["length"] += piece["length"]
+        else:
+            merged.append(piece)
+    return merged
+
+
+def each_fails(report, name, vblk, cases, folder, **options):
+    """Each command line fails with qemu-img's status and one line, and leaves no file behind."""
+    wrong = []
+    for arguments in cases:
+        before = sorted(os.listdir(folder))
+        theirs = QEMU(*arguments, **options)
+        for left in set(os.listdir(folder)) - set(before):
+            (folder / left).unlink()
+        ours = vblk(*arguments, **options)
+        lines = ours[2].splitlines()
+        after = sorted(os.listdir(folder))
+        if not (ours[0] == theirs[0] != 0 and len(lines) == 1 and lines[0].startswith("vblk img: ") and before == after):
+            wrong.append(f"{' '.join(map(str, arguments))}: qemu-img {theirs}, vblk img {ours}, {before} {after}")
+    return report.check(name, not wrong, "\n".join(wrong))
+
+
+# ---- What is there: info, map, measure, check of sound images.
+
+def describes_alike(report, vblk, folder, rng):
+    different = {what: [] for what in ("info", "info as JSON", "chain", "map", "map as JSON", "part of the map", "check",
+                                       "check as JSON", "measure")}
+    for number, recipe in enumerate(option_matrix(rng, 36)):
+        place = folder / f"r{number}"
+        place.mkdir()
+        image, _ = recipe.make(place, rng)
+
+        def compare(what, *arguments, change=lambda text: text):
+            theirs, ours = QEMU(*arguments), vblk(*arguments)
+            if theirs[0] != ours[0] or change(theirs[1]) != change(ours[1]):
+                different[what].append(f"{recipe}: {' '.join(map(str, arguments))}\n{theirs}\n{ours}")
+
+        compare("info", "info", image)
+        compare("info as JSON", "info", "--output=json", image, change=as_json)
+        compare("chain", "info", "--backing-chain", "--output=json", image, change=as_json)
+        compare("check", "check", image)
+        compare("check as JSON", "check", "--output", "json", image, change=as_json)
+        compare("measure", "measure", "-O", "raw", image)
+        theirs = QEMU.works("map", "--output=json", image)
+        has_holes = '"zero": true, "data": true' in theirs
+        compare("map as JSON", "map", "--output=json", image,
+                change=without_holes if has_holes else lambda text: text)
+        start = rng.randrange(recipe.size // SECTOR) * SECTOR
+        compare("part of the map", "map", "--output=json", f"--start-offset={start}", "--max-length=1M", image,
+                change=without_holes if has_holes else lambda text: text)
+        if not has_holes:
+            compare("map", "map", image)
+            compare("measure", "measure", "--output=json", "-O", "qcow2", image, change=as_json)
+            compare("measure", "measure", "-O", "qcow2", "-o", "cluster_size=4k,refcount_bits=8", image)
+        shutil.rmtree(place)
+    for what, cases in different.items():
+        report.check(f"{what}: the same as qemu-img says, for images of every option", not cases, "\n".join(cases[:3]))
+
+
+def describes_special(report, vblk, folder):
+    empty, odd, disk = folder / "empty.raw", folder / "odd.raw", folder / "zero.qcow2"
+    empty.touch()
+    odd.write_bytes(b"x" * 1000)
+    qemu_img("create", "-f", "qcow2", disk, 0)
+    for path in (empty, odd, disk):
+        image_format = path.suffix[1:]
+        for arguments in (["info", "-f", image_format], ["info", "--output=json", "-f", image_format],
+                          ["map", "--output=json", "-f", image_format], ["map", "-f", image_format],
+                          ["measure", "-O", "qcow2", "-f", image_format]):
+            change = as_json if arguments[1] == "--output=json" else lambda text: text
+            same(report, f"{path.name}: {' '.join(arguments)}", vblk, [*arguments, path], change)
+    same(report, "a raw image has nothing to check: status 63", vblk, ["check", "-f", "raw", odd])
+    for size in ("0", "1", "513", "1M", "10G", "1.5T"):
+        for options in ([], ["-O", "raw"], ["-O", "qcow2"], ["-O", "qcow2", "-o", "cluster_size=512,refcount_bits=64"],
+                        ["-O", "qcow2", "-o", "extended_l2=on,preallocation=full"]):
+            if size == "1.5T" and "cluster_size=512,refcount_bits=64" in options:
+                continue
+            same(report, f"measure --size {size} {' '.join(options)}", vblk, ["measure", "--size", size, *options])
+    each_fails(report, "commands that make no sense fail as qemu-img's do", vblk, [
+        ["info"], ["info", empty, odd], ["info", folder / "none"], ["info", "--output=xml", odd], ["info", "--nonsense", odd],
+        ["info", "-f", "nonsense", odd], ["info", "-f", "qcow2", odd], ["info", folder], ["nonsense"], [],
+        ["map"], ["map", "--start-offset=x", odd], ["measure"], ["measure", "--size", "1G", odd],
+        ["measure", "--size", "1P", "-O", "qcow2", "-o", "cluster_size=512"], ["measure", "--size", "1G", "-O", "nonsense"],
+        ["check"], ["check", folder / "none"], ["check", "-r", "nonsense", disk], ["check", "-f", "qcow2", odd], ["compare", odd], ["compare", odd, folder / "none"],
+        ["compare", "--nonsense", odd, odd]], folder)
+
+
+# ---- create
+
+def creates_alike(report, vblk, folder, rng):
+    different = []
+    base = folder / "base.qcow2"
+    qemu_img("create", "-f", "qcow2", base, "5M")
+    count = 0
+    for recipe in option_matrix(rng, 44):
+        options = dict(recipe.options)
+        arguments = ["-f", "qcow2"]
+        path = folder / "new.qcow2"
+        if recipe.data_file:
+            options["data_file"] = folder / "new.data"
+        if recipe.backing:
+            arguments += ["-b", "base.qcow2" if rng.random() < 0.5 else base, "-F", "qcow2"]
+        if options:
+            arguments += ["-o", ",".join(f"{name}={value}" for name, value in options.items())]
+        arguments.append(path)
+        if not recipe.backing or rng.random() < 0.5:
+            large = [] if "preallocation" in options or recipe.data_file else ["77M", "3G"]
+            arguments.append(rng.choice(["0", "512", "1000", "1M", str(recipe.size), *large]))
+        found = []
+        for tool in (QEMU, vblk):
+            status, output, errors = tool("create", *arguments)
+            if status != 0:
+                found.append((status, output))
+            else:
+                information = as_json(QEMU.works("info", "--output=json", path))
+                information.pop("actual-size")
+                found.append((status, output, information, is_clean(check(path)), path.stat().st_mode))
+            found[-1] += (sorted(p.name for p in folder.iterdir()),)
+            for name in ("new.qcow2", "new.data"):
+                (folder / name).unlink(missing_ok=True)
+        count += found[0][0] == 0
+        if found[0] != found[1]:
+            different.append(f"{' '.join(map(str, arguments))}\n{found[0]}\n{found[1]}")
+    report.check("create: the same image as qemu-img's, for every option", not different and count > 30,
+                 f"{count}\n" + "\n".join(different[:3]))
+    for mode in ("off", "falloc", "full"):
+        path = folder / "raw"
+        same(report, f"create -f raw -o preallocation={mode}", vblk, ["create", "-o", f"preallocation={mode}", path, "1M"])
+        report.check(f"it has its size and space ({mode})",
+                     path.stat().st_size == MIB and (allocated_bytes(path) >= MIB) == (mode != "off"))
+        path.unlink()
+    old = folder / "old.qcow2"
+    old.write_bytes(b"what was there" * 1000)
+    old.chmod(0o600)
+    link = folder / "link.qcow2"
+    link.symlink_to("old.qcow2")
+    vblk.works("create", "-q", "-f", "qcow2", link, "1M")
+    report.check("create takes an old file's place, mode and symbolic link",
+                 link.is_symlink() and old.stat().st_mode & 0o777 == 0o600 and is_clean(check(old)))
+    for path in (old, link):
+        path.unlink()
+    each_fails(report, "create refuses what qemu-img refuses", vblk, [
+        ["create", "-f", "qcow2"], ["create", "-f", "qcow2", folder / "x"], ["create", "-f", "nonsense", folder / "x", "1M"],
+        ["create", "-f", "qcow2", folder / "x", "10foo"], ["create", "-f", "qcow2", folder / "x", "9E"],
+        ["create", "-f", "qcow2", folder / "no" / "x", "1M"], ["create", "-f", "qcow2", folder / "x", "1M", "2M"],
+        ["create", "-f", "qcow2", "-b", "none", "-F", "raw", folder / "x", "1M"],
+        ["create", "-f", "qcow2", "-b", base, folder / "x"], ["create", "-f", "raw", "-b", base, "-F", "qcow2", folder / "x", "1M"],
+        *(["create", "-q", "-f", "qcow2", "-o", options, folder / "x", "1M"] for options in (
+            "nonsense=1", "cluster_size=1000", "cluster_size=4M", "cluster_size=256", "refcount_bits=5", "refcount_bits=128",
+            "compat=0.10,refcount_bits=8", "compat=0.10,extended_l2=on", "compat=0.10,lazy_refcounts=on",
+            "compat=0.10,compression_type=zstd", "compat=2", "extended_l2=on,cluster_size=8k", "data_file_raw=on",
+            "preallocation=nonsense", "compression_type=lz4", "encryption=on", "lazy_refcounts=maybe")),
+        ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", folder / "x", "1T"],
+        ["create", "-q", "-f", "raw", "-o", "preallocation=metadata", folder / "x", "1M"],
+        ["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", "-b", base, "-F", "qcow2", folder / "x"]], folder)
+    status, output, _ = vblk("create", "-f", "qcow2", "-o", "help")
+    listed = set(re.findall(r"^  (\w+)=", output, re.M))
+    theirs = set(re.findall(r"^  ([\w.-]+)=", QEMU("create", "-f", "qcow2", "-o", "help")[1], re.M))
+    report.check("-o help lists qemu-img's options but encryption's",
+                 status == 0 and listed == {name for name in theirs if not name.startswith("encrypt")}, f"{listed ^ theirs}")
+
+
+# ---- convert
+
+def content(rng, size, block=64 * KIB):
+    """Text that compresses, noise that does not, zeroes: a third of each."""
+    made = bytearray(size)
+    for at in range(0, size, block):
+        length, kind = min(block, size - at), rng.randrange(3)
+        if kind == 0:
+            made[at:at + length] = rng.randbytes(length)
+        elif kind == 1:
+            made[at:at + length] = (b"%016d some text that compresses\n" % at * (length // 32 + 1))[:length]
+    return made
+
+
+def identical(first, first_format, second, second_format):
+    return QEMU("compare", "-f", first_format, "-F", second_format, first, second)
+
+
+def converts(report, vblk, folder, rng):
+    failures, count = [], 0
+    for number, recipe in enumerate(option_matrix(rng, 36)):
+        place = folder / f"c{number}"
+        place.mkdir()
+        image, _ = recipe.make(place, rng)
+        targets = [("raw", []), ("raw", ["-W", "-m", "1"]), ("qcow2", []), ("qcow2", ["-c"]),
+                   ("qcow2", ["-c", "-o", "compression_type=zstd,cluster_size=4k"]), ("qcow2", ["-S", "0"]),
+                   ("qcow2", ["-W", "-o", f"cluster_size={512 << rng.randrange(13)},refcount_bits={1 << rng.randrange(7)}"]),
+                   ("qcow2", ["-c", "-o", f"cluster_size={512 << rng.randrange(13)},refcount_bits={1 << rng.randrange(7)}"]),
+                   ("qcow2", ["-o", "compat=0.10"]), ("qcow2", ["-o", "extended_l2=on", "-t", "writeback"]),
+                   ("qcow2", ["-o", "preallocation=metadata"]), ("qcow2", ["-o", "preallocation=falloc", "-t", "none"]),
+                   ("qcow2", ["-o", f"data_file={place}/data,data_file_raw=on"]), ("raw", ["-S", "64k", "-t", "none"]),
+                   ("raw", ["-S", "0", "-T", "none", "-m", "16"])]
+        for kind, options in rng.sample(targets, 2):
+            target = place / "target"
+            status, output, errors = vblk("convert", "-O", kind, *options, image, target)
+            count += 1
+            found = identical(image, "qcow2", target, kind)
+            good = status == 0 and not output and not errors and found[0] == 0
+            if good and kind == "qcow2":
+                good = is_clean(check(target))
+            if not good:
+                failures.append(f"{recipe}: {kind} {options}: {status} {errors} {found} {check(target)['text']}")
+            for left in ("target", "data"):
+                (place / left).unlink(missing_ok=True)
+        shutil.rmtree(place)
+    report.check("convert: every image is the same disk afterwards, and clean", not failures and count >= 70,
+                 "\n".join(failures[:3]))
+
+
+def converts_content(report, vblk, folder, rng):
+    raw = folder / "content.raw"
+    whole = content(rng, 12 * MIB + 3 * SECTOR)
+    for name, options in {"plain": [], "deflate": ["-c"], "zstd": ["-c", "-o", "compression_type=zstd"],
+                          "out of order": ["-W", "-c"], "narrow refcounts": ["-c", "-o", "refcount_bits=1"],
+                          "small clusters": ["-c", "-o", "cluster_size=512"],
+                          "large clusters": ["-c", "-o", "cluster_size=2M,compression_type=zstd"]}.items():
+        ours, theirs = folder / "ours.qcow2", folder / "theirs.qcow2"
+        # qemu-img is slow with small clusters.
+        raw.write_bytes(whole[:MIB] if "cluster_size=512" in options else whole)
+        vblk.works("convert", "-f", "raw", "-O", "qcow2", *options, raw, ours)
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", *options, raw, theirs)
+        found = identical(raw, "raw", ours, "qcow2")
+        report.check(f"{name}: the same disk, clean, as compact as qemu-img's",
+                     found[0] == 0 and is_clean(check(ours)) and
+                     ours.stat().st_size <= theirs.stat().st_size * 1.03 + 256 * KIB + 2 * (1 << Header(ours)["cluster_bits"]),
+                     f"{found} {check(ours)['text']} {ours.stat().st_size} {theirs.stat().st_size}")
+        back = folder / "back.raw"
+        vblk.works("convert", "-O", "raw", theirs, back)
+        report.check(f"{name}: qemu-img's image is read back", back.read_bytes() == raw.read_bytes())
+        same(report, f"{name}: compare says so too", vblk, ["compare", "-f", "raw", "-F", "qcow2", raw, theirs])
+    raw.write_bytes(whole)
+    vblk.works("convert", "-f", "raw", "-O", "raw", raw, folder / "sparse.raw")
+    report.check("zeroes become holes", allocated_bytes(folder / "sparse.raw") < 0.8 * raw.stat().st_size)
+    vblk.works("convert", "-f", "raw", "-O", "raw", "-S", "0", raw, folder / "full.raw")
+    report.check("-S 0 writes them", allocated_bytes(folder / "full.raw") >= raw.stat().st_size)
+    parts = [folder / "a.raw", folder / "b.raw"]
+    for path in parts:
+        path.write_bytes(content(rng, MIB + rng.randrange(9) * SECTOR))
+    vblk.works("convert", "-f", "raw", "-O", "qcow2", *parts, folder / "both.qcow2")
+    QEMU.works("convert", "-f", "raw", "-O", "raw", *parts, folder / "both.raw")
+    report.check("several images become one", identical(folder / "both.qcow2", "qcow2", folder / "both.raw", "raw")[0] == 0)
+    begun = time.monotonic()
+    vblk.works("convert", "-r", "2M", "-f", "raw", "-O", "raw", parts[0], folder / "slow.raw")
+    vblk.works("convert", "-r", "16M", "-f", "raw", "-O", "raw", raw, folder / "slow.raw")
+    report.check("a rate limit is kept", time.monotonic() - begun > 0.6 * allocated_bytes(folder / "sparse.raw") / (16 * MIB))
+    status, output, _ = vblk("convert", "-p", "-f", "raw", "-O", "qcow2", raw, folder / "p.qcow2")
+    report.check("-p shows progress from 0 to 100",
+                 status == 0 and output.startswith("    (0.00/100%)\r") and output.endswith("    (100.00/100%)\r\n"), output)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def converts_overlays(report, vblk, folder, rng):
+    names = [folder / f"chain{n}.qcow2" for n in range(5)]
+    QEMU.works("create", "-f", "qcow2", names[0], "8M")
+    for below, image in zip(names, names[1:]):
+        QEMU.works("create", "-f", "qcow2", "-b", below.name, "-F", "qcow2", image, "9M")
+    for image in names:
+        for _ in range(6):
+            at = rng.randrange(100) * 64 * KIB + rng.randrange(64) * SECTOR
+            command = rng.choice(["write -P 7", "write -P 200", "write -z"])
+            qemu_io(image, f"{command} {at} {rng.randrange(1, 200) * SECTOR}")
+    top = names[-1]
+    vblk.works("convert", "-O", "qcow2", top, folder / "flat.qcow2")
+    report.check("a chain of five becomes one image",
+                 identical(top, "qcow2", folder / "flat.qcow2", "qcow2")[0] == 0 and is_clean(check(folder / "flat.qcow2")))
+    for options in ([], ["-o", "compat=0.10"], ["-o", "extended_l2=on"], ["-o", "cluster_size=4k"], ["-c"],
+                    ["-o", "cluster_size=2M"], ["-S", "0"], ["-S", "0", "-o", "cluster_size=4k"], ["-W", "-S", "64k"]):
+        over = folder / "over.qcow2"
+        vblk.works("convert", "-O", "qcow2", *options, "-B", names[-2].name, "-F", "qcow2", top, over)
+        information = as_json(QEMU.works("info", "--output=json", over))
+        report.check(f"-B keeps the backing file {' '.join(options)}",
+                     information["backing-filename"] == names[-2].name and is_clean(check(over)) and
+                     identical(top, "qcow2", over, "qcow2")[0] == 0, check(over)["text"])
+    QEMU.works("snapshot", "-c", "before", top)
+    QEMU.works("convert", "-l", "before", "-O", "raw", top, folder / "before.raw")
+    qemu_io(top, "write -P 99 0 1M")
+    for name in ("before", "1", "snapshot.name=before", "snapshot.id=1"):
+        vblk.works("convert", "-l", name, "-O", "raw", top, folder / "snapshot.raw")
+        report.check(f"-l {name} is the disk as it was",
+                     identical(folder / "before.raw", "raw", folder / "snapshot.raw", "raw")[0] == 0)
+    target = folder / "target.qcow2"
+    QEMU.works("create", "-f", "qcow2", target, "10M")
+    qemu_io(target, "write -P 11 0 9M")
+    vblk.works("convert", "-n", "-O", "qcow2", top, target)
+    found = QEMU("compare", "-f", "qcow2", "-F", "qcow2", top, target)
+    report.check("-n writes over what a target has", found[0] == 0 and is_clean(check(target)), found)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def refuses_to_convert(report, vblk, folder, options):
+    raw, image = folder / "a b:c.raw", folder / "image.qcow2"
+    raw.write_bytes(b"1" * MIB)
+    small = folder / "small.raw"
+    small.write_bytes(b"2" * 1024)
+    vblk.works("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    report.check("names may have colons and spaces", is_clean(check(image)))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    over = folder.parent / "over.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", image, "-F", "qcow2", over)
+    each_fails(report, "convert refuses what qemu-img refuses", vblk, [
+        ["convert"], ["convert", image], ["convert", "-O", "qcow2", image, image], ["convert", folder / "none", folder / "x"],
+        ["convert", "-n", "-O", "raw", image, folder / "x"], ["convert", "-n", "-O", "raw", image, small],
+        ["convert", "-m", "17", image, folder / "x"], ["convert", "-m", "0", image, folder / "x"],
+        ["convert", "-S", "1000", image, folder / "x"], ["convert", "-c", "-O", "raw", image, folder / "x"],
+        ["convert", "-r", "foo", image, folder / "x"], ["convert", "--target-is-zero", image, folder / "x"],
+        ["convert", "-O", "qcow2", "-B", image, image, folder / "x"], ["convert", "-l", "none", image, folder / "x"],
+        ["convert", "-O", "nonsense", image, folder / "x"], ["convert", image, folder / "no" / "x"],
+        ["convert", "-t", "nonsense", image, folder / "x"], ["convert", "-f", "qcow2", small, folder / "x"],
+        ["convert", "-O", "qcow2", "-o", "cluster_size=3", image, folder / "x"]], folder)
+    status, _, errors = vblk("convert", "-O", "qcow2", over, image)
+    report.check("the backing file of the source is no target", status == 1 and "based on it" in errors, errors)
+    report.check("nothing is lost by that", before == {path: path.read_bytes() for path in folder.iterdir()})
+    over.unlink()
+    socket = folder / "s"
+    with Server(options.vblk, [image, "--format", "qcow2"], socket, folder.parent / "log"):
+        for arguments in (["info", image], ["map", image], ["check", image], ["compare", image, image],
+                          ["convert", "-O", "raw", image, folder / "x"], ["convert", "-f", "raw", "-O", "qcow2", raw, image],
+                          ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"]):
+            status, _, errors = vblk(*arguments)
+            report.check(f"{arguments[0]} of what a server writes is refused",
+                         status != 0 and len(errors.splitlines()) == 1 and "another process" in errors and
+                         not (folder / "x").exists(), (status, errors))
+        report.check("-U looks all the same", vblk("info", "-U", image)[0] == 0)
+
+
+def leaves_nothing_half(report, vblk, folder, options, rng):
+    raw = folder / "source.raw"
+    raw.write_bytes(content(rng, 24 * MIB))
+    # A file size limit stands for a full disk, in a folder whose other files must stay.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, 4 * MIB))  # noqa: E731
+    old = folder / "old.qcow2"
+    QEMU.works("create", "-f", "qcow2", old, "3M")
+    before = old.read_bytes()
+    for target in (folder / "new.qcow2", old):
+        for kind in ("qcow2", "raw"):
+            status, _, errors = vblk("convert", "-f", "raw", "-O", kind, raw, target, preexec_fn=limit)
+            report.check(f"no space for {target.name} as {kind}: one line, and nothing has changed",
+                         status == 1 and len(errors.splitlines()) == 1 and old.read_bytes() == before and
+                         sorted(p.name for p in folder.iterdir()) == ["old.qcow2", "source.raw"], (status, errors))
+    for number in range(6):
+        kind, number_of_signal = rng.choice(["qcow2", "raw"]), [signal.SIGKILL, signal.SIGINT, signal.SIGTERM][number % 3]
+        target = [old, folder / "new.qcow2"][number % 2]
+        process = subprocess.Popen([options.vblk, "img", "convert", "-r", "24M", "-f", "raw", "-O", kind, raw, target],
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(0.1 + rng.random() * 0.3)
+        process.send_signal(number_of_signal)
+        process.wait()
+        report.check(f"{number_of_signal.name} while {target.name} is made as {kind}: what was there is there, nothing else",
+                     process.returncode == -number_of_signal and old.read_bytes() == before and
+                     sorted(p.name for p in folder.iterdir()) == ["old.qcow2", "source.raw"],
+                     (process.returncode, [p.name for p in folder.iterdir()]))
+    hard = folder / "hard.qcow2"
+    os.link(old, hard)
+    process = subprocess.Popen([options.vblk, "img", "convert", "-r", "24M", "-f", "raw", "-O", "qcow2", raw, old])
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    status = QEMU("info", "-f", "qcow2", old)[0]
+    report.check("a file with two names is written in place, and is no image until the end", status != 0)
+    vblk.works("convert", "-f", "raw", "-O", "qcow2", raw, old)
+    report.check("then it is one under both names",
+                 os.path.samefile(old, hard) and identical(raw, "raw", hard, "qcow2")[0] == 0 and is_clean(check(hard)))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def uses_block_devices(report, vblk, folder, rng):
+    if os.geteuid() != 0:
+        report.skip("block devices as source and target", "loop devices need root")
+        return
+    raw, backing = folder / "source.raw", folder / "device"
+    raw.write_bytes(content(rng, 4 * MIB))
+    backing.write_bytes(rng.randbytes(6 * MIB))
+    device = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True)
+    if device.returncode != 0:
+        report.skip("block devices as source and target", "there is no loop device")
+        return
+    device = device.stdout.strip()
+    try:
+        for kind, options in (("qcow2", []), ("qcow2", ["-c"]), ("raw", []), ("raw", ["-n"])):
+            vblk.works("convert", *options, "-f", "raw", "-O", kind, "-t", "writeback", raw, device)
+            if kind == "qcow2":
+                found = identical(raw, "raw", device, "qcow2")
+                report.check(f"a device holds a qcow2 image {' '.join(options)}",
+                             found[0] == 0 and check(device)["corruptions"] == 0, f"{found} {check(device)['text']}")
+            else:
+                with open(device, "rb") as file:
+                    report.check(f"a device holds a raw disk {' '.join(options)}", file.read(4 * MIB) == raw.read_bytes())
+        large = folder / "large.raw"
+        large.write_bytes(b"3" * (8 * MIB))
+        for kind in ("raw", "qcow2"):
+            status, _, errors = vblk("convert", "-f", "raw", "-O", kind, large, device)
+            report.check(f"a device that is too small for {kind}: one line",
+                         status == 1 and len(errors.splitlines()) == 1, (status, errors))
+    finally:
+        subprocess.run(["losetup", "-d", device], check=False)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# ---- compare, resize
+
+def compares_alike(report, vblk, folder, rng):
+    different, found_different = [], 0
+    for number in range(24):
+        one, other = folder / "one.raw", folder / "other.raw"
+        data = content(rng, rng.choice([512, 3 * MIB, 5 * MIB + SECTOR]))
+        one.write_bytes(data)
+        changed = bytearray(data)
+        for _ in range(rng.randrange(4)):
+            changed[rng.randrange(len(changed))] ^= 1 + rng.randrange(255)
+        if rng.random() < 0.4:
+            tail = rng.choice([b"", b"x"])
+            changed += bytes(rng.randrange(1, 4000) * SECTOR) + tail + bytes(SECTOR - len(tail))
+        other.write_bytes(changed)
+        names = [one, other]
+        formats = ["raw", "raw"]
+        if rng.random() < 0.6:
+            QEMU.works("convert", "-f", "raw", "-O", "qcow2", *rng.choice([[], ["-c"]]), other, folder / "other.qcow2")
+            names[1], formats[1] = folder / "other.qcow2", "qcow2"
+        if rng.random() < 0.5:
+            names.reverse()
+            formats.reverse()
+        arguments = ["compare", "-f", formats[0], "-F", formats[1], *names]
+        theirs, ours = QEMU(*arguments), vblk(*arguments)
+        found_different += theirs[0] == 1
+        if theirs[:2] != ours[:2]:
+            different.append(f"{formats} {theirs} {ours}")
+    report.check("compare: the same verdict and the same first difference", not different and 4 < found_different < 24,
+                 f"{found_different}\n" + "\n".join(different[:3]))
+    # Strict: allocation counts too.
+    QEMU.works("create", "-f", "qcow2", folder / "s1.qcow2", "4M")
+    QEMU.works("create", "-f", "qcow2", folder / "s2.qcow2", "4M")
+    same(report, "compare -s of equal images", vblk, ["compare", "-s", folder / "s1.qcow2", folder / "s2.qcow2"])
+    qemu_io(folder / "s1.qcow2", "write -P 0 1M 64k")
+    # qemu-img stumbles over where the range ends, at offset 0.
+    found = vblk("compare", "-s", folder / "s1.qcow2", folder / "s2.qcow2")
+    report.check("compare -s sees what is allocated, and where",
+                 found[:2] == (1, "Strict mode: Offset 1048576 block status mismatch!\n"), found)
+    same(report, "compare does not", vblk, ["compare", folder / "s1.qcow2", folder / "s2.qcow2"])
+    same(report, "compare -q says nothing", vblk, ["compare", "-q", folder / "s1.qcow2", folder / "other.raw"])
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def resizes_alike(report, vblk, folder, rng):
+    for kind, options in (("raw", []), ("qcow2", []), ("qcow2", ["-o", "cluster_size=512"]),
+                          ("qcow2", ["-o", "extended_l2=on"]), ("qcow2", ["-o", "compat=0.10"])):
+        paths = [folder / "theirs", folder / "ours"]
+        QEMU.works("create", "-f", kind, *options, paths[0], "3M")
+        if kind == "qcow2":
+            qemu_io(paths[0], "write -P 5 0 3M")
+        shutil.copy(paths[0], paths[1])
+        wrong = []
+        for size, more in (("+1M", []), ("5M", []), ("-1M", ["--shrink"]), ("2M", []), ("40M", []), ("1M", ["--shrink"]),
+                           ("+3072", []), ("+0", []), ("--shrink", []), ("-900M", ["--shrink"]), ("9M", ["--preallocation=full"])):
+            ended = [tool("resize", "-f", kind, *more, path, size)[:2] for tool, path in zip((QEMU, vblk), paths)]
+            sizes = [as_json(QEMU.works("info", "-f", kind, "--output=json", path))["virtual-size"] for path in paths]
+            judged = kind == "raw" or is_clean(check(paths[1]))
+            if ended[0] != ended[1] or sizes[0] != sizes[1] or not judged or identical(paths[0], kind, paths[1], kind)[0] != 0:
+                wrong.append(f"{size} {more}: {ended} {sizes} {judged}")
+        report.check(f"resize of {kind} {' '.join(options)}: up and down as qemu-img does it", not wrong, "\n".join(wrong))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# ---- rebase
+
+def rebases_alike(report, vblk, folder, rng):
+    wrong, cases = [], 0
+    for number in range(10):
+        bases = []
+        for name in ("a", "b"):
+            raw, base = folder / f"{name}.raw", folder / f"{name}.qcow2"
+            raw.write_bytes(content(rng, rng.choice([1, 2, 3]) * MIB))
+            QEMU.works("convert", "-f", "raw", "-O", "qcow2", *rng.choice([[], ["-c"]]), raw, base)
+            bases.append(rng.choice([("raw", raw), ("qcow2", base)]))
+        # Much of the new one is as the old one is.
+        if rng.random() < 0.5 and bases[1][0] == "raw":
+            data = (folder / "a.raw").read_bytes()[:bases[1][1].stat().st_size]
+            with open(bases[1][1], "r+b") as file:
+                file.write(data[:len(data) // 2 // SECTOR * SECTOR])
+        paths = [folder / "theirs.qcow2", folder / "ours.qcow2"]
+        options = rng.choice([[], ["-o", "cluster_size=4k"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"],
+                              ["-o", "cluster_size=512"]])
+        QEMU.works("create", "-f", "qcow2", *options, "-b", bases[0][1].name, "-F", bases[0][0], paths[0],
+                   rng.choice(["1M", "2M", "4M"]))
+        for _ in range(5):
+            at, length = rng.randrange(1500) * SECTOR, rng.randrange(1, 400) * SECTOR
+            qemu_io(paths[0], f"{rng.choice(['write -P 7', 'write -z'])} {at} {length}")
+        shutil.copy(paths[0], paths[1])
+        before = folder / "before.raw"
+        QEMU.works("convert", "-O", "raw", paths[0], before)
+        to = rng.choice([["-b", bases[1][1].name, "-F", bases[1][0]], ["-b", bases[1][1], "-F", bases[1][0]], ["-b", ""]])
+        cases += 1
+        ended = [tool("rebase", *to, path) for tool, path in zip((QEMU, vblk), paths)]
+        named = [as_json(QEMU.works("info", "--output=json", path)) for path in paths]
+        for information in named:
+            information.pop("actual-size")
+            information.pop("filename")
+        found = identical(before, "raw", paths[1], "qcow2")
+        if ended[0][:2] != ended[1][:2] or ended[1][0] != 0 or named[0] != named[1] or found[0] != 0 or \
+                not is_clean(check(paths[1])):
+            wrong.append(f"{options} {to}: {ended} {named} {found} {check(paths[1])['text']}")
+        for to in (["-b", "nowhere", "-F", "raw"], ["-b", "", "-F", "raw"], ["-b", bases[1][1], "-F", bases[1][0]], []):
+            ended = [tool("rebase", "-u", *to, path) for tool, path in zip((QEMU, vblk), paths)]
+            named = [as_json(QEMU.works("info", "--output=json", path)) for path in paths]
+            if ended[0][:2] != ended[1][:2] or any(named[0].get(key) != named[1].get(key) for key in
+                                                   ("backing-filename", "backing-filename-format")) or \
+                    ("nowhere" not in to and not is_clean(check(paths[1]))):
+                wrong.append(f"-u {to}: {ended} {named}")
+    report.check("rebase keeps the disk and changes the name, as qemu-img does it", not wrong and cases == 10,
+                 "\n".join(wrong[:3]))
+    image = folder / "ours.qcow2"
+    fresh = folder / "fresh.qcow2"
+    shutil.copy(image, fresh)
+    each_fails(report, "rebase refuses what qemu-img refuses", vblk, [
+        ["rebase", image], ["rebase", "-b", "nowhere", "-F", "raw", image], ["rebase", "-b", folder / "a.qcow2", image],
+        ["rebase", "-u", "-b", folder / "a.qcow2", image], ["rebase", "-u", "-b", "x", "-F", "nonsense", image],
+        ["rebase", "-u", "-b", "x" * 1100, "-F", "raw", image], ["rebase", "-b", "x", "-F", "raw", folder / "a.raw"],
+        ["rebase", "-b", "", folder / "none"], ["rebase"]], folder)
+    data = fresh.read_bytes()
+    for arguments in (["-b", "nowhere", "-F", "raw"], ["-b", folder / "a.qcow2"], ["-u", "-b", "x" * 1100, "-F", "raw"]):
+        vblk("rebase", *arguments, fresh)
+    report.check("and leaves the image alone", fresh.read_bytes() == data)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# ---- commit
+
+def commits_alike(report, vblk, folder, rng):
+    def chain(place, options, sizes):
+        place.mkdir()
+        raw = place / "raw"
+        raw.write_bytes(content(rng, sizes[0]))
+        kind = rng.choice(["raw", "qcow2"])
+        base = place / f"base.{kind}"
+        QEMU.works("convert", "-f", "raw", "-O", kind, raw, base)
+        raw.unlink()
+        for below, below_kind, name, size in ((base.name, kind, "mid.qcow2", sizes[1]), ("mid.qcow2", "qcow2", "top.qcow2", sizes[2])):
+            QEMU.works("create", "-q", "-f", "qcow2", *options, "-b", below, "-F", below_kind, place / name, size)
+            for _ in range(5):
+                at, length = rng.randrange(1500) * SECTOR, rng.randrange(1, 400) * SECTOR
+                qemu_io(place / name, f"{rng.choice(['write -P 7', 'write -P 9', 'write -z'])} {at} {length}")
+        return base
+
+    wrong = []
+    for number in range(8):
+        options = rng.choice([[], ["-o", "cluster_size=4k"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"]])
+        sizes = [rng.choice([1, 2, 3]) * MIB, rng.choice([1, 2, 4]) * MIB, rng.choice([1, 2, 4]) * MIB]
+        theirs, ours = folder / "theirs", folder / "ours"
+        base = chain(theirs, options, sizes)
+        snapshot = rng.random() < 0.4
+        if snapshot:
+            QEMU.works("snapshot", "-c", "kept", theirs / "top.qcow2")
+        shutil.copytree(theirs, ours)
+        before = folder / "before.raw"
+        QEMU.works("convert", "-O", "raw", theirs / "top.qcow2", before)
+        more = rng.choice([[], [], ["-d"], ["-b", base.name], ["-q"]])
+        ended = [QEMU("commit", *more, "top.qcow2", cwd=theirs), vblk("commit", *more, "top.qcow2", cwd=ours)]
+        found = []
+        for name in (base.name, "mid.qcow2", "top.qcow2"):
+            kind = name.rsplit(".", 1)[1]
+            found.append(identical(theirs / name, kind, ours / name, kind)[0] == 0 and
+                         (kind == "raw" or is_clean(check(ours / name))))
+        found.append(identical(before, "raw", ours / "top.qcow2", "qcow2")[0] == 0 or sizes[2] < max(sizes))
+        allocated = [any(piece["depth"] == 0 and piece["present"] for piece in
+                         json.loads(QEMU.works("map", "--output=json", place / "top.qcow2"))) for place in (theirs, ours)]
+        if ended[0][:2] != ended[1][:2] or ended[1][0] != 0 or not all(found) or allocated[0] != allocated[1]:
+            wrong.append(f"{options} {sizes} {more} {snapshot}: {ended} {found} {allocated}")
+        if snapshot and QEMU("snapshot", "-a", "kept", ours / "top.qcow2")[0] != 0:
+            wrong.append(f"{options}: the snapshot is of no use any more")
+        shutil.rmtree(theirs)
+        shutil.rmtree(ours)
+    report.check("commit writes down what qemu-img writes down, and empties what it empties", not wrong, "\n".join(wrong[:3]))
+    place = folder / "place"
+    base = chain(place, [], [3 * MIB, 3 * MIB, 3 * MIB])
+    top = place / "top.qcow2"
+    before = folder / "before.raw"
+    QEMU.works("convert", "-O", "raw", top, before)
+    each_fails(report, "commit refuses what qemu-img refuses", vblk, [
+        ["commit"], ["commit", before], ["commit", "-b", "nowhere", top], ["commit", folder / "none"], ["commit", "-r", "x", top]],
+        folder)
+    wrong, interrupted = [], 0
+    for when in range(2, 60, 4):
+        copy = folder / "copy"
+        shutil.copytree(place, copy)
+        process = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", f"inject=io_uring_enter,pwritev2:signal=KILL:when={when}",
+                                    *vblk.command, "commit", copy / "top.qcow2"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        process.wait(20)
+        interrupted += process.returncode != 0
+        for name in ("mid.qcow2", "top.qcow2"):
+            released(copy / name)
+            judged = check(copy / name)
+            if judged["corruptions"] or judged["check-errors"]:
+                wrong.append(f"{when} {name}: {judged['text'][:500]}")
+        if identical(before, "raw", copy / "top.qcow2", "qcow2")[0] != 0:
+            wrong.append(f"{when}: the disk has changed")
+        shutil.rmtree(copy)
+    report.check("commit killed on the way: the image is the same disk, and both are without errors", not wrong and interrupted > 4,
+                 f"{interrupted}\n" + "\n".join(wrong[:3]))
+
+
+# ---- snapshot
+
+def snapshots_alike(report, vblk, folder, rng):
+    """The same orders to both; afterwards both images are the same disk, with the same snapshots, and clean."""
+    wrong, orders = [], 0
+    for options in ([], ["-o", "cluster_size=4k,refcount_bits=32"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"],
+                    ["-o", "cluster_size=512"], ["-o", "refcount_bits=64,lazy_refcounts=on"]):
+        paths = [folder / "theirs.qcow2", folder / "ours.qcow2"]
+        raw = folder / "raw"
+        raw.write_bytes(content(rng, 2 * MIB))
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", "-c", *options, raw, paths[0])
+        shutil.copy(paths[0], paths[1])
+        names = []
+        for step in range(12):
+            kind = rng.choice(["-c", "-c", "-a", "-d", "write"] if names else ["-c", "write"])
+            name = f"s{step}" if kind == "-c" else rng.choice([*names, *names, "none"]) if names else ""
+            if kind == "write":
+                at = rng.randrange(20) * 96 * KIB // SECTOR * SECTOR
+                for path in paths:
+                    qemu_io(path, f"write -P {step + 1} {at} {(step * 37 % 300 + 1) * SECTOR}")
+                continue
+            orders += 1
+            ended = [tool("snapshot", kind, name, path)[0] for tool, path in zip((QEMU, vblk), paths)]
+            if kind == "-c":
+                names.append(name)
+            elif kind == "-d" and name in names:
+                names.remove(name)
+            listed = [[(s["id"], s["name"], s["vm-state-size"], s["icount"]) for s in
+                       as_json(QEMU.works("info", "--output=json", path)).get("snapshots", [])] for path in paths]
+            judged = check(paths[1])
+            found = identical(paths[0], "qcow2", paths[1], "qcow2")
+            if ended[0] != ended[1] or listed[0] != listed[1] or not is_clean(judged) or found[0] != 0:
+                wrong.append(f"{options} step {step} {kind} {name}: {ended} {listed} {judged['text']} {found}")
+        for name in names:
+            raws = [folder / "one.raw", folder / "other.raw"]
+            for path, to in zip(paths, raws):
+                QEMU.works("convert", "-l", f"snapshot.name={name}", "-O", "raw", path, to)
+            if raws[0].read_bytes() != raws[1].read_bytes():
+                wrong.append(f"{options}: snapshot {name} has another content")
+        same(report, f"snapshot -l {' '.join(options)}", vblk, ["snapshot", "-l", paths[0]])
+    report.check("snapshots are made, taken back to and removed as qemu-img does it", not wrong and orders > 25,
+                 f"{orders}\n" + "\n".join(wrong[:3]))
+    image = folder / "grow.qcow2"
+    QEMU.works("create", "-f", "qcow2", image, "3M")
+    qemu_io(image, "write -P 3 0 3M")
+    vblk.works("snapshot", "-c", "small", image)
+    QEMU.works("resize", image, "700M")
+    qemu_io(image, "write -P 4 600M 1M")
+    vblk.works("snapshot", "-c", "large", image)
+    vblk.works("snapshot", "-a", "small", image)
+    sizes = [as_json(QEMU.works("info", "--output=json", image))["virtual-size"]]
+    vblk.works("snapshot", "-a", "large", image)
+    sizes.append(as_json(QEMU.works("info", "--output=json", image))["virtual-size"])
+    report.check("a snapshot brings its size back", sizes == [3 * MIB, 700 * MIB] and is_clean(check(image)), sizes)
+    vblk.works("snapshot", "-d", "large", image)
+    vblk.works("snapshot", "-d", "small", image)
+    report.check("what is removed gives its space back",
+                 is_clean(check(image)) and allocated_bytes(image) < 6 * MIB and identical(image, "qcow2", image, "qcow2")[0] == 0,
+                 allocated_bytes(image))
+    QEMU.works("bitmap", "--add", image, "b")
+    narrow = folder / "narrow.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "refcount_bits=1", narrow, "1M")
+    qemu_io(narrow, "write -P 3 0 1M")
+    fresh = folder / "fresh.qcow2"
+    shutil.copy(narrow, fresh)
+    each_fails(report, "snapshot refuses what qemu-img refuses", vblk, [
+        ["snapshot", "-c", "x", raw], ["snapshot", "-a", "none", image], ["snapshot", "-d", "none", image],
+        ["snapshot", "-l", "-c", "x", image], ["snapshot"], ["snapshot", "-c"], ["snapshot", "-c", "x", narrow]], folder)
+    before = fresh.read_bytes()
+    report.check("and leaves such an image alone",
+                 vblk("snapshot", "-c", "x", fresh)[0] == 1 and fresh.read_bytes() == before)
+    # Killed at any write: no error, leaks at most.
+    sound = folder / "sound.qcow2"
+    QEMU.works("create", "-f", "qcow2", "-o", "cluster_size=4k", sound, "3M")
+    qemu_io(sound, "write -P 3 0 1M")
+    QEMU.works("snapshot", "-c", "one", sound)
+    qemu_io(sound, "write -P 4 500k 1M")
+    wrong, interrupted = [], 0
+    before = folder / "before.raw"
+    QEMU.works("convert", "-O", "raw", sound, before)
+    for order in (["-c", "two"], ["-d", "one"], ["-a", "one"]):
+        for when in range(3, 33, 6):
+            copy = folder / "copy.qcow2"
+            shutil.copy(sound, copy)
+            process = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", f"inject=io_uring_enter,pwritev2:signal=KILL:when={when}",
+                                        *vblk.command, "snapshot", *order, copy],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process.wait(20)
+            interrupted += process.returncode != 0
+            released(copy)
+            found = check(copy)
+            if not is_clean(found):
+                wrong.append(f"{order} {when}: {found['text'][:600]}")
+            if order[0] != "-a" and identical(before, "raw", copy, "qcow2")[0] != 0:
+                wrong.append(f"{order} {when}: the disk has changed")
+            vblk("check", "-r", "all", copy)
+            if vblk("snapshot", "-c", "three", copy)[0] != 0 or not is_clean(check(copy)):
+                wrong.append(f"{order} {when}: of no use afterwards")
+    report.check("snapshot killed on the way: as it was or as it is to be, and clean", not wrong and interrupted > 6,
+                 f"{interrupted}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# ---- check of damaged images
+
+class Damage:
+    """An image whose metadata is changed, place by place."""
+
+    def __init__(self, path):
+        self.path, self.header = path, Header(path)
+        cluster = 1 << self.header["cluster_bits"]
+        self.l1 = [(self.header["l1_table_offset"] + 8 * i) for i in range(self.header["l1_size"])]
+        table = self.header["refcount_table_offset"]
+        self.refcount_table = [table + 8 * i for i in range(4)]
+        data = path.read_bytes()
+        tables = [struct.unpack_from(">Q", data, at)[0] & OFFSET_MASK for at in self.l1]
+        blocks = [struct.unpack_from(">Q", data, at)[0] & OFFSET_MASK for at in self.refcount_table]
+        self.l2 = [at for table in tables if table for at in range(table, table + cluster, 8) if any(data[at:at + 8])]
+        self.refcounts = [at + 2 * i for at in blocks if at for i in range(min(cluster // 2, 60))]
+
+    def flip(self, place, mask):
+        write_number(self.path, place, read_number(self.path, place) ^ mask)
+
+    def chosen(self, rng):
+        """Named damages, each to a random place."""
+        l2, l1, block = rng.choice(self.l2), rng.choice(self.l1), rng.choice(self.refcounts)
+        table = self.refcount_table[0]
+        other = rng.choice(self.l2)
+        return {
+            "a copied flag of an L2 entry": lambda: self.flip(l2, COPIED),
+            "a copied flag of an L1 entry": lambda: self.flip(l1, COPIED),
+            "two guest clusters with one host cluster": lambda: write_number(self.path, l2, read_number(self.path, other)),
+            "an L2 entry that is gone": lambda: write_number(self.path, l2, 0),
+            "an L1 entry that is gone": lambda: write_number(self.path, l1, 0),
+            "a refcount of 0": lambda: write_number(self.path, block, 0, ">H"),
+            "a refcount of 7": lambda: write_number(self.path, block, 7, ">H"),
+            "data that does not begin with a cluster": lambda: self.flip(l2, 512),
+            "space of a zero cluster that does not begin with a cluster": lambda: write_number(self.path, l2, 0x30201),
+            "reserved bits of an L2 entry": lambda: self.flip(l2, 1 << 58 | 2),
+            "reserved bits of an L1 entry": lambda: self.flip(l1, 1 << 58 | 2),
+            "data beyond the end": lambda: self.flip(l2, 1 << 40),
+            "an L2 table beyond the end": lambda: write_number(self.path, l1, 1 << 40 | COPIED),
+            "data on the header": lambda: write_number(self.path, l2, COPIED | 0x200000),
+            "a refcount block that does not begin with a cluster": lambda: self.flip(table, 512),
+            "reserved bits of a refcount table entry": lambda: self.flip(table, 4),
+            "a refcount block beyond the end": lambda: write_number(self.path, table, 1 << 40),
+            "no refcount block": lambda: write_number(self.path, table, 0),
+            "a refcount block on data": lambda: write_number(self.path, table, read_number(self.path, l2) & OFFSET_MASK),
+        }
+
+
+def repairs(report, vblk, folder, images, rng):
+    """What can be repaired is, so that qemu-img agrees; killed on the way, the image is no worse."""
+    broken, theirs, ours = folder / "broken.qcow2", folder / "theirs.qcow2", folder / "ours.qcow2"
+    wrong, repeated, repaired = [], [], 0
+    for number in range(36):
+        shutil.copy(rng.choice(images), broken)
+        damage = Damage(broken)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            rng.choice(list(damage.chosen(rng).values()))()
+        mode = rng.choice(["leaks", "all", "all"])
+        before = QEMU("check", broken)[0]
+        shutil.copy(broken, theirs)
+        shutil.copy(broken, ours)
+        qemu_status = QEMU("check", "-r", mode, theirs)[0]
+        status, output, errors = vblk("check", "-r", mode, "--output=json", ours)
+        judged = QEMU("check", ours)[0]
+        # As good as qemu-img's repair or better, and what is told of it is so.
+        ranks = {0: 0, 3: 1, 2: 2, 1: 3}
+        # With -r leaks, qemu-img happens to write bitmaps anew, and with them what was wrong there.
+        is_comparable = mode == "all" or before in (0, 3)
+        if is_comparable and ranks[status] > ranks[qemu_status] or judged != status or ranks[judged] > ranks[before]:
+            wrong.append(f"{number} -r {mode}: before {before}, qemu-img {qemu_status}, vblk img {status}, then {judged}\n"
+                         f"{output}\n{errors[:800]}\n{QEMU('check', ours)}\n{QEMU('check', theirs)}")
+        if status == 0 and before != 0:
+            repaired += 1
+            if qemu_status == 0 and identical(ours, "qcow2", theirs, "qcow2")[0] != 0:
+                wrong.append(f"{number} -r {mode}: the disk is another than after qemu-img's repair")
+        content = ours.read_bytes()
+        again = vblk("check", "-r", mode, "--output=json", ours)
+        if again[0] != status or ours.read_bytes() != content:
+            repeated.append(f"{number} {again}")
+    report.check("check -r repairs what qemu-img repairs, to the same disk", not wrong and repaired > 5,
+                 f"{repaired}\n" + "\n".join(wrong[:3]))
+    report.check("check -r once more changes nothing", not repeated, "\n".join(repeated[:3]))
+
+    # Every write but the first so many fails: what a kill leaves.
+    worse, interrupted = [], 0
+    for number in range(6):
+        shutil.copy(rng.choice(images), broken)
+        damage = Damage(broken)
+        chosen = damage.chosen(rng)
+        for name in ("a refcount block that does not begin with a cluster", "a copied flag of an L1 entry",
+                     "two guest clusters with one host cluster") if number % 2 else ("a refcount of 0", "a refcount of 7"):
+            chosen[name]()
+        before = as_json(vblk("check", "--output=json", broken)[1])
+        process = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", f"inject=io_uring_enter,pwritev2:signal=KILL:when={number // 2 + 3}",
+                                    *vblk.command, "check", "-r", "all", broken],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process.wait(20)
+        interrupted += process.returncode not in (0, 1, 2, 3)
+        released(broken)
+        after = as_json(vblk("check", "--output=json", broken)[1])
+        # A file that has grown has more refcounts that cannot be read.
+        if after["check-errors"] > 2 * before["check-errors"] or \
+                after["check-errors"] >= before["check-errors"] and after.get("corruptions", 0) > before.get("corruptions", 0):
+            worse.append(f"{before} {after}")
+        last = vblk("check", "-r", "all", broken)
+        if last[0] != 0:
+            worse.append(f"{last}")
+    report.check("check -r killed on the way: no worse, and repaired by the next", not worse and interrupted > 2,
+                 f"{interrupted}\n" + "\n".join(worse[:3]))
+    dirty = folder / "dirty.qcow2"
+    shutil.copy(images[2], dirty)
+    Header(dirty)["incompatible_features"] = 1
+    report.check("an image that was not closed is marked clean when it is sound",
+                 vblk("check", "-r", "leaks", dirty)[0] == 0 and Header(dirty)["incompatible_features"] == 0)
+    for path in (broken, theirs, ours, dirty):
+        path.unlink(missing_ok=True)
+
+
+def damaged(report, vblk, folder, rng):
+    """Every damage is found where qemu-img finds it, and counted as it counts."""
+    images = []
+    for number, options in enumerate((["-o", "cluster_size=4k"], ["-o", "cluster_size=64k"],
+                                      ["-o", "cluster_size=4k,lazy_refcounts=on"])):
+        image = folder / f"sound{number}.qcow2"
+        QEMU.works("create", "-f", "qcow2", *options, image, "6M")
+        qemu_io(image, "write -P 1 0 300k", "write -P 2 3M 200k", "write -z 4M 64k")
+        if number > 0:
+            QEMU.works("snapshot", "-c", "s", image)
+            QEMU.works("bitmap", "--add", "-g", "64k", image, "b")
+            qemu_io(image, "write -P 3 100k 100k")
+        images.append(image)
+    copy = folder / "damaged.qcow2"
+
+    def judge(name, wrong):
+        theirs, ours = QEMU("check", "--output=json", copy), vblk("check", "--output=json", copy)
+        if theirs[0] != ours[0] or as_json(theirs[1]) != as_json(ours[1]):
+            wrong.append(f"{name}: {theirs}\n{ours}")
+        return theirs[0]
+
+    wrong, statuses = {}, []
+    for image in images:
+        for name in Damage(image).chosen(rng):
+            shutil.copy(image, copy)
+            Damage(copy).chosen(rng)[name]()
+            statuses.append(judge(f"{image.name}: {name}", wrong.setdefault(name, [])))
+    for name, cases in wrong.items():
+        report.check(f"check finds {name}", not cases, "\n".join(cases[:2]))
+    report.check("most of these are damages", sum(status in (2, 3) for status in statuses) > len(statuses) * 0.7, statuses)
+
+    wrong, statuses = [], []
+    for _ in range(60):
+        image = rng.choice(images)
+        shutil.copy(image, copy)
+        damage = Damage(copy)
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            place = rng.choice([*damage.l1, *damage.l2, *damage.refcounts, *damage.refcount_table]) + rng.randrange(2)
+            with open(copy, "r+b") as file:
+                file.seek(place)
+                file.write(bytes([rng.choice([0, 1, 0xff, rng.randrange(256)])]))
+        statuses.append(judge("random bytes", wrong))
+    report.check("check: 60 images with random bytes are judged as qemu-img judges them", not wrong, "\n".join(wrong[:3]))
+    repairs(report, vblk, folder, images, rng)
+    wrong = []
+    for _ in range(30):
+        image = rng.choice(images)
+        shutil.copy(image, copy)
+        with open(copy, "r+b") as file:
+            # Without snapshots it says nothing where they would be; qemu-img minds all the same.
+            file.seek(rng.choice([*range(64), *range(72, 112)]))
+            file.write(bytes([rng.randrange(256)]))
+        theirs, ours = QEMU("check", "--output=json", copy), vblk("check", "--output=json", copy)
+        if ours[0] not in (0, 1, 2, 3, 63) or (theirs[0] == 0) != (ours[0] == 0):
+            wrong.append(f"{theirs}\n{ours}")
+    report.check("check: 30 images with a random byte in the header are good or bad to both", not wrong, "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
+    parser.add_argument("--only", help="run the tests whose names have this in them")
+    options = parser.parse_args()
+    options.vblk = options.vblk.resolve()
+    rng = random.Random(test_seed())
+    vblk, report = Tool(options.vblk, "img"), Report()
+    tests = {
+        "describes_alike": lambda folder: describes_alike(report, vblk, folder, rng),
+        "describes_special": lambda folder: describes_special(report, vblk, folder),
+        "creates_alike": lambda folder: creates_alike(report, vblk, folder, rng),
+        "converts": lambda folder: converts(report, vblk, folder, rng),
+        "converts_content": lambda folder: converts_content(report, vblk, folder, rng),
+        "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
+        "refuses_to_convert": lambda folder: refuses_to_convert(report, vblk, folder, options),
+        "leaves_nothing_half": lambda folder: leaves_nothing_half(report, vblk, folder, options, rng),
+        "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
+        "compares_alike": lambda folder: compares_alike(report, vblk, folder, rng),
+        "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
+        "commits_alike": lambda folder: commits_alike(report, vblk, folder, rng),
+        "rebases_alike": lambda folder: rebases_alike(report, vblk, folder, rng),
+        "snapshots_alike": lambda folder: snapshots_alike(report, vblk, folder, rng),
+        "damaged": lambda folder: damaged(report, vblk, folder, rng),
+    }
+    for name, test in tests.items():
+        if options.only and options.only not in name:
+            continue
+        begun = time.monotonic()
+        with Folder() as top:
+            folder = top / "t"
+            folder.mkdir()
+            try:
+                test(folder)
+            except (RuntimeError, OSError, ValueError, subprocess.TimeoutExpired) as error:
+                report.check(f"{name} runs", False, f"{type(error).__name__}: {error}")
+        print(f"# {name}: {time.monotonic() - begun:.1f} s", flush=True)
+    report.exit()
+
+
+if __name__ == "__main__":
+    main()
