@@ -19,9 +19,10 @@ ALLOWED = {
     "blockdev/vhost_user": {"blockdev/virtio", "blockdev", "aio"},
     "blockdev/driver": {"blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
     "blockdev/bench": {"blockdev/image", "blockdev/driver", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/conform": {"blockdev/driver", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
     "blockdev/demo": {"blockdev/bench", "blockdev/driver", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
     "blockdev/wash": {"blockdev/bench", "blockdev/image", "blockdev/driver", "blockdev/vhost_user", "blockdev", "aio", "threadpool"},
-    "blockdev/cli": {"blockdev/image", "blockdev/img", "blockdev/bench", "blockdev/demo", "blockdev/wash", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
+    "blockdev/cli": {"blockdev/image", "blockdev/img", "blockdev/bench", "blockdev/conform", "blockdev/demo", "blockdev/wash", "blockdev/vhost_user", "blockdev/virtio", "blockdev", "aio"},
 }
 # The engines are known by the block layer's core and by the commands that let a user choose; nowhere else.
 ENGINE_HEADER = re.compile(r"^aio/(\w+_engine|engine_set|engine)\.h$")
@@ -61,6 +62,8 @@ def violations(path, text):
             found.append(f"{name}: {folder}/ knows no engine")
         elif folder == "blockdev/driver" and not DRIVER_MAY_SEE.match(name):
             found.append(f"{name}: the driver sees the wire, not the device")
+        elif folder == "blockdev/conform" and target != folder and not DRIVER_MAY_SEE.match(name):
+            found.append(f"{name}: the suite is on the driver's side")
     return found
 
 
@@ -75,6 +78,7 @@ CANARIES = [
     ("blockdev/qcow2/x.cpp", '#include "aio/engine_set.h"\n'),
     ("blockdev/x.cpp", '#include "blockdev/qcow2/qcow2_node.h"\n'),
     ("blockdev/driver/x.cpp", '#include "blockdev/virtio/blk_device.h"\n'),
+    ("blockdev/conform/x.cpp", '#include "blockdev/virtio/blk_device.h"\n'),
     ("blockdev/vhost_user/x.cpp", '#include "blockdev/cli/options.h"\n'),
     ("aio/x.cpp", "#include <liburing.h>\n"),
     ("aio/x.cpp", "#include <libaio.h>\n"),

@@ -11,6 +11,7 @@
 
 #include "blockdev/bench/bench.h"
 #include "blockdev/cli/commands.h"
+#include "blockdev/conform/conform.h"
 #include "blockdev/demo/demo.h"
 #include "blockdev/img/img.h"
 #include "blockdev/wash/wash.h"
@@ -27,6 +28,7 @@ Commands:
   ctl     ask a running server which engines it uses and what it has done
   img     make, describe, check and convert images, as qemu-img does
   bench   measure a vhost-user-blk backend through its socket
+  conform test a vhost-user-blk backend against the specifications
   wash    decide by experiment whether AIO does better than a pool of threads
   demo    compare the engines on this machine, without a virtual machine
 
@@ -53,6 +55,8 @@ int run_command(std::string_view command, std::span<const std::string> arguments
   if (command == "img") return vblk::img::run(arguments);
   if (command == "bench")
     return vblk::bench::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
+  if (command == "conform")
+    return vblk::conform::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "demo")
     return vblk::demo::run(static_cast<int>(raw_arguments.size()), raw_arguments.data());
   if (command == "wash")

@@ -217,7 +217,7 @@ def options_in_man(text, section):
 
 def test_manual_page(report, vblk):
     text = MANUAL_PAGE.read_text()
-    for command in ("serve", "bench", "bench flush", "demo", "wash"):
+    for command in ("serve", "bench", "bench flush", "conform", "demo", "wash"):
         _, help_text = run(vblk, *command.split(), "--help")
         in_help, in_man = options_in_help(help_text), options_in_man(text, f"OPTIONS OF {command.upper()}")
         report.check(f"the manual page has the options of {command} --help, with their defaults",

@@ -1,0 +1,93 @@
+#include "blockdev/conform/conform.h"
+
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include <fmt/core.h>
+
+#include "blockdev/conform/options.h"
+#include "blockdev/conform/report.h"
+#include "blockdev/conform/runner.h"
+
+namespace vblk::conform {
+
+namespace {
+
+constexpr int kExitFailed = 1;
+constexpr int kExitUsage = 2;
+constexpr int kExitNoBackend = 3;
+constexpr int kExitIncomplete = 4;
+
+// Without the soak. A backend that stalls in every test ends the run, not the user's patience.
+constexpr std::chrono::seconds kRunLimit{110};
+
+std::atomic<bool> interrupted{false};  // by SIGINT or SIGTERM
+
+void watch_for_interrupts() {
+  struct sigaction action{};
+  action.sa_handler = [](int) { interrupted = true; };
+  ::sigemptyset(&action.sa_mask);
+  ::sigaction(SIGINT, &action, nullptr);
+  ::sigaction(SIGTERM, &action, nullptr);
+}
+
+int run_tests(const ConformOptions& options) {
+  watch_for_interrupts();
+  Runner runner(options.probe);
+  if (auto checked = runner.check_backend(interrupted); !checked) {
+    if (interrupted) return 128 + SIGINT;
+    fmt::print(stderr, "vblk: conform: {}\n", checked.error().message);
+    return kExitNoBackend;
+  }
+  Report report(options.format, options.repeat);
+  std::string why_incomplete;
+  const auto begin = std::chrono::steady_clock::now();
+  std::chrono::duration<double> soaked{0};
+  for (const Test* test : options.tests) {
+    if (test->destructive && !options.probe.target.may_write) {
+      report.add({.test = test,
+                  .outcome = Outcome::kSkipped,
+                  .text = "writes to the disk: takes --destructive",
+                  .seconds = 0});
+      continue;
+    }
+    if (std::chrono::steady_clock::now() - begin - soaked > kRunLimit) {
+      why_incomplete = fmt::format("the run has taken {} s", kRunLimit.count());
+      break;
+    }
+    Result result = runner.run(*test, interrupted);
+    if (interrupted) {
+      why_incomplete = "interrupted";
+      break;
+    }
+    if (test->group() == "integrity") soaked += std::chrono::duration<double>(result.seconds);
+    report.add(result);
+  }
+  report.finish(options.tests.size(), why_incomplete);
+  if (interrupted) return 128 + SIGINT;
+  if (report.totals().failed > 0) return kExitFailed;
+  return why_incomplete.empty() ? 0 : kExitIncomplete;
+}
+
+}  // namespace
+
+int run(int argc, char** argv) {
+  auto parsed = parse_options({argv, static_cast<std::size_t>(argc)});
+  if (!parsed) {
+    fmt::print(stderr, "vblk: conform: {}\n", parsed.error().message);
+    return kExitUsage;
+  }
+  if (const auto* text = std::get_if<Text>(&*parsed)) {
+    fmt::print("{}", text->text);
+    return 0;
+  }
+  return run_tests(std::get<ConformOptions>(*parsed));
+}
+
+}  // namespace vblk::conform

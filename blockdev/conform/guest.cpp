@@ -1,0 +1,236 @@
+#include "blockdev/conform/guest.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include <fmt/core.h>
+
+#include "blockdev/virtio/little_endian.h"
+
+namespace vblk::conform {
+
+using namespace virtio;
+using namespace vhost_user;
+
+namespace {
+
+constexpr std::size_t kDataBytes = std::size_t{1} << 20;
+constexpr std::size_t kSegmentsMax = 256;
+constexpr std::uint16_t kDescriptorsPerSlot = 3;
+constexpr std::uint8_t kUntouched = 0xee;
+
+std::byte byte_of(std::uint64_t stamp, std::size_t offset) {
+  // Different in each sector and each byte of it, and never a constant fill.
+  const std::uint64_t mixed = (stamp + offset / 8) * 0x9e3779b97f4a7c15U;
+  return static_cast<std::byte>(mixed >> (8 * (offset % 8)));
+}
+
+}  // namespace
+
+Guest::Guest(Probe& probe, const GuestOptions& options)
+    : probe_(probe),
+      options_(options),
+      channel_(probe),
+      memory_(Probe::value(driver::DriverMemory::create(options.memory_bytes), "guest memory")) {
+  channel_.negotiate(options.features, options.protocol_features);
+  const auto slots = static_cast<std::size_t>(options.queue_size);
+  for (std::uint16_t i = 0; i < options.queue_count; ++i) {
+    rings_.push_back(std::make_unique<Ring>(*memory_, options.queue_size, options.base));
+    if (channel_.has(kFEventIdx)) rings_.back()->use_event_idx();
+    headers_.push_back(allocate(slots * kBlkRequestHeaderBytes, 16));
+    statuses_.push_back(allocate(slots, 1));
+  }
+  if (options.memory_bytes[0] >= 4 * kDataBytes) data_ = allocate(kDataBytes);
+  segments_ = allocate(kSegmentsMax * kBlkDiscardSegmentBytes, 16);
+  if (!options.starts_rings) return;
+  share_memory();
+  for (std::uint16_t i = 0; i < options.queue_count; ++i) start_ring(i);
+}
+
+std::span<std::byte> Guest::allocate(std::size_t bytes, std::size_t alignment) {
+  const auto room = memory_->allocate(bytes, alignment);
+  Probe::expect(!room.empty(), "the suite's own guest memory is too small");
+  return room;
+}
+
+void Guest::share_memory() {
+  if (channel_.has_protocol(kProtocolFConfigureMemSlots)) {
+    for (const auto& region : memory_->regions()) {
+      const int fds[] = {region.fd};
+      channel_.command(Request::kAddMemReg,
+                       payload_of(SingleMemoryRegion{.padding = 0, .region = region.description}),
+                       fds);
+    }
+    return;
+  }
+  Bytes payload = payload_of(MemoryTableHead{
+      .region_count = static_cast<std::uint32_t>(memory_->regions().size()), .padding = 0});
+  std::vector<int> fds;
+  for (const auto& region : memory_->regions()) {
+    append(payload, region.description);
+    fds.push_back(region.fd);
+  }
+  channel_.command(Request::kSetMemTable, payload, fds);
+}
+
+void Guest::start_ring(std::uint16_t index) {
+  Ring& ring = *rings_[index];
+  const std::uint64_t number = index;
+  const int kick[] = {ring.kick_fd()};
+  const int call[] = {ring.call_fd()};
+  const int error[] = {ring.error_fd()};
+  channel_.command(Request::kSetVringNum, payload_of(VringState{index, ring.size()}));
+  channel_.command(Request::kSetVringBase, payload_of(VringState{index, ring.used_index()}));
+  channel_.command(Request::kSetVringAddr, payload_of(ring.addresses(index)));
+  channel_.command(Request::kSetVringErr, payload_of(number), error);
+  if (options_.has_call_fd) {
+    channel_.command(Request::kSetVringCall, payload_of(number), call);
+  } else {
+    channel_.command(Request::kSetVringCall, payload_of(number | kVringNoFd));
+  }
+  channel_.command(Request::kSetVringKick, payload_of(number), kick);
+  if (channel_.has(kFProtocolFeatures))
+    channel_.command(Request::kSetVringEnable, payload_of(VringState{index, 1}));
+}
+
+std::uint16_t Guest::stop_ring(std::uint16_t index) {
+  const Message answer = channel_.call(Request::kGetVringBase, payload_of(VringState{index, 0}));
+  const auto state = decode<VringState>(answer.payload);
+  Probe::expect(state && state->index == index,
+                fmt::format("GET_VRING_BASE of ring {} is answered with {} bytes, for ring {}",
+                            index, answer.payload.size(), state ? state->index : 0));
+  return static_cast<std::uint16_t>(state->value);
+}
+
+std::byte* Guest::header_of(std::size_t ring, std::uint16_t slot) const {
+  return headers_[ring].data() + slot * kBlkRequestHeaderBytes;
+}
+
+std::byte* Guest::status_byte(std::size_t ring, std::uint16_t slot) const {
+  return statuses_[ring].data() + slot;
+}
+
+std::uint8_t Guest::status_of(std::size_t ring, std::uint16_t slot) const {
+  return std::to_integer<std::uint8_t>(*status_byte(ring, slot));
+}
+
+void Guest::post(std::size_t index, std::uint16_t slot, std::uint32_t type, std::uint64_t sector,
+                 std::span<const std::byte> readable, std::span<std::byte> writable) {
+  std::byte* const header = header_of(index, slot);
+  store_le<std::uint32_t>(header, type);
+  store_le<std::uint32_t>(header + 4, 0);
+  store_le<std::uint64_t>(header + 8, sector);
+  std::byte* const status = status_byte(index, slot);
+  *status = std::byte{kUntouched};
+  std::array<Piece, 4> pieces;
+  std::size_t count = 0;
+  pieces[count++] = {address_of(header), kBlkRequestHeaderBytes, false};
+  if (!readable.empty()) {
+    pieces[count++] = {address_of(readable.data()), static_cast<std::uint32_t>(readable.size()),
+                       false};
+  }
+  if (!writable.empty()) {
+    pieces[count++] = {address_of(writable.data()), static_cast<std::uint32_t>(writable.size()),
+                       true};
+  }
+  pieces[count++] = {address_of(status), 1, true};
+  const auto first = static_cast<std::uint16_t>(slot * kDescriptorsPerSlot);
+  ring(index).chain(first, std::span(pieces).first(count));
+  ring(index).offer(first);
+  ring(index).publish();
+}
+
+Answer Guest::await(std::size_t index, std::uint16_t slot) {
+  if (!ring(index).wait_used()) {
+    if (const std::string dead = probe_.death(); !dead.empty()) Probe::fail(dead);
+    Probe::fail(fmt::format("a request on queue {} is not answered within {} ms", index,
+                            kPatience.count()));
+  }
+  const auto used = ring(index).take();
+  const unsigned head = slot * kDescriptorsPerSlot;
+  Probe::expect(used->id == head,
+                fmt::format("the used element names buffer {} instead of {}", used->id, head));
+  const std::uint8_t status = status_of(index, slot);
+  Probe::expect(status != kUntouched, "a request is returned with its status byte not written");
+  return {.answered = true, .status = status, .used_length = used->length_bytes};
+}
+
+Answer Guest::request(std::uint32_t type, std::uint64_t sector, std::span<const std::byte> readable,
+                      std::span<std::byte> writable, std::size_t index) {
+  post(index, 0, type, sector, readable, writable);
+  ring(index).kick_if_wanted();
+  return await(index, 0);
+}
+
+Answer Guest::read(std::uint64_t sector, std::size_t bytes, std::size_t index) {
+  return request(kBlkTIn, sector, {}, data_.first(bytes), index);
+}
+
+Answer Guest::write(std::uint64_t sector, std::size_t bytes, std::size_t index) {
+  return request(kBlkTOut, sector, data_.first(bytes), {}, index);
+}
+
+Answer Guest::flush(std::size_t index) { return request(kBlkTFlush, 0, {}, {}, index); }
+
+Answer Guest::segments(std::uint32_t type, std::span<const Segment> list) {
+  Probe::expect(list.size() <= kSegmentsMax, "the suite has no room for so many segments");
+  std::byte* at = segments_.data();
+  for (const Segment& segment : list) {
+    store_le<std::uint64_t>(at, segment.sector);
+    store_le<std::uint32_t>(at + 8, segment.sector_count);
+    store_le<std::uint32_t>(at + 12, segment.flags);
+    at += kBlkDiscardSegmentBytes;
+  }
+  return request(type, 0, segments_.first(list.size() * kBlkDiscardSegmentBytes), {});
+}
+
+void Guest::must_read(std::uint64_t sector, std::size_t bytes, std::size_t index) {
+  const Answer answer = read(sector, bytes, index);
+  Probe::expect(
+      answer.status == kBlkSOk,
+      fmt::format("a read of {} bytes at sector {} has status {}", bytes, sector, answer.status));
+}
+
+void Guest::must_write(std::uint64_t sector, std::size_t bytes, std::size_t index) {
+  const Answer answer = write(sector, bytes, index);
+  Probe::expect(
+      answer.status == kBlkSOk,
+      fmt::format("a write of {} bytes at sector {} has status {}", bytes, sector, answer.status));
+}
+
+void Guest::must_flush(std::size_t index) {
+  const Answer answer = flush(index);
+  Probe::expect(answer.status == kBlkSOk, fmt::format("a flush has status {}", answer.status));
+}
+
+void Guest::fill(std::size_t bytes, std::uint64_t stamp) {
+  for (std::size_t i = 0; i < bytes; ++i) data_[i] = byte_of(stamp, i);
+}
+
+std::optional<std::size_t> Guest::differs(std::size_t bytes, std::uint64_t stamp) const {
+  for (std::size_t i = 0; i < bytes; ++i) {
+    if (data_[i] != byte_of(stamp, i)) return i;
+  }
+  return std::nullopt;
+}
+
+std::uint64_t Guest::config_field(std::uint32_t offset, std::size_t bytes) {
+  if (!channel_.has_protocol(kProtocolFConfig)) Probe::skip("the backend offers no CONFIG");
+  // From the start, as most frontends read it.
+  const auto config = channel_.read_config(0, kBlkConfigBytes);
+  if (!config) Probe::fail("GET_CONFIG of the whole config space is refused");
+  std::uint64_t value = 0;
+  for (std::size_t i = bytes; i > 0; --i)
+    value = value << 8 | std::to_integer<std::uint64_t>((*config)[offset + i - 1]);
+  return value;
+}
+
+std::uint64_t Guest::capacity_sectors() { return config_field(kBlkConfigCapacity, 8); }
+
+std::size_t Guest::block_bytes() {
+  if (!has(kBlkFBlkSize)) return kSectorBytes;
+  return config_field(kBlkConfigBlkSize, 4);
+}
+
+}  // namespace vblk::conform

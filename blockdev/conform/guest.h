@@ -1,0 +1,131 @@
+// A guest with a virtio-blk driver that does what the test says, well-formed or not: a channel,
+// memory, and rings. virtio 1.2, "Block Device".
+//
+// Requests are made one at a time, on descriptors and buffers of the guest's own; what a test wants
+// to be special it makes with the ring itself. One thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "blockdev/conform/channel.h"
+#include "blockdev/conform/probe.h"
+#include "blockdev/conform/ring.h"
+#include "blockdev/driver/driver_memory.h"
+#include "blockdev/virtio/blk_wire.h"
+
+namespace vblk::conform {
+
+// The features that the suite knows how to use, EVENT_IDX and INDIRECT_DESC aside: those change how
+// rings are driven.
+inline constexpr std::uint64_t kPlainFeatures =
+    bit(virtio::kBlkFSizeMax) | bit(virtio::kBlkFSegMax) | bit(virtio::kBlkFRo) |
+    bit(virtio::kBlkFBlkSize) | bit(virtio::kBlkFFlush) | bit(virtio::kBlkFTopology) |
+    bit(virtio::kBlkFConfigWce) | bit(virtio::kBlkFMq) | bit(virtio::kBlkFDiscard) |
+    bit(virtio::kBlkFWriteZeroes) | bit(virtio::kFVersion1) | bit(vhost_user::kFProtocolFeatures);
+inline constexpr std::uint64_t kPlainProtocol = bit(vhost_user::kProtocolFMq) |
+                                                bit(vhost_user::kProtocolFReplyAck) |
+                                                bit(vhost_user::kProtocolFConfig);
+
+// Bytes that every backend can transfer: a multiple of any logical block size.
+inline constexpr std::size_t kDefaultBlock = 4096;
+
+struct GuestOptions {
+  std::uint64_t features{kPlainFeatures};  // of what is offered
+  std::uint64_t protocol_features{kPlainProtocol};
+  std::uint16_t queue_count{1};
+  std::uint16_t queue_size{64};
+  std::uint16_t base{0};
+  std::vector<std::size_t> memory_bytes{std::size_t{8} << 20};
+  bool starts_rings{true};
+  bool has_call_fd{true};
+};
+
+// What came back of a request. Fails the test by itself if nothing did, where status is asked for.
+struct Answer {
+  bool answered{false};
+  std::uint8_t status{0xff};
+  std::uint32_t used_length{0};
+};
+
+struct Segment {
+  std::uint64_t sector;
+  std::uint32_t sector_count;
+  std::uint32_t flags;
+};
+
+class Guest {
+ public:
+  explicit Guest(Probe& probe, const GuestOptions& options = {});
+  Guest(const Guest&) = delete;
+  Guest& operator=(const Guest&) = delete;
+
+  [[nodiscard]] Channel& channel() { return channel_; }
+  [[nodiscard]] driver::DriverMemory& memory() { return *memory_; }
+  [[nodiscard]] Ring& ring(std::size_t index = 0) { return *rings_[index]; }
+  [[nodiscard]] std::size_t ring_count() const { return rings_.size(); }
+  // The guest's own data buffer: 1 MiB.
+  [[nodiscard]] std::span<std::byte> data() const { return data_; }
+  [[nodiscard]] std::uint64_t address_of(const void* pointer) const {
+    return memory_->guest_address(pointer);
+  }
+  std::span<std::byte> allocate(std::size_t bytes, std::size_t alignment = 4096);
+
+  void share_memory();
+  void start_ring(std::uint16_t index);
+  // GET_VRING_BASE; the index.
+  std::uint16_t stop_ring(std::uint16_t index);
+
+  // One request on ring 0 (or another) of `type`, waited for. `readable` and `writable` are the
+  // data, in guest memory.
+  Answer request(std::uint32_t type, std::uint64_t sector, std::span<const std::byte> readable,
+                 std::span<std::byte> writable, std::size_t ring = 0);
+  // The same, not waited for: descriptors [3 * slot, 3 * slot + 3) and the slot's own header and
+  // status are used.
+  void post(std::size_t ring, std::uint16_t slot, std::uint32_t type, std::uint64_t sector,
+            std::span<const std::byte> readable, std::span<std::byte> writable);
+  [[nodiscard]] std::uint8_t status_of(std::size_t ring, std::uint16_t slot) const;
+  [[nodiscard]] std::byte* header_of(std::size_t ring, std::uint16_t slot) const;
+  [[nodiscard]] std::byte* status_byte(std::size_t ring, std::uint16_t slot) const;
+
+  // Of the guest's data buffer, `bytes` long.
+  Answer read(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
+  Answer write(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
+  Answer flush(std::size_t ring = 0);
+  Answer segments(std::uint32_t type, std::span<const Segment> list);
+  // The same for what must succeed.
+  void must_read(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
+  void must_write(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
+  void must_flush(std::size_t ring = 0);
+  // Waits for the one request that is in flight on a ring, which has to come back as `id`.
+  Answer await(std::size_t ring, std::uint16_t slot);
+
+  // Fills the data buffer's first bytes with what follows from `stamp`, and looks whether they are
+  // that: the offset of the first byte that is not, or nothing.
+  void fill(std::size_t bytes, std::uint64_t stamp);
+  [[nodiscard]] std::optional<std::size_t> differs(std::size_t bytes, std::uint64_t stamp) const;
+
+  [[nodiscard]] std::uint64_t capacity_sectors();
+  [[nodiscard]] std::uint64_t config_field(std::uint32_t offset, std::size_t bytes);
+  // The smallest transfer: 512, or the logical block size.
+  [[nodiscard]] std::size_t block_bytes();
+  [[nodiscard]] bool has(unsigned feature) const { return channel_.has(feature); }
+
+ private:
+  Probe& probe_;
+  const GuestOptions options_;
+  Channel channel_;
+  std::unique_ptr<driver::DriverMemory> memory_;
+  std::vector<std::unique_ptr<Ring>> rings_;
+  std::vector<std::span<std::byte>> headers_;   // per ring
+  std::vector<std::span<std::byte>> statuses_;  // per ring
+  std::span<std::byte> data_;
+  std::span<std::byte> segments_;
+};
+
+}  // namespace vblk::conform

@@ -1,0 +1,246 @@
+"""Defects to be seeded into a copy of the server, each with a test of `vblk conform` that must find it.
+
+`where` is a source file, `text` stands in it exactly once, and `instead` replaces it; mutant("name") in it is whether this
+defect is the one that is wanted. The suite's own claims are what is tested: a defect that no test finds is a hole in it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    found_by: str  # a test of vblk conform
+    where: str
+    changes: tuple  # of (text, instead)
+
+
+REQUEST = "blockdev/virtio/blk_request.cpp"
+DEVICE = "blockdev/virtio/blk_device.cpp"
+QUEUE = "blockdev/virtio/blk_queue.cpp"
+RING = "blockdev/virtio/virtqueue.cpp"
+INFLIGHT = "blockdev/virtio/inflight_region.cpp"
+BACKEND = "blockdev/vhost_user/backend.cpp"
+NODE = "blockdev/raw_node.cpp"
+FILES = (REQUEST, DEVICE, QUEUE, RING, INFLIGHT, BACKEND, NODE)
+
+
+def mutant(name, found_by, where, *changes):
+    return Mutant(name, found_by, where, changes)
+
+
+MUTANTS = (
+    # ---- Requests
+    mutant("range-check-overflows", "request/read-beyond-end", REQUEST,
+           ("  return sector <= capacity_sectors &&",
+            '  if (mutant("range-check-overflows")) return sector * kSectorBytes + length_bytes <= capacity_bytes;\n'
+            "  return sector <= capacity_sectors &&")),
+    mutant("range-check-is-skipped", "request/write-beyond-end", REQUEST,
+           ("  if (!is_in_range(sector, length_bytes, limits.capacity_bytes)) return refuse(kBlkSIoErr);",
+            "  if (!is_in_range(sector, length_bytes, limits.capacity_bytes)) {\n"
+            '    if (mutant("range-check-is-skipped")) return {.kind = BlkCommandKind::kFlush};\n'
+            "    return refuse(kBlkSIoErr);\n  }")),
+    mutant("odd-lengths-are-rounded", "request/odd-length", REQUEST,
+           ("  if (length_bytes % kSectorBytes != 0) return refuse(kBlkSIoErr);",
+            "  if (length_bytes % kSectorBytes != 0) {\n"
+            '    if (mutant("odd-lengths-are-rounded")) return {.kind = BlkCommandKind::kFlush};\n'
+            "    return refuse(kBlkSIoErr);\n  }")),
+    mutant("unknown-type-is-an-error", "request/unknown-type", REQUEST,
+           ("      return refuse(kBlkSUnsupp);\n  }\n}",
+            '      return refuse(mutant("unknown-type-is-an-error") ? kBlkSIoErr : kBlkSUnsupp);\n  }\n}')),
+    mutant("discard-takes-unmap", "request/discard-unmap", REQUEST,
+           ("kind == BlkCommandKind::kWriteZeroes ? kBlkWriteZeroesFlagUnmap : 0;",
+            'kind == BlkCommandKind::kWriteZeroes || mutant("discard-takes-unmap") ? kBlkWriteZeroesFlagUnmap : 0;')),
+    mutant("unknown-flags-are-ignored", "request/write-zeroes-flags", REQUEST,
+           ("    if ((wire.flags & ~known_flags) != 0) return refuse(kBlkSUnsupp);",
+            '    if ((wire.flags & ~known_flags) != 0 && !mutant("unknown-flags-are-ignored")) return refuse(kBlkSUnsupp);')),
+    mutant("read-only-write-is-swallowed", "request/read-only", REQUEST,
+           ("      if (limits.read_only) return refuse(kBlkSIoErr);\n      return transfer(BlkCommandKind::kWrite",
+            '      if (limits.read_only && mutant("read-only-write-is-swallowed")) return {.kind = BlkCommandKind::kFlush};\n'
+            "      if (limits.read_only) return refuse(kBlkSIoErr);\n      return transfer(BlkCommandKind::kWrite")),
+    mutant("used-length-is-zero", "ring/used-length-counts", REQUEST,
+           ("  const std::uint64_t length = data_bytes + 1 == writable_bytes",
+            '  if (mutant("used-length-is-zero")) return 0;\n'
+            '  if (mutant("used-length-is-one-too-many")) return static_cast<std::uint32_t>(writable_bytes + 1);\n'
+            "  const std::uint64_t length = data_bytes + 1 == writable_bytes")),
+    mutant("used-length-is-one-too-many", "ring/used-length", REQUEST),
+    # ---- Queues
+    mutant("used-length-of-failures-is-full", "ring/used-length-of-failure", QUEUE,
+           ("  *slot.status = static_cast<std::byte>(status);",
+            '  if (mutant("used-length-of-failures-is-full")) data_bytes = slot.writable_bytes - 1;\n'
+            "  *slot.status = static_cast<std::byte>(status);")),
+    mutant("only-the-first-segment-is-done", "request/write-zeroes-segments", QUEUE,
+           ("    if (error == 0 && done.segment_next < done.segment_count)",
+            '    if (error == 0 && done.segment_next < done.segment_count && !mutant("only-the-first-segment-is-done"))')),
+    mutant("write-zeroes-is-short", "request/write-zeroes", QUEUE,
+           ("  slot.length_bytes = segment.length_bytes;",
+            "  slot.length_bytes = segment.length_bytes;\n"
+            '  if (zeroes && mutant("write-zeroes-is-short") && slot.length_bytes > 512) slot.length_bytes -= 512;\n'
+            '  if (!zeroes && mutant("discard-is-wide")) slot.length_bytes += 4096;')),
+    mutant("discard-is-wide", "request/discard", QUEUE),
+    mutant("write-through-without-sync", "durability/write-through", QUEUE,
+           ("  slot.write_through = operation == blockdev::BlockOperation::kWrite && device.write_through();",
+            "  slot.write_through = operation == blockdev::BlockOperation::kWrite && device.write_through();\n"
+            '  if (mutant("write-through-without-sync")) slot.write_through = false;\n'
+            "  static thread_local bool after_flush = false;\n"
+            '  if (mutant("no-sync-after-a-flush") && after_flush) slot.write_through = false;\n'
+            "  after_flush = operation == blockdev::BlockOperation::kFlush;")),
+    mutant("no-sync-after-a-flush", "durability/write-through", QUEUE),
+    mutant("id-is-not-padded", "request/get-id", QUEUE,
+           ("    std::memcpy(piece.iov_base, id.data() + copied, part);",
+            '    std::memcpy(piece.iov_base, id.data() + copied, mutant("id-is-not-padded") ? std::min<std::size_t>(part, 5) : part);')),
+    # ---- The device
+    mutant("unoffered-features-are-accepted", "protocol/features-unoffered", DEVICE,
+           ("  if ((features & ~offered_features_) != 0) {",
+            '  if (mutant("features-survive")) features |= negotiated_features();\n'
+            '  if ((features & ~offered_features_) != 0 && !mutant("unoffered-features-are-accepted")) {')),
+    mutant("features-survive", "reconnect/features", DEVICE,
+           ("void BlkDevice::reset() {", 'void BlkDevice::reset() {\n  if (mutant("features-survive")) return;')),
+    mutant("writeback-survives", "reconnect/writeback", DEVICE,
+           ("    writeback_.store(options_.write_cache && volatile_allowed, std::memory_order_relaxed);",
+            '    if (!mutant("writeback-survives"))\n'
+            "      writeback_.store(options_.write_cache && volatile_allowed, std::memory_order_relaxed);"),
+           ("  writeback_.store(options_.write_cache, std::memory_order_relaxed);",
+            "  static bool reset_before = false;\n"
+            '  if (!mutant("writeback-survives") || !reset_before)\n'
+            "    writeback_.store(options_.write_cache, std::memory_order_relaxed);\n  reset_before = true;")),
+    mutant("writeback-without-flush", "config/writeback-without-flush", DEVICE,
+           ("    const bool volatile_allowed = negotiated(kBlkFFlush);",
+            '    const bool volatile_allowed = negotiated(kBlkFFlush) || mutant("writeback-without-flush");')),
+    mutant("writeback-is-stale", "config/writeback-set", DEVICE,
+           ("  config[kBlkConfigWriteback] = static_cast<std::byte>(writeback);",
+            '  config[kBlkConfigWriteback] = static_cast<std::byte>(mutant("writeback-is-stale") ? options_.write_cache : writeback);\n'
+            '  config[33] = static_cast<std::byte>(mutant("padding-is-set") ? 1 : 0);')),
+    mutant("padding-is-set", "config/padding", DEVICE),
+    mutant("config-offset-is-ignored", "config/every-range", DEVICE,
+           ("    std::memcpy(out.data(), bytes.data() + offset,",
+            '    std::memcpy(out.data(), bytes.data() + (mutant("config-offset-is-ignored") ? 0 : offset),')),
+    mutant("read-only-fields-are-accepted", "config/read-only-fields", DEVICE,
+           ("  if (!is_writeback || !negotiated(kBlkFConfigWce)) {",
+            '  if (!is_writeback && mutant("read-only-fields-are-accepted")) return {};\n'
+            "  if (!is_writeback || !negotiated(kBlkFConfigWce)) {")),
+    mutant("num-queues-is-wrong", "config/num-queues", DEVICE,
+           ("store_le<std::uint16_t>(config.data() + kBlkConfigNumQueues, options_.queue_count);",
+            "store_le<std::uint16_t>(config.data() + kBlkConfigNumQueues,\n"
+            '                          static_cast<std::uint16_t>(options_.queue_count + mutant("num-queues-is-wrong")));')),
+    mutant("capacity-is-stale", "config/resize-told", DEVICE,
+           ("  store_le<std::uint64_t>(config.data() + kBlkConfigCapacity, node_.size_bytes() / kSectorBytes);",
+            "  static const std::uint64_t first_size = node_.size_bytes();\n"
+            "  store_le<std::uint64_t>(config.data() + kBlkConfigCapacity,\n"
+            '                          (mutant("capacity-is-stale") ? first_size : node_.size_bytes()) / kSectorBytes);')),
+    mutant("size-max-is-zero", "config/size-max", DEVICE,
+           ("config.data() + kBlkConfigSizeMax, kSegmentBytesMax);",
+            'config.data() + kBlkConfigSizeMax, mutant("size-max-is-zero") ? 0 : kSegmentBytesMax);')),
+    # ---- Rings
+    mutant("event-idx-notification-is-lost", "ring/used-event", RING,
+           ("  return need_event(used_event, used_index_, old_index);",
+            '  if (mutant("event-idx-notification-is-lost") && used_index_ % 50 == 0) return false;\n'
+            "  return need_event(used_event, used_index_, old_index);")),
+    mutant("event-idx-batch-is-missed", "ring/used-event-in-batch", RING,
+           ("  if (!std::exchange(published_before_, true)) return true;",
+            "  if (!std::exchange(published_before_, true)) return true;\n"
+            '  if (mutant("event-idx-batch-is-missed")) {\n'
+            "    const auto only = load_acquire_le<std::uint16_t>(layout_.avail_ring + avail_used_event_offset(layout_.size));\n"
+            "    return only == static_cast<std::uint16_t>(used_index_ - 1);\n  }")),
+    mutant("event-idx-kick-is-lost", "ring/kick-event-idx", RING,
+           ("    store_release_le(layout_.used_ring + used_avail_event_offset(layout_.size), next_avail_);",
+            "    store_release_le(layout_.used_ring + used_avail_event_offset(layout_.size),\n"
+            '                     static_cast<std::uint16_t>(next_avail_ + mutant("event-idx-kick-is-lost")));')),
+    mutant("kick-is-not-asked-for", "ring/kick", RING,
+           ("    store_release_le(layout_.used_ring + kUsedFlagsOffset, std::uint16_t{0});\n  }\n  // The wish",
+            '    if (!mutant("kick-is-not-asked-for"))\n'
+            "      store_release_le(layout_.used_ring + kUsedFlagsOffset, std::uint16_t{0});\n"
+            '    if (mutant("avail-event-without-feature"))\n'
+            "      store_release_le(layout_.used_ring + used_avail_event_offset(layout_.size), next_avail_);\n"
+            "  }\n  // The wish")),
+    mutant("avail-event-without-feature", "ring/used-ring-end", RING),
+    mutant("flags-with-event-idx", "ring/used-flags", RING,
+           ("  if (layout_.event_idx)\n    store_release_le(layout_.used_ring + kUsedFlagsOffset, std::uint16_t{0});",
+            "  if (layout_.event_idx)\n    store_release_le(layout_.used_ring + kUsedFlagsOffset,\n"
+            '                     static_cast<std::uint16_t>(mutant("flags-with-event-idx")));')),
+    mutant("no-interrupt-is-ignored", "ring/not-notified", RING,
+           ("    return (flags & kAvailFNoInterrupt) == 0;",
+            '    if (mutant("no-interrupt-is-ignored")) return true;\n'
+            '    if (mutant("notification-is-lost") && used_index_ % 40 == 0) return false;\n'
+            "    return (flags & kAvailFNoInterrupt) == 0;")),
+    mutant("notification-is-lost", "ring/notified", RING),
+    mutant("indirect-only-at-the-head", "ring/indirect-after-direct", RING,
+           ("    if ((descriptor.flags & kDescFIndirect) != 0) return walk_indirect(descriptor, builder);",
+            "    if ((descriptor.flags & kDescFIndirect) != 0 &&\n"
+            '        (!mutant("indirect-only-at-the-head") || count == 1))\n'
+            "      return walk_indirect(descriptor, builder);")),
+    mutant("indirect-without-feature", "hostile-ring/indirect-not-negotiated", RING,
+           ("  if (!layout_.indirect) return broken(",
+            '  if (!layout_.indirect && !mutant("indirect-without-feature")) return broken(')),
+    mutant("chains-may-loop", "hostile-ring/chain-loop", RING,
+           ("    if (count > layout_.size)",
+            '    if (count > layout_.size && !mutant("chains-may-loop"))')),
+    mutant("used-id-is-wrong", "ring/full", RING,
+           ("  store_le<std::uint32_t>(element, head);",
+            '  store_le<std::uint32_t>(element, mutant("used-id-is-wrong") && head != 0 ? head - 1U : head);')),
+    # ---- In flight
+    mutant("in-flight-is-forgotten", "reconnect/inflight-marked", INFLIGHT,
+           ("    recovery.heads.push_back(head);",
+            '    if (!mutant("in-flight-is-forgotten")) recovery.heads.push_back(head);')),
+    mutant("in-flight-is-never-cleared", "reconnect/inflight-area", INFLIGHT,
+           ("  clear_last_batch(count);\n  store_release<std::uint16_t>(begin_ + kInflightUsedIndexOffset, used_index);\n}\n\n}",
+            '  if (!mutant("in-flight-is-never-cleared")) clear_last_batch(count);\n'
+            "  store_release<std::uint16_t>(begin_ + kInflightUsedIndexOffset, used_index);\n}\n\n}")),
+    mutant("in-flight-is-never-marked", "reconnect/inflight-sigkill", INFLIGHT,
+           ("  store_release<std::uint8_t>(entry + kInflightFlagOffset, 1);",
+            '  if (!mutant("in-flight-is-never-marked")) store_release<std::uint8_t>(entry + kInflightFlagOffset, 1);')),
+    # ---- The protocol
+    mutant("ack-is-not-sent", "protocol/reply-ack", BACKEND,
+           ("  if (!wanted) return outcome;",
+            '  if (!wanted || (mutant("ack-is-not-sent") && outcome)) return outcome;')),
+    mutant("ack-is-sent-unasked", "protocol/reply-ack-unasked", BACKEND,
+           ("(message.header.flags & kFlagNeedReply) != 0;",
+            '((message.header.flags & kFlagNeedReply) != 0 || mutant("ack-is-sent-unasked"));')),
+    mutant("vring-base-is-stale", "protocol/vring-base", BACKEND,
+           ("VringState{.index = state.index, .value = (*ring)->next_avail});",
+            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U : (*ring)->next_avail});')),
+    mutant("vring-base-is-ignored", "protocol/index-wraps", BACKEND,
+           ("  (*ring)->next_avail = state.value;",
+            '  if (!mutant("vring-base-is-ignored")) (*ring)->next_avail = state.value;')),
+    mutant("stop-is-answered-and-not-done", "protocol/stopped-ring", BACKEND,
+           ("  stop(**ring);\n  (*ring)->started = false;\n  (*ring)->kick.reset();",
+            '  const bool lazy = mutant("stop-is-answered-and-not-done");\n'
+            "  if (!lazy) stop(**ring);\n  if (!lazy) (*ring)->started = false;\n  if (!lazy) (*ring)->kick.reset();")),
+    mutant("rings-start-enabled", "protocol/ring-starts-disabled", BACKEND,
+           ("  if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};",
+            '  if (ring.queue != nullptr || !ring.started || (!ring.enabled && !mutant("rings-start-enabled"))) return {};')),
+    mutant("call-descriptor-is-kept", "protocol/call-descriptor-changes", BACKEND,
+           ("    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }",
+            '    if (mutant("call-descriptor-is-kept")) return {};\n'
+            "    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }")),
+    mutant("one-queue-too-many", "protocol/every-queue", BACKEND,
+           ("  return reply_u64(message, rings_.size());",
+            '  return reply_u64(message, rings_.size() + (mutant("one-queue-too-many") ? 1 : 0));')),
+    mutant("removed-slots-stay", "memory/slot-removed", BACKEND,
+           ("  if (removed == 0) return refused(",
+            '  if (mutant("removed-slots-stay")) return {};\n'
+            '  if (mutant("removal-leaks") && !message.fds.empty()) message.fds[0].release();\n'
+            "  if (removed == 0) return refused(")),
+    mutant("removal-leaks", "memory/removal-descriptor", BACKEND),
+    mutant("change-of-size-is-not-told", "config/resize-told", BACKEND,
+           ("  if (!backend_channel_) return;",
+            '  if (!backend_channel_ || mutant("change-of-size-is-not-told")) return;')),
+    mutant("unknown-messages-are-acknowledged", "hostile-message/unknown", BACKEND,
+           ('    outcome = refused(fmt::format("message {} is not supported", message.header.request));',
+            '    if (!mutant("unknown-messages-are-acknowledged"))\n'
+            '      outcome = refused(fmt::format("message {} is not supported", message.header.request));')),
+    mutant("queue-index-is-not-checked", "hostile-message/queue-index", BACKEND,
+           ("  if (index < rings_.size()) return &rings_[index];",
+            '  if (index < rings_.size() || mutant("queue-index-is-not-checked")) return &rings_[index % rings_.size()];')),
+    # ---- The disk
+    mutant("flush-does-nothing", "durability/flush", NODE,
+           ("  if (earlier != 0 || options_.ignore_flush)",
+            '  if (earlier != 0 || options_.ignore_flush || mutant("flush-does-nothing"))')),
+    mutant("a-write-goes-astray", "integrity/random", NODE,
+           ("  request.io.offset_bytes = request.offset_bytes;\n  request.io.length_bytes = request.length_bytes;",
+            "  request.io.offset_bytes = request.offset_bytes;\n"
+            '  if (mutant("a-write-goes-astray") && request.operation == BlockOperation::kWrite &&\n'
+            "      request.offset_bytes % (std::uint64_t{1} << 20) == 8192)\n"
+            "    request.io.offset_bytes += 4096;\n"
+            "  request.io.length_bytes = request.length_bytes;")),
+)
