@@ -63,6 +63,7 @@ class Checker {
   void keep_references() { keeps_references_ = true; }
   void prepare_repair(Repair repair) {
     keeps_references_ = true;
+    is_repair_ = true;
     repairs_entries_ = repair == Repair::kAll;
   }
   // Without those of the refcount table to itself and its blocks.
@@ -143,6 +144,7 @@ class Checker {
   std::vector<std::uint32_t> references_of_content_;  // references_ without the refcounts' own
   std::uint64_t unreadable_refcounts_{0};             // of check_errors
   bool needs_rewrite_{false};                         // of all refcount structures
+  bool is_repair_{false};
   bool repairs_entries_{false};
   std::vector<Sector> entry_repairs_;
   std::uint64_t entries_repaired_{0};
@@ -254,6 +256,8 @@ Task<int> Checker::name_tables(Extent l1_table, bool is_active) {
     if ((entry & kL1ReservedMask) != 0)
       corrupt(fmt::format("L1 entry {} has reserved bits set: {:#x}", i, entry));
     const std::uint64_t offset = entry & kOffsetMask;
+    // The header is no table; what it would say as one changes with every repair.
+    if (offset == 0 && is_repair_) continue;
     add(offset, geometry_.cluster_bytes(), 1, "L2 table");
     if ((offset & geometry_.cluster_mask()) != 0)
       corrupt(fmt::format("L2 table at {:#x} does not begin with a cluster", offset));
@@ -380,12 +384,16 @@ void Checker::check_standard(const Named& table, std::size_t index, const L2Entr
 
 void Checker::check_l2_table(const Named& table, std::span<const std::byte> bytes) {
   std::uint64_t expected_offset = 0;
+  // What something else claims too may be no table.
+  const bool may_repair = repairs_entries_ && table.offset != 0 &&
+                          (table.offset & geometry_.cluster_mask()) == 0 &&
+                          refcount_at(table.offset) == table.total;
   const std::size_t step = std::size_t{geometry_.l2_entry_words()} * 8;
   for (std::size_t at = 0; at < bytes.size(); at += step) {
     const L2Entry entry{load_be<std::uint64_t>(bytes.data() + at),
                         geometry_.extended_l2 ? load_be<std::uint64_t>(bytes.data() + at + 8) : 0};
     if ((entry.descriptor | entry.bitmap) == 0) continue;
-    if (repairs_entries_ && is_misplaced_reserve(entry)) {
+    if (may_repair && is_misplaced_reserve(entry)) {
       tell_(fmt::format("Repairing L2 table at {:#x}, entry {}: it has no cluster at {:#x}",
                         table.offset, at / step, host_offset(entry)));
       change_word(bytes, table.offset, at, geometry_.extended_l2 ? 0 : kFlagZero, entry_repairs_);
@@ -734,13 +742,22 @@ Task<int> survey_image(blockdev::RawNode& file, IoContext& context, const Header
 
 Task<int> repair_image(blockdev::RawNode& file, IoContext& context, Header& header, Repair repair,
                        const TellFinding& tell, RepairResult& result) {
-  CheckResult found;
-  const Header as_it_was = header;
-  Checker checker(file, context, as_it_was, tell, found);
-  checker.prepare_repair(repair);
-  int error = co_await checker.run();
-  if (error == 0) error = co_await checker.repair(repair, header, result);
-  co_return error;
+  // Refcounts that have been set right may show that a table can be repaired.
+  constexpr int kPasses = 2;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    CheckResult found;
+    RepairResult repaired;
+    const Header as_it_was = header;
+    Checker checker(file, context, as_it_was, tell, found);
+    checker.prepare_repair(repair);
+    int error = co_await checker.run();
+    if (error == 0) error = co_await checker.repair(repair, header, repaired);
+    result.leaks_fixed += repaired.leaks_fixed;
+    result.corruptions_fixed += repaired.corruptions_fixed;
+    if (error != 0) co_return error;
+    if (repaired.leaks_fixed + repaired.corruptions_fixed == 0) break;
+  }
+  co_return 0;
 }
 
 Task<int> mark_sound(blockdev::RawNode& file, IoContext& context, Header& header) {
