@@ -70,8 +70,8 @@ MUTANTS = (
             '  if (mutant("used-length-of-failures-is-full")) data_bytes = slot.writable_bytes - 1;\n'
             "  *slot.status = static_cast<std::byte>(status);")),
     mutant("only-the-first-segment-is-done", "request/write-zeroes-segments", QUEUE,
-           ("    if (error == 0 && done.segment_next < done.segment_count)",
-            '    if (error == 0 && done.segment_next < done.segment_count && !mutant("only-the-first-segment-is-done"))')),
+           ("    if (done.segment_next < done.segment_count) return",
+            '    if (done.segment_next < done.segment_count && !mutant("only-the-first-segment-is-done")) return')),
     mutant("write-zeroes-is-short", "request/write-zeroes", QUEUE,
            ("  slot.length_bytes = segment.length_bytes;",
             "  slot.length_bytes = segment.length_bytes;\n"
@@ -191,8 +191,8 @@ MUTANTS = (
             '  if (!mutant("in-flight-is-never-marked")) store_release<std::uint8_t>(entry + kInflightFlagOffset, 1);')),
     # ---- The protocol
     mutant("ack-is-not-sent", "protocol/reply-ack", BACKEND,
-           ("  if (!wanted) return outcome;",
-            '  if (!wanted || (mutant("ack-is-not-sent") && outcome)) return outcome;')),
+           ("  if (!wants_reply(message)) return outcome;",
+            '  if (!wants_reply(message) || (mutant("ack-is-not-sent") && outcome)) return outcome;')),
     mutant("ack-is-sent-unasked", "protocol/reply-ack-unasked", BACKEND,
            ("(message.header.flags & kFlagNeedReply) != 0;",
             '((message.header.flags & kFlagNeedReply) != 0 || mutant("ack-is-sent-unasked"));')),
@@ -203,9 +203,9 @@ MUTANTS = (
            ("  (*ring)->next_avail = state.value;",
             '  if (!mutant("vring-base-is-ignored")) (*ring)->next_avail = state.value;')),
     mutant("stop-is-answered-and-not-done", "protocol/stopped-ring", BACKEND,
-           ("  stop(**ring);\n  (*ring)->started = false;\n  (*ring)->kick.reset();",
+           ("  stop(**ring, Afterwards::kUnknown);\n  (*ring)->started = false;\n  (*ring)->kick.reset();",
             '  const bool lazy = mutant("stop-is-answered-and-not-done");\n'
-            "  if (!lazy) stop(**ring);\n  if (!lazy) (*ring)->started = false;\n  if (!lazy) (*ring)->kick.reset();")),
+            "  if (!lazy) stop(**ring, Afterwards::kUnknown);\n  if (!lazy) (*ring)->started = false;\n  if (!lazy) (*ring)->kick.reset();")),
     mutant("rings-start-enabled", "protocol/ring-starts-disabled", BACKEND,
            ("  if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};",
             '  if (ring.queue != nullptr || !ring.started || (!ring.enabled && !mutant("rings-start-enabled"))) return {};')),

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +38,10 @@ EXPECTED_SKIPS = {
 # Defects that Debian 12's qemu-storage-daemon (7.2) is known to have, found by hand before this suite was written.
 QSD_DEFECTS = ("durability/claimed-write-through", "durability/no-flush-no-wce", "reconnect/writeback", "config/size-max",
                "ring/used-length-of-failure", "request/get-id")
+
+
+# Runs beside each other, on two processors.
+AT_ONCE = 3
 
 
 def conform(vblk, *arguments, folder, limit=RUN_LIMIT_SECONDS, **environment):
@@ -62,23 +67,28 @@ def is_expected_skip(name, reason):
 
 
 def test_vblk(report, options):
-    for image_format in ("raw", "qcow2"):
-        for engine in ENGINES:
-            title = f"vblk, {engine}, {image_format}"
-            with Folder() as folder:
-                status, output, seconds = conform(options.vblk, "--profile", "vblk", "--aio", engine, "--format", image_format,
-                                                  "--output", "tap", "--duration", 3, folder=folder)
-                left = os.listdir(folder)
-            results = tap_of(output)
-            failed = [name for name, result in results.items() if result == "not ok"]
-            skips = {name: result for name, result in results.items() if result not in ("ok", "not ok")}
-            report.check(f"{title}: passes whole, {len(results)} tests", status == 0 and not failed and len(results) > 150,
-                         f"status {status}\n" + "\n".join(line for line in output.splitlines() if not line.startswith("ok")))
-            unexpected = [f"{name}: {reason}" for name, reason in skips.items() if not is_expected_skip(name, reason)]
-            report.check(f"{title}: skips only what it must ({', '.join(skips) or 'nothing'})", not unexpected,
-                         "\n".join(unexpected))
-            report.check(f"{title}: within {RUN_LIMIT_SECONDS} s, and nothing is left behind",
-                         seconds < RUN_LIMIT_SECONDS and not left, f"{seconds:.0f} s; {left}")
+    """Every engine and format, some at a time: a run waits for most of its time."""
+    def run_one(image_format, engine):
+        with Folder() as folder:
+            status, output, seconds = conform(options.vblk, "--profile", "vblk", "--aio", engine, "--format", image_format,
+                                              "--output", "tap", "--duration", 3, folder=folder)
+            return status, output, seconds, os.listdir(folder)
+
+    cases = [(image_format, engine) for image_format in ("raw", "qcow2") for engine in ENGINES]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = list(pool.map(lambda case: run_one(*case), cases))
+    for (image_format, engine), (status, output, seconds, left) in zip(cases, runs):
+        title = f"vblk, {engine}, {image_format}"
+        results = tap_of(output)
+        failed = [name for name, result in results.items() if result == "not ok"]
+        skips = {name: result for name, result in results.items() if result not in ("ok", "not ok")}
+        report.check(f"{title}: passes whole, {len(results)} tests", status == 0 and not failed and len(results) > 150,
+                     f"status {status}\n" + "\n".join(line for line in output.splitlines() if not line.startswith("ok")))
+        unexpected = [f"{name}: {reason}" for name, reason in skips.items() if not is_expected_skip(name, reason)]
+        report.check(f"{title}: skips only what it must ({', '.join(skips) or 'nothing'})", not unexpected,
+                     "\n".join(unexpected))
+        report.check(f"{title}: within {RUN_LIMIT_SECONDS} s, and nothing is left behind",
+                     seconds < RUN_LIMIT_SECONDS and not left, f"{seconds:.0f} s; {left}")
 
 
 def test_vblk_cache_modes(report, options):
@@ -395,14 +405,19 @@ def test_mutants(report, options):
                                     folder=folder)
     sound = tap_of(output)
     report.check("without a defect the same program passes the tests that are to find them", status == 0, output)
-    for mutant in MUTANTS:
+
+    def run_one(mutant):
+        with Folder() as folder:
+            return conform(options.vblk, *mutant_command(options), "--test", mutant.found_by, folder=folder,
+                           VBLK_MUTANT=mutant.name)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = list(pool.map(run_one, MUTANTS))
+    for mutant, (status, output, _) in zip(MUTANTS, runs):
         title = f"{mutant.name} is found by {mutant.found_by}"
         if sound.get(mutant.found_by) != "ok":
             report.skip(title, sound.get(mutant.found_by, "did not run"))
             continue
-        with Folder() as folder:
-            status, output, _ = conform(options.vblk, *mutant_command(options), "--test", mutant.found_by, folder=folder,
-                                        VBLK_MUTANT=mutant.name)
         report.check(title, status == 1 and tap_of(output).get(mutant.found_by) == "not ok", f"status {status}\n{output}")
 
 
