@@ -42,6 +42,7 @@ QSD_DEFECTS = ("durability/claimed-write-through", "durability/no-flush-no-wce",
 
 # Runs beside each other, on two processors.
 AT_ONCE = 3
+TRIES = 3
 
 
 def conform(vblk, *arguments, folder, limit=RUN_LIMIT_SECONDS, **environment):
@@ -407,9 +408,14 @@ def test_mutants(report, options):
     report.check("without a defect the same program passes the tests that are to find them", status == 0, output)
 
     def run_one(mutant):
-        with Folder() as folder:
-            return conform(options.vblk, *mutant_command(options), "--test", mutant.found_by, folder=folder,
-                           VBLK_MUTANT=mutant.name)
+        # Some show only where a request is in flight at the right moment, which a busy machine may miss.
+        for _ in range(TRIES):
+            with Folder() as folder:
+                status, output, seconds = conform(options.vblk, *mutant_command(options), "--test", mutant.found_by,
+                                                  folder=folder, VBLK_MUTANT=mutant.name)
+            if status == 1:
+                break
+        return status, output, seconds
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         runs = list(pool.map(run_one, MUTANTS))

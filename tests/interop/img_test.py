@@ -419,7 +419,8 @@ def leaves_nothing_half(report, vblk, folder, options, rng):
     for number in range(6):
         kind, number_of_signal = rng.choice(["qcow2", "raw"]), [signal.SIGKILL, signal.SIGINT, signal.SIGTERM][number % 3]
         target = [old, folder / "new.qcow2"][number % 2]
-        process = subprocess.Popen([options.vblk, "img", "convert", "-r", "24M", "-f", "raw", "-O", kind, raw, target],
+        # Some seconds' worth of data.
+        process = subprocess.Popen([options.vblk, "img", "convert", "-r", "2M", "-f", "raw", "-O", kind, raw, target],
                                    stderr=subprocess.DEVNULL)
         time.sleep(0.1 + rng.random() * 0.3)
         process.send_signal(number_of_signal)
@@ -430,7 +431,7 @@ def leaves_nothing_half(report, vblk, folder, options, rng):
                      (process.returncode, [p.name for p in folder.iterdir()]))
     hard = folder / "hard.qcow2"
     os.link(old, hard)
-    process = subprocess.Popen([options.vblk, "img", "convert", "-r", "24M", "-f", "raw", "-O", "qcow2", raw, old])
+    process = subprocess.Popen([options.vblk, "img", "convert", "-r", "2M", "-f", "raw", "-O", "qcow2", raw, old])
     time.sleep(0.2)
     process.kill()
     process.wait()
