@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -68,6 +69,7 @@ def main():
     parser.add_argument("--tap", help="a TAP log to count")
     parser.add_argument("--status", type=int, default=0, help="exit status of the program that wrote the log")
     parser.add_argument("--build", help="build folder whose GoogleTest programs run")
+    parser.add_argument("--at-once", type=int, default=1, help="programs that run beside each other")
     parser.add_argument("tests", nargs="*", help="only these")
     options = parser.parse_args()
 
@@ -83,15 +85,15 @@ def main():
         targets = [os.path.relpath(path, os.path.abspath(options.build)) for path in programs.values()]
         if subprocess.run(["ninja", "-C", options.build, *targets]).returncode != 0:
             sys.exit(1)
-        for name, path in programs.items():
-            status, output = run_program(path)
-            one = count_gtest(output, status)
-            log = Path(options.tally).parent / f"{options.name}-{name}.log"
-            log.write_text(output)
-            print(f"  {name}: {one[0]} passed, {one[1]} failed, {one[2]} skipped", flush=True)
-            if one[1]:
-                print(output[-8000:])
-            counts = [total + part for total, part in zip(counts, one)]
+        with ThreadPoolExecutor(options.at_once) as pool:
+            for name, (status, output) in zip(programs, pool.map(run_program, programs.values())):
+                one = count_gtest(output, status)
+                log = Path(options.tally).parent / f"{options.name}-{name}.log"
+                log.write_text(output)
+                print(f"  {name}: {one[0]} passed, {one[1]} failed, {one[2]} skipped", flush=True)
+                if one[1]:
+                    print(output[-8000:])
+                counts = [total + part for total, part in zip(counts, one)]
     print(f"  {options.name}: {counts[0]} passed, {counts[1]} failed, {counts[2]} skipped", flush=True)
     with open(options.tally, "a") as tally:
         print(options.name, *counts, file=tally)

@@ -58,12 +58,18 @@ def claim_text(claim):
     return text + comparison_tables(claim)
 
 
+def within(controls, metric):
+    """What the blocks can tell apart, as the A/A shows it; older results do not say."""
+    width = controls.get("again_within", {}).get(metric)
+    return "" if width is None else f", within {width * 100:.1f} %"
+
+
 def tables(summary):
     controls = summary["controls"]
     text = f"Preset {summary['preset']}, begun {summary['started']}, seed {summary['seed']}, rules {summary['analysis_sha256'][:16]}.\n\n"
     text += table(["machine", ""], [[name, value] for name, value in {**summary["machine"], **summary["devices"]}.items()])
     again = "; ".join(f"{METRICS[metric]} " + ", ".join(f"{count} {verdict.lower()}" for verdict, count in counts.items())
-                      + f", within {controls['again_within'][metric] * 100:.1f} %"
+                      + within(controls, metric)
                       for metric, counts in controls["again"].items())
     text += (f"\nControls: an engine compared with itself: {again}. Slowed down, it was found in {controls['slowed_found']} of "
              f"{controls['slowed_cells']} cells. Of {controls['blocks']} blocks {controls['noisy_blocks']} are noisy, "
