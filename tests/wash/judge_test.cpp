@@ -166,10 +166,16 @@ TEST(Judge, gives_no_verdict_where_an_engine_differs_from_itself) {
   EXPECT_EQ(outcome(judgement, "C0", "rate"), "WASH") << "each metric has its own control";
 }
 
+// Where runs differ by a factor of e, a slowdown of 20 % is found by luck alone: seldom.
 TEST(Judge, gives_no_verdict_on_a_machine_that_is_too_noisy) {
-  const auto noise = Laboratory().noise(0.3).experiment(test::test_seed());
-  EXPECT_EQ(claim(noise, "C0").outcome, "NO VERDICT");
-  const auto blocks = Laboratory().noisy_blocks(true).experiment(test::test_seed());
+  const std::uint64_t seed = test::test_seed();
+  unsigned refused = 0;
+  for (std::uint64_t i = 0; i < 10; ++i) {
+    const auto noise = Laboratory().noise(1).experiment(seed + i);
+    if (claim(noise, "C0").outcome == "NO VERDICT") ++refused;
+  }
+  EXPECT_GE(refused, 5);
+  const auto blocks = Laboratory().noisy_blocks(true).experiment(seed);
   EXPECT_NE(blocks.controls.refusal.find("noisy"), std::string::npos);
 }
 
