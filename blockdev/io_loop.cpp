@@ -497,26 +497,6 @@ class FdWatch final : public IoLoop::Watch {
   Registry& unarmed_;
 };
 
-class TimerWatch final : public IoLoop::Watch {
- public:
-  TimerWatch(asio::io_context& io, std::chrono::nanoseconds delay,
-             std::move_only_function<void()> function)
-      : timer_(io, std::chrono::duration_cast<Clock::duration>(delay)),
-        function_(std::make_shared<std::move_only_function<void()>>(std::move(function))) {
-    timer_.async_wait([function = function_](const boost::system::error_code& error) {
-      if (error || !*function) return;
-      // It may destroy its own handle, so it runs outside of what the handle clears.
-      auto call = std::move(*function);
-      call();
-    });
-  }
-  ~TimerWatch() override { *function_ = nullptr; }
-
- private:
-  asio::steady_timer timer_;
-  std::shared_ptr<std::move_only_function<void()>> function_;
-};
-
 class LoopTimer final : public IoLoop::Timer {
  public:
   LoopTimer(asio::io_context& io, std::move_only_function<void()> function)
@@ -576,11 +556,6 @@ std::unique_ptr<IoLoop::Watch> IoLoop::watch(int fd, std::move_only_function<voi
   state_->unarmed.reserve(state_->watches.size());
   state_->unarmed.push_back(state);
   return std::make_unique<FdWatch>(std::move(state), state_->watches, state_->unarmed);
-}
-
-std::unique_ptr<IoLoop::Watch> IoLoop::call_after(std::chrono::nanoseconds delay,
-                                                  std::move_only_function<void()> function) {
-  return std::make_unique<TimerWatch>(state_->io, delay, std::move(function));
 }
 
 }  // namespace vblk::blockdev

@@ -117,10 +117,6 @@ class IoLoop {
   };
   [[nodiscard]] std::unique_ptr<Watch> watch(int fd, std::move_only_function<void()> on_readable);
 
-  // Runs `function` once after `delay` unless the handle dies first. Loop thread.
-  [[nodiscard]] std::unique_ptr<Watch> call_after(std::chrono::nanoseconds delay,
-                                                  std::move_only_function<void()> function);
-
   // Runs its function whenever a time that was set has come. Loop thread. To set it again and again
   // allocates nothing. It may not be destroyed by its own function.
   class Timer {

@@ -341,26 +341,6 @@ TEST(IoLoop, refuses_to_watch_a_descriptor_that_the_kernel_cannot_wait_on) {
   EXPECT_EQ(::close(fd), 0);
 }
 
-TEST(IoLoop, calls_after_a_delay_unless_the_handle_died) {
-  RunningLoop loop;
-  loop.start();
-  std::unique_ptr<IoLoop::Watch> kept;
-  std::unique_ptr<IoLoop::Watch> dropped;
-  std::atomic<bool> called{false};
-  std::atomic<bool> wrongly_called{false};
-  loop->run_and_wait([&] {
-    dropped = loop->call_after(1ms, [&] { wrongly_called = true; });
-    dropped.reset();
-    kept = loop->call_after(5ms, [&] {
-      called = true;
-      kept.reset();
-    });
-  });
-  wait_until([&] { return called.load(); });
-  loop.stop();
-  EXPECT_FALSE(wrongly_called.load());
-}
-
 TEST(IoLoopTimer, runs_once_at_the_time_that_was_set_last) {
   RunningLoop loop;
   loop.start();
