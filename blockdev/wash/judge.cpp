@@ -91,7 +91,8 @@ struct Asked {
 };
 
 std::vector<CellVerdict> decide_family(const Analysis& analysis, const Measured& measured,
-                                       const std::vector<Asked>& asked, const std::string& metric) {
+                                       const std::vector<Asked>& asked, const std::string& metric,
+                                       Sides sides = Sides::kBoth) {
   const double margin = analysis.margin(metric);
   const double alpha = analysis.rules.alpha;
   std::vector<CellVerdict> verdicts;
@@ -112,7 +113,7 @@ std::vector<CellVerdict> decide_family(const Analysis& analysis, const Measured&
     }
     verdicts.push_back(std::move(verdict));
   }
-  const auto decisions = decide(samples, margin, alpha);
+  const auto decisions = decide(samples, margin, alpha, sides);
   const bool more = is_more_better(metric);
   for (std::size_t i = 0; i < decisions.size(); ++i) {
     CellVerdict& verdict = verdicts[indexes[i]];
@@ -216,7 +217,8 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
   result.slowed =
       decide_family(analysis, measured,
                     asked_in(controls.slowed_families, controls.slowed, controls.slowed_against),
-                    controls.slowed_metric);
+                    controls.slowed_metric,
+                    is_more_better(controls.slowed_metric) ? Sides::kBelow : Sides::kAbove);
   for (const CellVerdict& verdict : result.slowed) {
     if (verdict.verdict == Verdict::kNotMeasured) continue;
     ++result.slowed_cells;
@@ -386,13 +388,17 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
   if (line->slope > 0)
     crossover.per_second =
         std::max(0.0, (rules.crossover_core_share - line->intercept) / line->slope);
+  std::string where = "at no rate";
+  if (crossover.per_second) {
+    where = *crossover.per_second > 0
+                ? fmt::format("at {:.0f} operations per second", *crossover.per_second)
+                : "at every rate";
+  }
   result.words = fmt::format(
       "a pool takes {:.2f} us more per operation ({:.2f} to {:.2f}; R^2 {:.2f}), which is {:.0f} % "
       "of a core {}",
       crossover.extra_us, line->slope_lower * 1e6, line->slope_upper * 1e6, line->r_squared,
-      rules.crossover_core_share * 100,
-      crossover.per_second ? fmt::format("at {:.0f} operations per second", *crossover.per_second)
-                           : "at no rate");
+      rules.crossover_core_share * 100, where);
   const std::string refusal = refusal_of(controls, "cpu");
   // What the line says must be sure over the whole of its interval.
   const auto at = [&](double slope) {

@@ -89,22 +89,23 @@ std::vector<double> holm(std::span<const double> p_values) {
 }
 
 std::vector<CellDecision> decide(std::span<const std::vector<double>> cells, double margin,
-                                 double alpha) {
+                                 double alpha, Sides sides) {
   std::vector<double> equivalences;
   std::vector<double> differences;
   for (const auto& samples : cells) {
     const MarginTests tests = test_margin(samples, margin);
     equivalences.push_back(tests.equivalent);
-    differences.push_back(tests.above);
-    differences.push_back(tests.below);
+    if (sides != Sides::kBelow) differences.push_back(tests.above);
+    if (sides != Sides::kAbove) differences.push_back(tests.below);
   }
   equivalences = holm(equivalences);
   differences = holm(differences);
   std::vector<CellDecision> decisions;
-  for (std::size_t i = 0; i < cells.size(); ++i) {
-    CellDecision decision{.p_equivalent = equivalences[i],
-                          .p_above = differences[2 * i],
-                          .p_below = differences[2 * i + 1]};
+  auto difference = differences.begin();
+  for (const double equivalence : equivalences) {
+    CellDecision decision{.p_equivalent = equivalence};
+    if (sides != Sides::kBelow) decision.p_above = *difference++;
+    if (sides != Sides::kAbove) decision.p_below = *difference++;
     if (decision.p_equivalent <= alpha) {
       decision.direction = Direction::kEquivalent;
     } else if (decision.p_above <= alpha) {

@@ -52,8 +52,12 @@ struct MarginTests {
 
 enum class Direction : std::uint8_t { kEquivalent, kAbove, kBelow, kUnknown };
 
+// Which differences are asked about: one side alone where it is known beforehand which one it is.
+enum class Sides : std::uint8_t { kBoth, kAbove, kBelow };
+
 // One family: for each cell of samples what can be said at `alpha`, Holm's adjustment included. The
-// equivalences are one family; the differences are another, of two hypotheses for each cell.
+// equivalences are one family; the differences are another, of a hypothesis for each cell and side.
+// A side that is not asked about has p = 1.
 struct CellDecision {
   Direction direction{Direction::kUnknown};
   double p_equivalent{1};  // adjusted
@@ -61,7 +65,8 @@ struct CellDecision {
   double p_below{1};
 };
 [[nodiscard]] std::vector<CellDecision> decide(std::span<const std::vector<double>> cells,
-                                               double margin, double alpha);
+                                               double margin, double alpha,
+                                               Sides sides = Sides::kBoth);
 
 // BCa bootstrap interval of the mean at confidence 1 - 2 alpha (Efron 1987): the check on the t
 // interval where samples are not normal. Deterministic in `seed`. Nothing with fewer than three

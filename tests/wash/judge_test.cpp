@@ -36,11 +36,12 @@ const Analysis& rules() {
   return analysis;
 }
 
-// Runs as they would be stored, of all cells of the family "core" in the preset "smoke", with
-// metrics that a machine of some noise and drift would give.
+// Runs as they would be stored, of all cells of the family "core" in a preset, with metrics that a
+// machine of some noise and drift would give.
 class Laboratory {
  public:
-  Laboratory() : preset_(*rules().preset("smoke")), cells_(cells_of(rules(), preset_, {"image"})) {
+  explicit Laboratory(const std::string& preset = "smoke")
+      : preset_(*rules().preset(preset)), cells_(cells_of(rules(), preset_, {"image"})) {
     preset_.slowdown = 0.2;
     preset_.noisy_share_max = 0.25;
     truths_["threads-slowed"].cpu = 1.2;
@@ -63,6 +64,12 @@ class Laboratory {
     noisy_ = noisy;
     return *this;
   }
+  // So many cells are blind to the slowdown.
+  Laboratory& blind_cells(std::size_t count) {
+    blind_cells_ = count;
+    return *this;
+  }
+  [[nodiscard]] std::size_t cells() const { return cells_.size(); }
   Laboratory& rounds(int count) {
     rounds_ = count;
     return *this;
@@ -78,7 +85,8 @@ class Laboratory {
         const auto arms = order_of_arms(seed, round, 0, cells_[index]);
         for (const std::string& arm : arms) {
           const double slow = 1 + (drift_ - 1) * static_cast<double>(runs.size()) / total;
-          const Truth truth = truths_[arm];
+          Truth truth = truths_[arm];
+          if (arm == "threads-slowed" && index < blind_cells_) truth = {};
           StoredRun run{.cell = cells_[index].id, .arm = arm, .round = round};
           run.block_end = &arm == &arms.back();
           run.noisy = noisy_ && run.block_end;
@@ -102,6 +110,7 @@ class Laboratory {
   double noise_{0.01};
   double drift_{1};
   bool noisy_{false};
+  std::size_t blind_cells_{0};
   int rounds_{12};
 };
 
@@ -157,6 +166,16 @@ TEST(Judge, gives_no_verdict_where_an_injected_slowdown_is_not_found) {
   EXPECT_NE(judgement.controls.refusal.find("blind"), std::string::npos);
   EXPECT_EQ(claim(judgement, "C0").outcome, "NO VERDICT");
   EXPECT_EQ(outcome(judgement, "C0", "rate"), "NO VERDICT");
+}
+
+TEST(Judge, is_content_with_a_slowdown_found_in_four_cells_of_five) {
+  const std::size_t blind_most = Laboratory("standard").cells() / 5;
+  ASSERT_GT(blind_most, 0U);
+  const auto enough = Laboratory("standard").blind_cells(blind_most).experiment(test::test_seed());
+  EXPECT_EQ(enough.controls.refusal, "");
+  const auto too_few =
+      Laboratory("standard").blind_cells(blind_most + 1).experiment(test::test_seed());
+  EXPECT_NE(too_few.controls.refusal.find("blind"), std::string::npos);
 }
 
 TEST(Judge, gives_no_verdict_where_an_engine_differs_from_itself) {

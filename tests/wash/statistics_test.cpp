@@ -159,6 +159,24 @@ TEST(Decide, finds_a_difference_of_ten_percent_and_a_wash) {
   EXPECT_EQ(decisions[2].direction, Direction::kBelow);
 }
 
+TEST(Decide, asks_about_one_side_alone_where_it_is_known) {
+  std::mt19937_64 random(test::test_seed());
+  std::vector<std::vector<double>> family;
+  for (const double mean : {std::log(1.10), std::log(1.06), -std::log(1.10)})
+    family.push_back(normal_samples(random, 12, mean, 0.05));
+  const double margin = std::log1p(0.05);
+  std::vector<double> above;
+  for (const auto& samples : family) above.push_back(test_margin(samples, margin).above);
+  const auto expected = holm(above);
+  const auto decisions = decide(family, margin, kAlpha, Sides::kAbove);
+  for (std::size_t i = 0; i < family.size(); ++i) {
+    EXPECT_DOUBLE_EQ(decisions[i].p_above, expected[i]);
+    EXPECT_EQ(decisions[i].p_below, 1);
+    EXPECT_NE(decisions[i].direction, Direction::kBelow);
+  }
+  EXPECT_EQ(decide(family, margin, kAlpha, Sides::kBelow)[0].p_above, 1);
+}
+
 TEST(Decide, does_not_take_noise_for_a_wash) {
   std::mt19937_64 random(test::test_seed());
   unsigned washes = 0;
