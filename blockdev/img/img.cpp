@@ -42,6 +42,9 @@ constexpr std::array kCommands{
         "          FILE [FILE2 ...] OUTPUT"},
     Command{"create", create_command,
             "[-q] [-f FORMAT] [-b BACKING -F FORMAT] [-u] [-o OPTIONS] FILE [SIZE]"},
+    Command{
+        "dd", dd_command,
+        "[-U] [-f FORMAT] [-O FORMAT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=FILE of=OUTPUT"},
     Command{"info", info_command, "[-f FORMAT] [--output=human|json] [--backing-chain] [-U] FILE"},
     Command{"map", map_command,
             "[-f FORMAT] [--start-offset=OFFSET] [--max-length=LENGTH] [--output=human|json] [-U]\n"
