@@ -26,8 +26,9 @@ struct Command {
 constexpr std::array kCommands{
     Command{"amend", amend_command, "[-p] [-q] [-f FORMAT] [-t CACHE] -o OPTIONS FILE"},
     Command{"bitmap", bitmap_command,
-            "(--add | --remove | --clear | --enable | --disable | --merge SOURCE)...\n"
-            "           [-b SOURCE_FILE [-F FORMAT]] [-g GRANULARITY] [-f FORMAT] FILE BITMAP"},
+            "[-b SOURCE_FILE [-F FORMAT]] [-g GRANULARITY] [-f FORMAT]\n"
+            "           (--add | --remove | --clear | --enable | --disable | --merge SOURCE)...\n"
+            "           FILE BITMAP"},
     Command{"check", check_command,
             "[-q] [-f FORMAT] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE"},
     Command{"commit", commit_command,
