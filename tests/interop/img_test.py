@@ -395,7 +395,8 @@ def refuses_to_convert(report, vblk, folder, options):
     with Server(options.vblk, [image, "--format", "qcow2"], socket, folder.parent / "log"):
         for arguments in (["info", image], ["map", image], ["check", image], ["compare", image, image],
                           ["convert", "-O", "raw", image, folder / "x"], ["convert", "-f", "raw", "-O", "qcow2", raw, image],
-                          ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"]):
+                          ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"], ["bitmap", "--add", image, "b"],
+                          ["amend", "-o", "lazy_refcounts=on", image], ["dd", f"if={image}", f"of={folder / 'x'}"]):
             status, _, errors = vblk(*arguments)
             report.check(f"{arguments[0]} of what a server writes is refused",
                          status != 0 and len(errors.splitlines()) == 1 and "another process" in errors and
