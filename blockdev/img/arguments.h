@@ -27,6 +27,10 @@ class Arguments {
     return value(name).value_or(std::string(otherwise));
   }
   [[nodiscard]] std::vector<std::string> values(std::string_view name) const;
+  // All of them in order, with their values.
+  [[nodiscard]] const std::vector<std::pair<std::string, std::string>>& given() const {
+    return given_;
+  }
   [[nodiscard]] const std::vector<std::string>& names() const { return names_; }
 
  private:

@@ -10,6 +10,9 @@
 
 namespace vblk::img {
 
+int amend_command(std::span<const std::string> words);
+int bitmap_command(std::span<const std::string> words);
+int dd_command(std::span<const std::string> words);
 int info_command(std::span<const std::string> words);
 int create_command(std::span<const std::string> words);
 int map_command(std::span<const std::string> words);

@@ -3,7 +3,7 @@
 #include <array>
 #include <cerrno>
 #include <memory>
-#include <sys/stat.h>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -18,6 +18,8 @@
 #include "blockdev/img/new_image.h"
 #include "blockdev/img/progress.h"
 #include "blockdev/img/source.h"
+#include "blockdev/img/stored_bitmaps.h"
+#include "blockdev/qcow2/bitmap_editor.h"
 
 namespace vblk::img {
 
@@ -38,6 +40,8 @@ struct ConvertOptions {
   bool target_is_zero{false};
   bool compress{false};
   bool show_progress{false};
+  bool copies_bitmaps{false};
+  bool skips_broken_bitmaps{false};
   std::string target_format;
   CreateOptions create;
   ConvertPlan plan;
@@ -85,6 +89,16 @@ Expected<void> check_combination(const ConvertOptions& options) {
                       "-n with -c: compressed clusters are only written into a new image here");
   if (options.target_is_zero && !options.into_existing)
     return wrong("--target-is-zero goes with -n");
+  if (options.skips_broken_bitmaps && !options.copies_bitmaps)
+    return wrong("--skip-broken-bitmaps goes with --bitmaps");
+  if (options.copies_bitmaps && options.sources.size() > 1)
+    return wrong("--bitmaps: the bitmaps of several images do not become one");
+  if (options.copies_bitmaps && (!is_qcow2 || create.version < 3))
+    return wrong("--bitmaps: only qcow2 images of version 3 have bitmaps");
+  if (options.copies_bitmaps && options.into_existing)
+    return make_error(ErrorKind::kNotSupported,
+                      "--bitmaps with -n: bitmaps are copied into a new image here; 'vblk img "
+                      "bitmap --merge' brings them into another");
   if (options.into_existing && !create.backing_file.empty())
     return wrong("-n with -B: the target has the backing file that it has");
   return {};
@@ -104,6 +118,8 @@ Expected<ConvertOptions> parse_options(const Arguments& arguments) {
   options.target_is_zero = arguments.has("target-is-zero");
   options.compress = arguments.has("c");
   options.show_progress = arguments.has("p") && !arguments.has("q");
+  options.copies_bitmaps = arguments.has("bitmaps");
+  options.skips_broken_bitmaps = arguments.has("skip-broken-bitmaps");
   auto source_cache = parse_cache(arguments.value_or("T", ""), options.source_cache);
   if (!source_cache) return std::unexpected(source_cache.error());
   options.source_cache = *source_cache;
@@ -128,15 +144,6 @@ Expected<ConvertOptions> parse_options(const Arguments& arguments) {
   return options;
 }
 
-// Two names of one file.
-bool is_same_file(const std::string& one, const std::string& other) {
-  struct stat a{};
-  struct stat b{};
-  if (::stat(one.c_str(), &a) != 0 || ::stat(other.c_str(), &b) != 0) return false;
-  if (S_ISBLK(a.st_mode) && S_ISBLK(b.st_mode)) return a.st_rdev == b.st_rdev;
-  return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
-}
-
 Expected<std::vector<Source>> open_sources(const ConvertOptions& options) {
   std::vector<Source> sources;
   for (const std::string& path : options.sources) {
@@ -146,14 +153,8 @@ Expected<std::vector<Source>> open_sources(const ConvertOptions& options) {
                                .cache = options.source_cache,
                                .lock = options.lock});
     if (!source) return std::unexpected(std::move(source.error()));
-    if (is_same_file(path, options.target))
-      return wrong(fmt::format("'{}' is the source and the target", path));
-    const BlockNode* node = source->node ? source->node->backing_node() : nullptr;
-    for (; node != nullptr; node = node->backing_node()) {
-      if (is_same_file(node->name(), options.target))
-        return wrong(
-            fmt::format("'{}' is the target, and the source is based on it", options.target));
-    }
+    if (auto checked = check_target_is_apart(*source, options.target); !checked)
+      return std::unexpected(std::move(checked.error()));
     sources.push_back(std::move(*source));
   }
   return sources;
@@ -163,6 +164,58 @@ Task<int> flush(BlockNode& node, IoContext& context) {
   const int error =
       co_await blockdev::BlockIo(node, context, blockdev::BlockOperation::kFlush, 0, 0);
   co_return error;
+}
+
+// Those that are to be copied, of the one source.
+Expected<StoredBitmaps> bitmaps_to_copy(const ConvertOptions& options) {
+  auto bitmaps = open_stored_bitmaps(options.sources[0], options.source_format, false);
+  if (!bitmaps) return bitmaps;
+  const auto is_broken = [](const qcow2::Bitmap& bitmap) {
+    return (bitmap.entry.flags & qcow2::kBitmapInUse) != 0;
+  };
+  for (const qcow2::Bitmap& bitmap : bitmaps->list) {
+    if (!is_broken(bitmap)) continue;
+    if (!options.skips_broken_bitmaps) {
+      return make_error(
+          ErrorKind::kInvalidArgument,
+          fmt::format("bitmap '{}' of '{}' is inconsistent; --skip-broken-bitmaps leaves it out",
+                      bitmap.name, options.sources[0]));
+    }
+    fmt::print(stderr, "vblk img: warning: bitmap '{}' is inconsistent and left out\n",
+               printable(bitmap.name));
+  }
+  std::erase_if(bitmaps->list, is_broken);
+  return bitmaps;
+}
+
+Task<int> add_bitmaps(qcow2::BitmapEditor& editor, const StoredBitmaps& bitmaps) {
+  const qcow2::BitmapEditor::Other source = bitmaps.view();
+  int error = co_await editor.load();
+  for (const qcow2::Bitmap& bitmap : bitmaps.list) {
+    if (error == 0)
+      error = editor.add(bitmap.name, std::uint64_t{1} << bitmap.entry.granularity_bits);
+    if (error == 0) error = co_await editor.merge(bitmap.name, bitmap.name, source);
+    if (error == 0)
+      error = editor.enable(bitmap.name, (bitmap.entry.flags & qcow2::kBitmapAuto) != 0);
+  }
+  if (error == 0) error = co_await editor.save();
+  co_return error;
+}
+
+// Into the new image, which is whole but for its name.
+Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, blockdev::RawNode& file,
+                            blockdev::PrivateContext& context) {
+  auto header = read_header(file);
+  if (!header) return std::unexpected(std::move(header.error()));
+  bitmaps.file->attach(context.context());
+  qcow2::BitmapEditor editor(file, context.context(), std::move(*header));
+  const int error = context.run(add_bitmaps(editor, bitmaps));
+  bitmaps.file->detach(context.context());
+  if (error == 0) return {};
+  return make_error(kind_of_errno(error),
+                    fmt::format("cannot copy bitmaps: {}",
+                                editor.why().empty() ? describe_errno(error) : editor.why()),
+                    error);
 }
 
 Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {
@@ -211,6 +264,12 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
                         "the backing file cannot be used: " + backing.error().message);
     }
   }
+  std::optional<StoredBitmaps> bitmaps;
+  if (options.copies_bitmaps) {
+    auto found = bitmaps_to_copy(options);
+    if (!found) return std::unexpected(std::move(found.error()));
+    bitmaps = std::move(*found);
+  }
   const auto context = make_context();
   if (!context) return std::unexpected(context.error());
   // What is left to a backing file has no space of its own.
@@ -231,7 +290,11 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
   }
   auto converted = Converter(plan, progress).run();
   if (!converted) return converted;
-  if (auto finished = (*image)->finish(**context); !finished) return finished;
+  const auto last = [&]() -> Expected<void> {
+    return bitmaps ? copy_bitmaps(*bitmaps, (*image)->target().file(), **context)
+                   : Expected<void>();
+  };
+  if (auto finished = (*image)->finish(**context, last); !finished) return finished;
   progress.finish();
   return {};
 }
@@ -260,11 +323,11 @@ int convert_command(std::span<const std::string> words) {
                                                       "force-share",
                                                       "target-is-zero",
                                                       "salvage",
-                                                      "bitmaps!",
+                                                      "bitmaps",
                                                       "object:!",
                                                       "image-opts!",
                                                       "target-image-opts!",
-                                                      "skip-broken-bitmaps!",
+                                                      "skip-broken-bitmaps",
                                                       "b:!",
                                                       "s:!"};
   const auto arguments = Arguments::parse(words, kOptions);

@@ -119,6 +119,10 @@ Source* Converter::source_at(std::uint64_t offset, std::uint64_t& begin) const {
 
 // How the chunk is stored, in pieces side by side.
 Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Piece>& pieces) {
+  if (plan_.window) {
+    pieces.push_back({chunk.begin, chunk.end, Content::kData});
+    co_return 0;
+  }
   for (std::uint64_t at = chunk.begin; at < chunk.end;) {
     std::uint64_t begin = 0;
     Source* const source = source_at(at, begin);
@@ -188,6 +192,14 @@ void Converter::widen_to_clusters(const Chunk& chunk, std::vector<Piece>& pieces
 
 Task<int> Converter::read_piece(IoContext& context, std::uint64_t at, std::span<std::byte> bytes) {
   IoGroup group(context);
+  if (plan_.window) {
+    const auto [skip_bytes, window_bytes] = *plan_.window;
+    const std::uint64_t inside =
+        std::min<std::uint64_t>(bytes.size(), window_bytes - std::min(window_bytes, at));
+    std::ranges::fill(bytes.subspan(inside), std::byte{0});
+    bytes = bytes.first(inside);
+    at += skip_bytes;
+  }
   while (!bytes.empty()) {
     std::uint64_t begin = 0;
     Source* const source = source_at(at, begin);

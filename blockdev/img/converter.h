@@ -38,6 +38,13 @@ struct ConvertPlan {
   unsigned depth_max{kWholeChain};
   // Runs of zeroes of this length are not written; 0: everything is.
   std::uint64_t sparse_bytes{4096};
+  // Only this part of the sources, which need not begin or end with a sector; what the new disk has
+  // behind it is zeroes. All of it counts as data, and `sparse_bytes` is 0.
+  struct Window {
+    std::uint64_t skip_bytes;
+    std::uint64_t length_bytes;
+  };
+  std::optional<Window> window;
   std::optional<qcow2::Compression> compression;
   bool in_order{true};
   unsigned workers{8};

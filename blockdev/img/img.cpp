@@ -24,6 +24,11 @@ struct Command {
 };
 
 constexpr std::array kCommands{
+    Command{"amend", amend_command, "[-p] [-q] [-f FORMAT] [-t CACHE] -o OPTIONS FILE"},
+    Command{"bitmap", bitmap_command,
+            "[-b SOURCE_FILE [-F FORMAT]] [-g GRANULARITY] [-f FORMAT]\n"
+            "           (--add | --remove | --clear | --enable | --disable | --merge SOURCE)...\n"
+            "           FILE BITMAP"},
     Command{"check", check_command,
             "[-q] [-f FORMAT] [--output=human|json] [-r leaks|all] [-T CACHE] [-U] FILE"},
     Command{"commit", commit_command,
@@ -34,9 +39,13 @@ constexpr std::array kCommands{
         "convert", convert_command,
         "[-U] [-c] [-p] [-q] [-n] [-f FORMAT] [-t CACHE] [-T CACHE] [-O FORMAT]\n"
         "          [-B BACKING -F FORMAT] [-o OPTIONS] [-l SNAPSHOT] [-S SIZE] [-r RATE] [-m N]\n"
-        "          [-W] [--target-is-zero] [--salvage] FILE [FILE2 ...] OUTPUT"},
+        "          [-W] [--target-is-zero] [--salvage] [--bitmaps [--skip-broken-bitmaps]]\n"
+        "          FILE [FILE2 ...] OUTPUT"},
     Command{"create", create_command,
             "[-q] [-f FORMAT] [-b BACKING -F FORMAT] [-u] [-o OPTIONS] FILE [SIZE]"},
+    Command{
+        "dd", dd_command,
+        "[-U] [-f FORMAT] [-O FORMAT] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=FILE of=OUTPUT"},
     Command{"info", info_command, "[-f FORMAT] [--output=human|json] [--backing-chain] [-U] FILE"},
     Command{"map", map_command,
             "[-f FORMAT] [--start-offset=OFFSET] [--max-length=LENGTH] [--output=human|json] [-U]\n"

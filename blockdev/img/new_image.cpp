@@ -129,7 +129,8 @@ Expected<void> NewImage::take_space(blockdev::PrivateContext& context, Target& t
   return {};
 }
 
-Expected<void> NewImage::finish(blockdev::PrivateContext& context) {
+Expected<void> NewImage::finish(blockdev::PrivateContext& context,
+                                const std::function<Expected<void>()>& last) {
   std::uint64_t file_bytes = options_.size_bytes;
   if (writer_) {
     const int error = context.run(writer_->write_tables(context.context()));
@@ -150,6 +151,9 @@ Expected<void> NewImage::finish(blockdev::PrivateContext& context) {
     if (error == 0 && must_flush()) error = context.run(flush(target_->file(), context.context()));
   }
   if (error != 0) return failed("write", error);
+  if (last) {
+    if (auto done = last(); !done) return done;
+  }
   return target_->publish(must_flush());
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -39,8 +40,10 @@ class NewImage {
   // Whether what is not written reads as zeroes.
   [[nodiscard]] bool reads_zero() const { return target_->reads_zero(); }
 
-  // All content has been written: tables, space, flush, header, name. Errors: those of the files.
-  Expected<void> finish(blockdev::PrivateContext& context);
+  // All content has been written: tables, space, flush, header, name. `last`, if there is one,
+  // comes before the name: the file is a whole image then. Errors: those of the files, and its own.
+  Expected<void> finish(blockdev::PrivateContext& context,
+                        const std::function<Expected<void>()>& last = {});
 
  private:
   NewImage(const NewImageOptions& options, std::unique_ptr<Target> target)

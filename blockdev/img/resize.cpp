@@ -1,4 +1,6 @@
 // `vblk img resize`.
+#include "blockdev/img/resize.h"
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -220,6 +222,10 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
 }
 
 }  // namespace
+
+Expected<void> resize_qcow2(const std::string& path, std::uint64_t size_bytes) {
+  return resize_qcow2(path, ResizeOptions{.size = {.bytes = size_bytes}, .may_shrink = true});
+}
 
 int resize_command(std::span<const std::string> words) {
   // The last word is the size, which may begin with a minus.

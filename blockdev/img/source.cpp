@@ -135,6 +135,28 @@ Expected<Source> open_source(const SourceOptions& options) {
   return source;
 }
 
+bool is_same_file(const std::string& one, const std::string& other) {
+  struct stat a{};
+  struct stat b{};
+  if (::stat(one.c_str(), &a) != 0 || ::stat(other.c_str(), &b) != 0) return false;
+  if (S_ISBLK(a.st_mode) && S_ISBLK(b.st_mode)) return a.st_rdev == b.st_rdev;
+  return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+Expected<void> check_target_is_apart(const Source& source, const std::string& target) {
+  if (is_same_file(source.path, target)) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' is the source and the target", source.path));
+  }
+  const BlockNode* node = source.node ? source.node->backing_node() : nullptr;
+  for (; node != nullptr; node = node->backing_node()) {
+    if (!is_same_file(node->name(), target)) continue;
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' is the target, and the source is based on it", target));
+  }
+  return {};
+}
+
 Expected<blockdev::CacheMode> parse_cache(const std::string& text, blockdev::CacheMode otherwise) {
   if (text.empty()) return otherwise;
   return blockdev::parse_cache_mode(text);

@@ -51,6 +51,12 @@ Expected<std::unique_ptr<blockdev::RawNode>> open_file(const SourceOptions& opti
 // Its header. Errors: as qcow2::read_header().
 Expected<qcow2::Header> read_header(blockdev::RawNode& file);
 
+// Whether two names are of one file.
+[[nodiscard]] bool is_same_file(const std::string& one, const std::string& other);
+// Whether `target` may be written while `source` is read: it is none of its files. Error:
+// kInvalidArgument.
+Expected<void> check_target_is_apart(const Source& source, const std::string& target);
+
 // "writeback" and so on, for -t and -T. Error: kInvalidArgument.
 Expected<blockdev::CacheMode> parse_cache(const std::string& text, blockdev::CacheMode otherwise);
 

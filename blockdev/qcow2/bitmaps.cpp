@@ -1,5 +1,6 @@
 #include "blockdev/qcow2/bitmaps.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <span>
 #include <utility>
@@ -19,10 +20,29 @@ namespace {
 // "Bitmap directory": byte offsets of an entry.
 constexpr std::size_t kTableEntriesAt = 8;
 constexpr std::size_t kFlagsAt = 12;
+constexpr std::size_t kTypeAt = 16;
 constexpr std::size_t kGranularityAt = 17;
 constexpr std::size_t kNameBytesAt = 18;
 constexpr std::size_t kExtraBytesAt = 20;
 constexpr std::size_t kFixedBytes = 24;
+
+// No bits behind the last granule.
+void clear_tail(std::uint64_t disk_bytes, unsigned granularity_bits, std::span<std::byte> bits) {
+  const std::uint64_t granules = ((disk_bytes - 1) >> granularity_bits) + 1;
+  if (granules % 8 != 0) bits[granules / 8] &= static_cast<std::byte>((1U << (granules % 8)) - 1);
+}
+
+void set_bits(std::span<std::byte> bits, std::uint64_t first, std::uint64_t last) {
+  for (std::uint64_t bit = first; bit <= last;) {
+    if (bit % 8 == 0 && last - bit >= 7) {
+      bits[bit / 8] = std::byte{0xff};
+      bit += 8;
+    } else {
+      bits[bit / 8] |= static_cast<std::byte>(1U << (bit % 8));
+      ++bit;
+    }
+  }
+}
 
 }  // namespace
 
@@ -36,10 +56,84 @@ bool decode_bitmap_entry(std::span<const std::byte> bytes, BitmapEntry& entry) {
   entry = {.table_offset = load_be<std::uint64_t>(from),
            .table_entries = load_be<std::uint32_t>(from + kTableEntriesAt),
            .flags = load_be<std::uint32_t>(from + kFlagsAt),
+           .type = std::to_integer<std::uint8_t>(from[kTypeAt]),
            .granularity_bits = std::to_integer<unsigned>(from[kGranularityAt]),
+           .extra_bytes = extra_bytes,
            .name = {reinterpret_cast<const char*>(from) + kFixedBytes + extra_bytes, name_bytes},
            .length_bytes = (used + 7) / 8 * 8};
   return true;
+}
+
+std::vector<std::byte> encode_bitmap_entry(const BitmapEntry& entry) {
+  std::vector<std::byte> bytes((kFixedBytes + entry.name.size() + 7) / 8 * 8);
+  bytes[kTypeAt] = static_cast<std::byte>(entry.type);
+  bytes[kGranularityAt] = static_cast<std::byte>(entry.granularity_bits);
+  store_be(bytes.data() + kNameBytesAt, static_cast<std::uint16_t>(entry.name.size()));
+  std::ranges::copy(std::as_bytes(std::span(entry.name)),
+                    bytes.begin() + static_cast<std::ptrdiff_t>(kFixedBytes));
+  update_bitmap_entry(entry, bytes);
+  return bytes;
+}
+
+void update_bitmap_entry(const BitmapEntry& entry, std::span<std::byte> bytes) {
+  store_be(bytes.data(), entry.table_offset);
+  store_be(bytes.data() + kTableEntriesAt, entry.table_entries);
+  store_be(bytes.data() + kFlagsAt, entry.flags);
+}
+
+blockdev::Task<int> read_bitmap_bits(blockdev::BlockNode& file, blockdev::IoContext& context,
+                                     const Geometry& geometry, std::uint64_t disk_bytes,
+                                     const BitmapEntry& entry, std::vector<std::byte>& bits) {
+  const std::uint64_t length = bitmap_bytes(disk_bytes, entry.granularity_bits);
+  if (length > kBitmapBytesMax) co_return EFBIG;
+  if (length == 0 || entry.table_entries != geometry.clusters_of(length) ||
+      (entry.table_offset & geometry.cluster_mask()) != 0 || entry.table_offset > kHostOffsetMax)
+    co_return EINVAL;
+  AlignedBuffer table((std::uint64_t{entry.table_entries} * 8 + 511) / 512 * 512);
+  int error =
+      co_await BlockIo(file, context, BlockOperation::kRead, entry.table_offset, table.bytes());
+  if (error != 0) co_return error;
+  bits.assign(length, std::byte{0});
+  AlignedBuffer cluster(geometry.cluster_bytes());
+  for (std::uint32_t i = 0; i < entry.table_entries; ++i) {
+    const auto word = load_be<std::uint64_t>(table.data() + std::size_t{i} * 8);
+    const std::uint64_t offset = word & kOffsetMask;
+    const bool is_all_ones = (word & kBitmapAllOnes) != 0;
+    if ((word & kBitmapReservedMask) != 0 || (offset & geometry.cluster_mask()) != 0 ||
+        (offset != 0 && is_all_ones))
+      co_return EINVAL;
+    const std::uint64_t at = std::uint64_t{i} << geometry.cluster_bits;
+    const auto place = std::span(bits).subspan(at, std::min(length - at, geometry.cluster_bytes()));
+    if (offset != 0) {
+      error = co_await BlockIo(file, context, BlockOperation::kRead, offset, cluster.bytes());
+      if (error != 0) co_return error;
+      std::copy_n(cluster.data(), place.size(), place.begin());
+    } else if (is_all_ones) {
+      std::ranges::fill(place, std::byte{0xff});
+    }
+  }
+  clear_tail(disk_bytes, entry.granularity_bits, bits);
+  co_return 0;
+}
+
+void merge_bitmap_bits(std::uint64_t disk_bytes, std::span<const std::byte> from,
+                       unsigned from_granularity_bits, std::span<std::byte> to,
+                       unsigned to_granularity_bits) {
+  if (from_granularity_bits == to_granularity_bits) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] |= from[i];
+    return;
+  }
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    if (from[i] == std::byte{0}) continue;
+    for (unsigned bit = 0; bit < 8; ++bit) {
+      if ((from[i] & static_cast<std::byte>(1U << bit)) == std::byte{0}) continue;
+      const std::uint64_t granule = std::uint64_t{i} * 8 + bit;
+      const std::uint64_t first_byte = granule << from_granularity_bits;
+      const std::uint64_t last_byte =
+          std::min(disk_bytes, (granule + 1) << from_granularity_bits) - 1;
+      set_bits(to, first_byte >> to_granularity_bits, last_byte >> to_granularity_bits);
+    }
+  }
 }
 
 blockdev::Task<int> read_bitmap_directory(blockdev::BlockNode& file, blockdev::IoContext& context,

@@ -28,9 +28,6 @@ namespace {
 // "Snapshot extra data": version 3 has these two fields; more than that is nothing anybody knows.
 constexpr std::uint32_t kSnapshotExtraBytesMin = 16;
 constexpr std::uint32_t kSnapshotExtraBytesMax = 1024;
-// "Bitmap table": entries.
-constexpr std::uint64_t kBitmapReservedMask = 0xff00'0000'0000'01fe;
-constexpr std::uint64_t kBitmapAllOnes = 1;
 
 // Beyond it nothing can be read. The last GiB before 2^63 is where qemu-img, too, ends.
 constexpr std::uint64_t kReadableEnd = (std::uint64_t{1} << 63) - (std::uint64_t{1} << 30);

@@ -11,7 +11,6 @@
 #include <fmt/core.h>
 
 #include "blockdev/block_io.h"
-#include "blockdev/qcow2/refcount_layout.h"
 #include "blockdev/qcow2/snapshots.h"
 #include "blockdev/qcow2/table_reader.h"
 
@@ -24,12 +23,6 @@ using blockdev::Task;
 
 namespace {
 
-AlignedBuffer zeroes(std::uint64_t bytes) {
-  AlignedBuffer buffer(bytes);
-  std::ranges::fill(buffer.bytes(), std::byte{0});
-  return buffer;
-}
-
 // L2 tables that are written anew in one go, in bytes.
 constexpr std::uint64_t kTableBytesPerStep = std::uint64_t{8} << 20;
 
@@ -41,85 +34,13 @@ struct NamedTable {
 
 }  // namespace
 
-int SnapshotEditor::too_large(const char* what) {
-  why_ = fmt::format("{} would be too large", what);
-  return EFBIG;
-}
-
-Task<int> SnapshotEditor::flush() {
-  const int error = co_await BlockIo(file_, context_, BlockOperation::kFlush, 0, 0);
-  co_return error;
-}
-
-Task<int> SnapshotEditor::read_words(Extent extent, std::vector<std::uint64_t>& words) {
-  words.clear();
-  if (extent.length == 0) co_return 0;
-  AlignedBuffer bytes((extent.length + 511) / 512 * 512);
-  const int error =
-      co_await BlockIo(file_, context_, BlockOperation::kRead, extent.offset, bytes.bytes());
-  if (error != 0) co_return error;
-  words.resize(extent.length / 8);
-  for (std::size_t i = 0; i < words.size(); ++i)
-    words[i] = load_be<std::uint64_t>(bytes.data() + i * 8);
-  co_return 0;
-}
-
 Task<int> SnapshotEditor::load() {
-  CheckResult result;
-  const TellFinding silent = [](const std::string&) {};
-  int error = co_await survey_image(file_, context_, header_, silent, result, references_);
-  if (error == 0 && (result.corruptions > 0 || result.check_errors > 0)) {
-    why_ = "it has errors; see 'vblk img check' for them";
-    error = EINVAL;
-  }
+  int error = co_await survey();
   if (error != 0) co_return error;
-  survey_clusters_ = references_.size();
   const Extent l1_table{header_.l1_table_offset, std::uint64_t{header_.l1_entries} * 8};
   error = co_await read_words(l1_table, l1_table_);
-  if (error == 0) error = co_await load_entries();
+  if (error == 0) error = co_await load_snapshots();
   co_return error;
-}
-
-Task<int> SnapshotEditor::load_entries() {
-  const VisitSnapshot visit = [this](const SnapshotEntry& entry) {
-    entries_.push_back({.bytes = {},
-                        .l1_table = entry.l1_table,
-                        .disk_bytes = entry.disk_bytes,
-                        .id = std::string(entry.id),
-                        .name = std::string(entry.name)});
-    const std::uint64_t length =
-        SnapshotEntry::kFixedBytes + entry.extra_bytes + entry.id.size() + entry.name.size();
-    entries_.back().bytes.resize((length + 7) / 8 * 8);
-    return true;
-  };
-  SnapshotTable table;
-  int error = co_await visit_snapshots(file_, context_, header_, file_.data_bytes(), visit, table);
-  if (error != 0 || table.length_bytes == 0) co_return error;
-  entries_bytes_ = table.length_bytes;
-  // As they are, with what in them nobody here knows.
-  AlignedBuffer bytes((entries_bytes_ + 511) / 512 * 512);
-  error = co_await BlockIo(file_, context_, BlockOperation::kRead, header_.snapshots_offset,
-                           bytes.bytes());
-  const std::byte* from = bytes.data();
-  for (Entry& entry : entries_) {
-    std::copy_n(from, entry.bytes.size(), entry.bytes.begin());
-    from += entry.bytes.size();
-  }
-  co_return error;
-}
-
-bool SnapshotEditor::count_clusters(std::uint64_t offset, std::uint64_t length, int change) {
-  if (length == 0) return true;
-  const std::uint64_t count_max = std::min<std::uint64_t>(
-      geometry_.refcount_max(), std::numeric_limits<std::uint32_t>::max() - 1);
-  const std::uint64_t last = (offset + length - 1) >> geometry_.cluster_bits;
-  for (std::uint64_t cluster = offset >> geometry_.cluster_bits; cluster <= last; ++cluster) {
-    // What is sound names nothing beyond the end, but for the rest of the last cluster.
-    if (cluster >= references_.size()) continue;
-    if (change > 0 && references_[cluster] >= count_max) return false;
-    references_[cluster] += static_cast<std::uint32_t>(change);
-  }
-  return true;
 }
 
 Task<int> SnapshotEditor::count(const std::vector<std::uint64_t>& l1_table, int change,
@@ -152,89 +73,6 @@ Task<int> SnapshotEditor::count(const std::vector<std::uint64_t>& l1_table, int 
   why_ = fmt::format("its refcounts of {} bits have no room for another owner of a cluster",
                      1U << geometry_.refcount_order);
   co_return EFBIG;
-}
-
-// Behind everything that there is.
-std::uint64_t SnapshotEditor::take_clusters(std::uint64_t length_bytes) {
-  const std::uint64_t offset = references_.size() << geometry_.cluster_bits;
-  references_.resize(references_.size() + geometry_.clusters_of(length_bytes), 1);
-  return offset;
-}
-
-Task<int> SnapshotEditor::write_l1_table(std::uint64_t offset,
-                                         const std::vector<std::uint64_t>& l1_table) {
-  if (l1_table.empty()) co_return 0;
-  AlignedBuffer bytes =
-      zeroes(geometry_.clusters_of(l1_table.size() * 8) << geometry_.cluster_bits);
-  for (std::size_t i = 0; i < l1_table.size(); ++i) store_be(bytes.data() + i * 8, l1_table[i]);
-  int error = file_.grow(offset + bytes.size());
-  if (error == 0)
-    error = co_await BlockIo(file_, context_, BlockOperation::kWrite, offset, bytes.bytes());
-  co_return error;
-}
-
-// A new snapshot table, for the next header.
-Task<int> SnapshotEditor::write_entries() {
-  std::uint64_t length = 0;
-  for (const Entry& entry : entries_) length += entry.bytes.size();
-  if (length > kSnapshotTableBytesMax || entries_.size() > kSnapshotsMax)
-    co_return too_large("the snapshot table");
-  header_.snapshot_count = static_cast<std::uint32_t>(entries_.size());
-  if (entries_.empty()) {
-    header_.snapshots_offset = 0;
-    co_return 0;
-  }
-  header_.snapshots_offset = take_clusters(length);
-  AlignedBuffer bytes = zeroes(geometry_.clusters_of(length) << geometry_.cluster_bits);
-  std::byte* to = bytes.data();
-  for (const Entry& entry : entries_) to = std::ranges::copy(entry.bytes, to).out;
-  int error = file_.grow(header_.snapshots_offset + bytes.size());
-  if (error == 0)
-    error = co_await BlockIo(file_, context_, BlockOperation::kWrite, header_.snapshots_offset,
-                             bytes.bytes());
-  co_return error;
-}
-
-// A new refcount table and blocks that say what `references_` does, for the next header. They are
-// not in `references_`: the ones after them will come behind, and leave theirs free.
-Task<int> SnapshotEditor::write_refcounts() {
-  const RefcountLayout layout = plan_refcounts(geometry_, references_.size());
-  if (!layout.is_possible(geometry_)) co_return too_large("the refcount table");
-  if (layout.end() << geometry_.cluster_bits > kHostOffsetMax) co_return too_large("the file");
-  int error = file_.grow(layout.end() << geometry_.cluster_bits);
-  AlignedBuffer table = zeroes(layout.table_clusters << geometry_.cluster_bits);
-  AlignedBuffer block(geometry_.cluster_bytes());
-  const std::uint64_t range = std::uint64_t{1} << geometry_.refcount_block_bits();
-  std::vector<std::uint32_t> counts;
-  for (std::uint64_t i = 0; i < layout.blocks && error == 0; ++i) {
-    const std::uint64_t offset = (layout.first_block() + i) << geometry_.cluster_bits;
-    store_be(table.data() + i * 8, offset);
-    counts.clear();
-    for (std::uint64_t cluster = i * range; cluster < std::min((i + 1) * range, layout.end());
-         ++cluster)
-      counts.push_back(cluster < references_.size() ? references_[cluster] : 1U);
-    encode_refcounts(geometry_, counts, block.bytes());
-    error = co_await BlockIo(file_, context_, BlockOperation::kWrite, offset, block.bytes());
-  }
-  if (error == 0)
-    error = co_await BlockIo(file_, context_, BlockOperation::kWrite,
-                             layout.first << geometry_.cluster_bits, table.bytes());
-  header_.refcount_table_offset = layout.first << geometry_.cluster_bits;
-  header_.refcount_table_clusters = static_cast<std::uint32_t>(layout.table_clusters);
-  references_.resize(layout.end(), 0);
-  co_return error;
-}
-
-Task<int> SnapshotEditor::switch_header() {
-  int error = co_await flush();
-  AlignedBuffer sector(kHeaderSectorBytes);
-  if (error == 0)
-    error = co_await BlockIo(file_, context_, BlockOperation::kRead, 0, sector.bytes());
-  if (error != 0) co_return error;
-  encode_header_fields(header_, sector.bytes().first<kHeaderSectorBytes>());
-  error = co_await BlockIo(file_, context_, BlockOperation::kWrite, 0, sector.bytes());
-  if (error == 0) error = co_await flush();
-  co_return error;
 }
 
 Task<int> SnapshotEditor::renew_tables(std::vector<std::uint64_t>& l1_table, bool all) {
@@ -273,9 +111,7 @@ Task<int> SnapshotEditor::renew_tables(std::vector<std::uint64_t>& l1_table, boo
       const std::uint64_t offset = take_clusters(bytes.size());
       static_cast<void>(count_clusters(table.offset, bytes.size(), -1));
       l1_table[table.l1_index] = offset;
-      error = file_.grow(offset + bytes.size());
-      if (error == 0)
-        error = co_await BlockIo(file_, context_, BlockOperation::kWrite, offset, bytes.bytes());
+      error = co_await write(offset, bytes.bytes());
     }
     if (error != 0) co_return error;
   }
@@ -286,45 +122,25 @@ Task<int> SnapshotEditor::renew_tables(std::vector<std::uint64_t>& l1_table, boo
 Task<int> SnapshotEditor::renew_l1_table(const std::vector<std::uint64_t>& l1_table) {
   header_.l1_table_offset = l1_table.empty() ? 0 : take_clusters(l1_table.size() * 8);
   header_.l1_entries = static_cast<std::uint32_t>(l1_table.size());
-  const int error = co_await write_l1_table(header_.l1_table_offset, l1_table);
+  const int error = co_await write_words(header_.l1_table_offset, l1_table);
   co_return error;
 }
 
 Task<int> SnapshotEditor::finish() {
-  static_cast<void>(count_clusters(header_.snapshots_offset, entries_bytes_, -1));
-  int error = co_await write_entries();
+  int error = co_await write_snapshots();
   if (error == 0) error = co_await write_refcounts();
-  if (error == 0) error = co_await switch_header();
+  if (error == 0) error = co_await switch_fields();
   if (error == 0) error = co_await discard_free();
   co_return error;
-}
-
-// Gives back what nobody names any more. The image does not need it to be done.
-Task<int> SnapshotEditor::discard_free() {
-  if (!file_.limits().can_discard || file_.is_block_device()) co_return 0;
-  const std::uint64_t table = header_.refcount_table_offset >> geometry_.cluster_bits;
-  const std::uint64_t end = std::min<std::uint64_t>(table, references_.size());
-  for (std::uint64_t cluster = 0; cluster < end;) {
-    std::uint64_t after = cluster;
-    while (after < end && references_[after] == 0) ++after;
-    if (after > cluster) {
-      const int error = co_await BlockIo(file_, context_, BlockOperation::kDiscard,
-                                         cluster << geometry_.cluster_bits,
-                                         (after - cluster) << geometry_.cluster_bits);
-      if (error != 0) co_return error;
-    }
-    cluster = after + 1;
-  }
-  co_return 0;
 }
 
 Task<int> SnapshotEditor::create(std::string_view name) {
   int error = co_await load();
   if (error != 0) co_return error;
   std::uint64_t id = 0;
-  for (const Entry& entry : entries_) {
+  for (const KeptSnapshot& snapshot : snapshots_) {
     std::uint64_t number = 0;
-    std::from_chars(entry.id.data(), entry.id.data() + entry.id.size(), number);
+    std::from_chars(snapshot.id.data(), snapshot.id.data() + snapshot.id.size(), number);
     id = std::max(id, number);
   }
   // The snapshot keeps the tables that there are.
@@ -349,11 +165,8 @@ Task<int> SnapshotEditor::create(std::string_view name) {
       .date_nanoseconds = static_cast<std::uint32_t>(
           std::chrono::duration_cast<std::chrono::nanoseconds>(now - seconds).count()),
       .disk_bytes = header_.size_bytes};
-  entries_.push_back({.bytes = encode_snapshot(entry, std::to_string(id + 1)),
-                      .l1_table = entry.l1_table,
-                      .disk_bytes = entry.disk_bytes,
-                      .id = std::to_string(id + 1),
-                      .name = std::string(name)});
+  const std::string new_id = std::to_string(id + 1);
+  snapshots_.push_back({{entry, new_id, std::string(name)}, encode_snapshot(entry, new_id)});
   error = co_await finish();
   co_return error;
 }
@@ -361,17 +174,17 @@ Task<int> SnapshotEditor::create(std::string_view name) {
 Task<int> SnapshotEditor::remove(std::string_view name) {
   int error = co_await load();
   if (error != 0) co_return error;
-  const auto found = std::ranges::find(entries_, name, &Entry::name);
-  if (found == entries_.end()) {
+  const auto found = std::ranges::find(snapshots_, name, &KeptSnapshot::name);
+  if (found == snapshots_.end()) {
     why_ = "it has no such snapshot";
     co_return ENOENT;
   }
   std::vector<std::uint64_t> l1_table;
-  error = co_await read_words(found->l1_table, l1_table);
+  error = co_await read_words(found->entry.l1_table, l1_table);
   if (error == 0) error = co_await count(l1_table, -1, true);
   if (error != 0) co_return error;
-  static_cast<void>(count_clusters(found->l1_table.offset, found->l1_table.length, -1));
-  entries_.erase(found);
+  static_cast<void>(count_clusters(found->entry.l1_table.offset, found->entry.l1_table.length, -1));
+  snapshots_.erase(found);
   const Extent old_l1_table{header_.l1_table_offset, l1_table_.size() * 8};
   const std::vector<std::uint64_t> as_it_was = l1_table_;
   error = co_await renew_tables(l1_table_, false);
@@ -386,21 +199,23 @@ Task<int> SnapshotEditor::remove(std::string_view name) {
 Task<int> SnapshotEditor::apply(std::string_view id_or_name) {
   int error = co_await load();
   if (error != 0) co_return error;
-  auto found = std::ranges::find(entries_, id_or_name, &Entry::id);
-  if (found == entries_.end()) found = std::ranges::find(entries_, id_or_name, &Entry::name);
-  if (found == entries_.end()) {
+  auto found = std::ranges::find(snapshots_, id_or_name, &KeptSnapshot::id);
+  if (found == snapshots_.end())
+    found = std::ranges::find(snapshots_, id_or_name, &KeptSnapshot::name);
+  if (found == snapshots_.end()) {
     why_ = "it has no such snapshot";
     co_return ENOENT;
   }
   std::vector<std::uint64_t> l1_table;
-  error = co_await read_words(found->l1_table, l1_table);
+  error = co_await read_words(found->entry.l1_table, l1_table);
   if (error != 0) co_return error;
-  if (found->disk_bytes > 0 && geometry_.l1_index(found->disk_bytes - 1) >= l1_table.size()) {
+  if (found->entry.disk_bytes > 0 &&
+      geometry_.l1_index(found->entry.disk_bytes - 1) >= l1_table.size()) {
     why_ = "the L1 table of the snapshot is too small for its disk";
     co_return EINVAL;
   }
   // The disk lets go of what it has, and shares what the snapshot has.
-  const std::uint64_t disk_bytes = found->disk_bytes;
+  const std::uint64_t disk_bytes = found->entry.disk_bytes;
   error = co_await count(l1_table, +1, true);
   if (error == 0) error = co_await count(l1_table_, -1, true);
   if (error != 0) co_return error;

@@ -89,6 +89,8 @@ def main():
              rounds=3)
         both("compare", "compare", "-f", "raw", "-F", "qcow2", raw, image)
         both("check, 64 GiB mapped", "check", mapped)
+        both("dd, raw to qcow2", "dd", "-f", "raw", "-O", "qcow2", "bs=1M", f"if={raw}", f"of={out}")
+        both("bitmap made and removed, 64 GiB mapped", "bitmap", "--add", "--remove", mapped, "b")
         both("info", "info", image, rounds=4 * options.rounds)
         both("map", "map", "--output=json", image, rounds=4 * options.rounds)
         both("create", "create", "-q", "-f", "qcow2", out, "10G", rounds=4 * options.rounds)

@@ -22,8 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 
 from harness import Folder, Report, Server, allocated_bytes, test_seed, wait_until  # noqa: E402
-from qcow2_images import (COPIED, KIB, MIB, OFFSET_MASK, SECTOR, Header, check, is_clean, option_matrix,  # noqa: E402
-                          qemu_img, qemu_io, read_number, unique_content, write_number)
+from qcow2_images import (COPIED, EXTENSION_BITMAPS, KIB, MIB, OFFSET_MASK, SECTOR, Header, check,  # noqa: E402
+                          extension_offset, is_clean, option_matrix, qemu_img, qemu_io, read_number, unique_content,
+                          write_number)
 
 
 class Tool:
@@ -394,7 +395,8 @@ def refuses_to_convert(report, vblk, folder, options):
     with Server(options.vblk, [image, "--format", "qcow2"], socket, folder.parent / "log"):
         for arguments in (["info", image], ["map", image], ["check", image], ["compare", image, image],
                           ["convert", "-O", "raw", image, folder / "x"], ["convert", "-f", "raw", "-O", "qcow2", raw, image],
-                          ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"]):
+                          ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"], ["bitmap", "--add", image, "b"],
+                          ["amend", "-o", "lazy_refcounts=on", image], ["dd", f"if={image}", f"of={folder / 'x'}"]):
             status, _, errors = vblk(*arguments)
             report.check(f"{arguments[0]} of what a server writes is refused",
                          status != 0 and len(errors.splitlines()) == 1 and "another process" in errors and
@@ -629,6 +631,9 @@ def commits_alike(report, vblk, folder, rng):
     for number in range(8):
         options = rng.choice([[], ["-o", "cluster_size=4k"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"]])
         sizes = [rng.choice([1, 2, 3]) * MIB, rng.choice([1, 2, 4]) * MIB, rng.choice([1, 2, 4]) * MIB]
+        if options == ["-o", "compat=0.10"]:
+            # qemu-img cannot make one larger where its backing file goes on: that would have to be zeroes.
+            sizes[1] = max(sizes[1], sizes[2])
         theirs, ours = folder / "theirs", folder / "ours"
         base = chain(theirs, options, sizes)
         snapshot = rng.random() < 0.4
@@ -785,6 +790,359 @@ def snapshots_alike(report, vblk, folder, rng):
                  f"{interrupted}\n" + "\n".join(wrong[:3]))
     for path in folder.iterdir():
         path.unlink()
+
+
+# ---- dd
+
+def copies_parts_alike(report, vblk, folder, rng):
+    raw, image, wrong, copied = folder / "in.raw", folder / "in.qcow2", [], 0
+    raw.write_bytes(rng.randbytes(5000))
+    whole = folder / "whole.raw"
+    whole.write_bytes(content(rng, 2 * MIB + 3 * SECTOR))
+    QEMU.works("convert", "-f", "raw", "-O", "qcow2", "-c", whole, image)
+    cases = [(raw, words) for words in ([], ["bs=700"], ["bs=700", "count=3"], ["bs=1000", "skip=2", "count=3"],
+                                        ["bs=1000", "skip=7"], ["bs=1000", "skip=5"], ["count=0"], ["bs=5k", "skip=1E"],
+                                        ["bs=1k", "skip=1", "count=1"], ["bs=1M", "count=7E"], ["skip=1", "bs=2147483647"])]
+    cases += [(image, [f"bs={rng.choice([1, 333, 512, 4096, 70001])}k", f"skip={rng.randrange(4)}", f"count={rng.randrange(1, 99)}"])
+              for _ in range(4)]
+    cases += [(image, [f"bs={rng.randrange(1000, 99999)}", f"skip={rng.randrange(30)}"]), (image, ["bs=64k"])]
+    for path, words in cases:
+        for kind in ("raw", "qcow2"):
+            ended, outputs = [], [folder / "theirs", folder / "ours"]
+            for tool, output in zip((QEMU, vblk), outputs):
+                ended.append(tool("dd", "-f", path.suffix[1:], "-O", kind, *words, f"if={path}", f"of={output}")[:2])
+            good = ended[0] == ended[1] and all(output.exists() for output in outputs)
+            copied += good
+            if good and kind == "raw":
+                good = outputs[0].read_bytes() == outputs[1].read_bytes()
+            elif good:
+                good = identical(*[word for output in outputs for word in (output, kind)])[0] == 0 and is_clean(check(outputs[1]))
+            if not good:
+                wrong.append(f"{path.name} {kind} {words}: {ended}")
+            # Every other one is replaced.
+            if rng.random() < 0.5:
+                for output in outputs:
+                    output.unlink(missing_ok=True)
+    report.check("dd copies what qemu-img copies", not wrong and copied > 20, f"{copied}\n" + "\n".join(wrong[:3]))
+    for name in ("theirs", "ours"):
+        (folder / name).unlink(missing_ok=True)
+    same(report, "dd -U", vblk, ["dd", "-U", f"if={raw}", f"of={folder / 'u.raw'}"])
+    (folder / "u.raw").unlink()
+    each_fails(report, "dd refuses what qemu-img refuses", vblk, [
+        ["dd"], ["dd", f"if={raw}"], ["dd", f"of={folder / 'x'}"], ["dd", f"if={folder / 'none'}", f"of={folder / 'x'}"],
+        *(["dd", word, f"if={raw}", f"of={folder / 'x'}"] for word in
+          ("bs=0", "bs=2G", "bs=x", "count=-1", "skip=8E", "nonsense=1", "nonsense", "bs=")),
+        ["dd", "-O", "nonsense", f"if={raw}", f"of={folder / 'x'}"], ["dd", "-n", f"if={raw}", f"of={folder / 'x'}"],
+        ["dd", f"if={raw}", f"of={folder / 'no' / 'x'}"], ["dd", "-f", "qcow2", f"if={raw}", f"of={folder / 'x'}"]], folder)
+    before = raw.read_bytes()
+    status, _, errors = vblk("dd", f"if={raw}", f"of={raw}")
+    report.check("dd of a file onto itself is refused", status == 1 and "the source and the target" in errors and
+                 raw.read_bytes() == before, errors)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# ---- bitmap
+
+def stored_bitmaps(path):
+    """The persistent bitmaps of an image, read from its bytes: {name: (flags, granularity, which bits are set)}."""
+    data, header = path.read_bytes(), Header(path)
+    at = extension_offset(path, EXTENSION_BITMAPS)
+    if at is None or not header["autoclear_features"] & 1:
+        return {}
+    count, _, length, offset = struct.unpack_from(">IIQQ", data, at + 8)
+    cluster, bitmaps, end = 1 << header["cluster_bits"], {}, offset + length
+    while offset < end:
+        table, entries, flags, kind, bits, name_bytes, extra = struct.unpack_from(">QIIBBHI", data, offset)
+        name = data[offset + 24 + extra:offset + 24 + extra + name_bytes].decode()
+        content = b""
+        for entry in struct.unpack_from(f">{entries}Q", data, table):
+            place = entry & OFFSET_MASK
+            piece = data[place:place + cluster] if place else (b"\xff" if entry & 1 else b"\0") * cluster
+            content += piece.ljust(cluster, b"\0")
+        assert kind == 1
+        bitmaps[name] = (flags, 1 << bits, int.from_bytes(content, "little"))
+        offset += (24 + extra + name_bytes + 7) // 8 * 8
+    assert len(bitmaps) == count
+    return bitmaps
+
+
+def keeps_bitmaps_alike(report, vblk, folder, rng):
+    """The same orders to both; afterwards both images have the same bitmaps with the same bits, and are clean."""
+    wrong, orders, merged = [], 0, 0
+    for options in ([], ["-o", "cluster_size=512,refcount_bits=32"], ["-o", "extended_l2=on"]):
+        paths, others = [folder / "theirs.qcow2", folder / "ours.qcow2"], [folder / "theirs.other", folder / "ours.other"]
+        size = rng.choice([3 * MIB, 7 * MIB + 5 * SECTOR])
+        for path in (paths[0], others[0]):
+            QEMU.works("create", "-q", "-f", "qcow2", *options, path, size)
+        QEMU.works("bitmap", "--add", "-g", "32k", others[0], "far")
+        qemu_io(others[0], "write -P 1 70k 1k", "write -P 1 2M 300k")
+        shutil.copy(paths[0], paths[1])
+        shutil.copy(others[0], others[1])
+        names = ["a", "b", "ein Name mit \u00e4"]
+        for step in range(10):
+            if step % 3 == 2:
+                at = rng.randrange(2000) * SECTOR
+                for path in paths:
+                    qemu_io(path, f"write -P {step} {at} {(step * 37 % 300 + 1) * SECTOR}")
+                continue
+            name = rng.choice(names)
+            actions = [["--add"], ["--add", "-g", rng.choice(["512", "64k", "1M", "2G"])], ["--remove"], ["--clear"],
+                       ["--enable"], ["--disable"], ["--merge", rng.choice(names)], ["--merge", "far", "-b", None],
+                       ["--add", "--disable", "--merge", rng.choice(names)], ["--disable", "--remove", "--add", "-g", "4k"]]
+            words = rng.choice(actions if step > 1 else actions[:2])
+            orders += 1
+            ended = [tool("bitmap", *[other if word is None else word for word in words], path, name)[:2]
+                     for tool, path, other in zip((QEMU, vblk), paths, others)]
+            merged += "--merge" in words and ended[0][0] == 0
+            stored = [stored_bitmaps(path) for path in paths]
+            if ended[0] != ended[1] or stored[0] != stored[1] or not is_clean(check(paths[1])):
+                wrong.append(f"{options} step {step} {name} {words}: {ended} {stored} {check(paths[1])['text']}")
+                break
+        shown = [as_json(QEMU.works("info", "--output=json", path))["format-specific"] for path in paths]
+        if shown[0] != shown[1] or identical(paths[0], "qcow2", paths[1], "qcow2")[0] != 0:
+            wrong.append(f"{options}: {shown}")
+        same(report, f"info tells of bitmaps {' '.join(options)}", vblk, ["info", "--output=json", paths[1]], as_json)
+    report.check("bitmap does what qemu-img does, bit by bit", not wrong and orders >= 18, f"{orders}\n" + "\n".join(wrong[:2]))
+
+    # Merging where granularities differ, both ways, chosen so that it happens in every run.
+    wrong = []
+    for coarse, fine in (("64k", "512"), ("1M", "32k")):
+        paths = [folder / "theirs.qcow2", folder / "ours.qcow2"]
+        QEMU.works("create", "-q", "-f", "qcow2", paths[0], 5 * MIB + 3 * SECTOR)
+        for granularity, name in ((coarse, "coarse"), (fine, "fine")):
+            QEMU.works("bitmap", "--add", "-g", granularity, paths[0], name)
+            qemu_io(paths[0], f"write -P 1 {rng.randrange(2000) * SECTOR} {rng.randrange(1, 999) * SECTOR}")
+        qemu_io(paths[0], "write -P 1 5M 1k")
+        shutil.copy(paths[0], paths[1])
+        for into, source in (("coarse", "fine"), ("fine", "coarse")):
+            for tool, path in zip((QEMU, vblk), paths):
+                tool.works("bitmap", "--merge", source, path, into)
+            if stored_bitmaps(paths[0]) != stored_bitmaps(paths[1]) or not is_clean(check(paths[1])):
+                wrong.append(f"{coarse} {fine} {into}: {[stored_bitmaps(path) for path in paths]}")
+    report.check("bitmaps of two granularities are merged as qemu-img merges them", not wrong, "\n".join(wrong))
+
+    image, raw, old, small = (folder / name for name in ("image.qcow2", "disk.raw", "old.qcow2", "small.qcow2"))
+    QEMU.works("create", "-q", "-f", "qcow2", image, "3M")
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "compat=0.10", old, "3M")
+    QEMU.works("create", "-q", "-f", "qcow2", small, "1M")
+    raw.write_bytes(bytes(MIB))
+    for path in (image, small):
+        QEMU.works("bitmap", "--add", path, "b")
+    QEMU.works("bitmap", "--add", image, "lost")
+    data = image.read_bytes()
+    # As an unclean end leaves it: flag in_use.
+    entry = struct.unpack_from(">Q", data, extension_offset(image, EXTENSION_BITMAPS) + 8 + 16)[0] + 32
+    write_number(image, entry + 12, 3, ">I")
+    before = image.read_bytes()
+    each_fails(report, "bitmap refuses what qemu-img refuses", vblk, [
+        ["bitmap"], ["bitmap", "--add", image], ["bitmap", image, "b"], ["bitmap", "--add", image, "b"],
+        ["bitmap", "--add", image, ""], ["bitmap", "--add", image, "n" * 1024], ["bitmap", "--add", "-g", "511", image, "c"],
+        ["bitmap", "--add", "-g", "4G", image, "c"], ["bitmap", "--add", "-g", "x", image, "c"],
+        ["bitmap", "--clear", image, "none"], ["bitmap", "--remove", image, "none"], ["bitmap", "--merge", "none", image, "b"],
+        ["bitmap", "-g", "4k", "--clear", image, "b"], ["bitmap", "-b", small, "--clear", image, "b"],
+        ["bitmap", "-F", "qcow2", "--merge", "b", image, "b"], ["bitmap", "-b", image, "--merge", "b", image, "b"],
+        ["bitmap", "-b", small, "--merge", "b", image, "b"], ["bitmap", "-b", raw, "-F", "raw", "--merge", "b", image, "b"],
+        ["bitmap", "-b", folder / "none", "--merge", "b", image, "b"], ["bitmap", "-U", "--clear", image, "b"],
+        ["bitmap", "--clear", image, "lost"], ["bitmap", "--enable", image, "lost"], ["bitmap", "--merge", "lost", image, "b"],
+        ["bitmap", "--add", old, "b"], ["bitmap", "--add", "-f", "raw", raw, "b"], ["bitmap", "--remove", raw, "b"],
+        ["bitmap", "--add", folder / "none", "b"]], folder)
+    fresh = folder / "fresh.qcow2"
+    fresh.write_bytes(before)
+    for words in (["--add", "b"], ["--clear", "lost"], ["--add", "n" * 1024], ["--enable", "b"]):
+        vblk("bitmap", words[0], fresh, words[1])
+    report.check("and leaves the image alone, as does what changes nothing", fresh.read_bytes() == before)
+    report.check("an inconsistent bitmap can be removed",
+                 vblk("bitmap", "--remove", fresh, "lost")[0] == 0 and list(stored_bitmaps(fresh)) == ["b"] and is_clean(check(fresh)))
+    sizes = []
+    for _ in range(12):
+        vblk.works("bitmap", "--add", "--disable", fresh, "x")
+        vblk.works("bitmap", "--remove", fresh, "x")
+        sizes.append(fresh.stat().st_size)
+    report.check("a file that is changed again and again does not grow", sizes[-1] == sizes[3] and is_clean(check(fresh)), sizes)
+
+    # convert --bitmaps: the same bitmaps with the same bits.
+    shutil.copy(paths[0], folder / "source.qcow2")
+    vblk.works("bitmap", "--disable", folder / "source.qcow2", "fine")
+    wrong = []
+    for options in ([], ["-c", "-o", "cluster_size=4k,refcount_bits=64"], ["-o", "cluster_size=512", "-t", "writeback"]):
+        outputs = [folder / "theirs.new", folder / "ours.new"]
+        ended = [tool("convert", "--bitmaps", "-O", "qcow2", *options, folder / "source.qcow2", output)[:2]
+                 for tool, output in zip((QEMU, vblk), outputs)]
+        found = [stored_bitmaps(output) for output in outputs]
+        if ended[0] != ended[1] or found[0] != found[1] or len(found[1]) != 2 or not is_clean(check(outputs[1])) or \
+                identical(folder / "source.qcow2", "qcow2", outputs[1], "qcow2")[0] != 0:
+            wrong.append(f"{options}: {ended} {found} {check(outputs[1])['text']}")
+    report.check("convert --bitmaps copies what qemu-img copies", not wrong, "\n".join(wrong))
+    each_fails(report, "convert --bitmaps refuses what qemu-img refuses", vblk, [
+        ["convert", "--bitmaps", "-O", "qcow2", image, folder / "x"], ["convert", "--bitmaps", "-O", "raw", small, folder / "x"],
+        ["convert", "--bitmaps", "-f", "raw", "-O", "qcow2", raw, folder / "x"],
+        ["convert", "--bitmaps", "-O", "qcow2", "-o", "compat=0.10", small, folder / "x"],
+        ["convert", "--bitmaps", "-O", "qcow2", small, small, folder / "x"],
+        ["convert", "--skip-broken-bitmaps", "-O", "qcow2", small, folder / "x"]], folder)
+    vblk.works("convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", image, folder / "skipped.qcow2")
+    report.check("--skip-broken-bitmaps leaves out what is inconsistent", list(stored_bitmaps(folder / "skipped.qcow2")) == ["b"])
+
+    # Killed at any write: the bitmaps are those of before or after, the disk is the same, and nothing leaks.
+    sound, copy = folder / "sound.qcow2", folder / "copy.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", sound, "3M")
+    for name in ("a", "b"):
+        QEMU.works("bitmap", "--add", "-g", "512", sound, name)
+        qemu_io(sound, "write -P 3 0 1M" if name == "a" else "write -P 4 500k 1M")
+    orders = (["--merge", "a", "--disable"], ["--remove"], ["--disable"])
+    wrong, interrupted = killed_alike(vblk, folder, sound, [["bitmap", *order, copy, "b"] for order in orders], stored_bitmaps)
+    report.check("bitmap killed on the way: as it was or as it is to be, and clean", not wrong and interrupted > 6,
+                 f"{interrupted}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def killed_alike(vblk, folder, sound, orders, look):
+    """Gives each order to a copy of an image and has it killed at many of its system calls; then `look` must say what
+    it says before or after, the disk must be the same and the image clean. What is wrong, and how many were killed."""
+    copy, wrong, interrupted = folder / "copy.qcow2", [], 0
+    for order in orders:
+        shutil.copy(sound, copy)
+        vblk.works(*order)
+        states = [look(sound), look(copy)]
+        for when in range(2, 40, 6):
+            shutil.copy(sound, copy)
+            process = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e",
+                                        f"inject=io_uring_enter,pwritev2:signal=KILL:when={when}", *vblk.command, *map(str, order)],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process.wait(20)
+            if process.returncode == 0:
+                break
+            interrupted += 1
+            released(copy)
+            found = check(copy)
+            if not is_clean(found) or look(copy) not in states or identical(sound, "qcow2", copy, "qcow2")[0] != 0:
+                wrong.append(f"{order} {when}: {look(copy)} {found['text'][:600]}")
+    return wrong, interrupted
+
+
+# ---- amend
+
+def amends_alike(report, vblk, folder, rng):
+    """Each image is amended by both, in steps: the same statuses, the same disk and snapshots, the same information."""
+    base = folder / "base.raw"
+    base.write_bytes(content(rng, 2 * MIB))
+    backed = ["-b", base, "-F", "raw"]
+    zeroes = ["write -P 7 0 300k", "write -z 64k 128k", "write -z -u 1M 200k", "write -P 9 1100k 10k"]
+    # Small clusters: qemu-img takes seconds for another refcount width with larger ones.
+    cases = [
+        (["-o", "cluster_size=4k"], zeroes, ["compat=0.10", "lazy_refcounts=on", "refcount_bits=8", "compat=1.1,lazy_refcounts=on,refcount_bits=8",
+                      "compat=0.10", "refcount_bits=16,compat=v2"]),
+        (["-o", "cluster_size=4k", *backed], [*zeroes, "snapshot", "write -P 3 60k 90k"],
+         ["refcount_bits=1", "refcount_bits=2", "refcount_bits=16", "compat=0.10", "compat=v3", "backing_file=other",
+          f"backing_file={base},backing_fmt=raw", "backing_fmt=raw", "size=5M"]),
+        (["-o", "extended_l2=on,cluster_size=16k"], zeroes, ["compat=0.10", "refcount_bits=64", "lazy_refcounts=on", "lazy_refcounts=off"]),
+        (["-o", "compat=0.10,cluster_size=4k"], ["write -P 7 0 300k", "snapshot", "write -P 8 100k 300k"],
+         ["size=0", "size=700", "compat=", "data_file_raw=off", "compat=1.1,refcount_bits=32", "size=4M", "compat=0.10"]),
+        (["-o", "cluster_size=512"], [*zeroes, "bitmap"], ["refcount_bits=4", "refcount_bits=16,compat=0.10"]),
+        (["-o", f"data_file={folder}/data,data_file_raw=on,cluster_size=4k"], ["write -P 7 0 300k"],
+         ["compat=0.10", "data_file_raw=off", "data_file_raw=on", f"data_file={folder}/data2", "refcount_bits=64"]),
+        ([], ["write -P 7 0 300k"], ["size=1M", "compat=0.10,size=9M", "preallocation=off", "cluster_size=65536", "nonsense=1",
+                                     "lazy_refcounts=maybe", "refcount_bits=3", "data_file=x", "compat=2", "refcount_bits=128"]),
+    ]
+    wrong, amended, refused = [], 0, 0
+    for options, commands, steps in cases:
+        paths = [folder / "theirs.qcow2", folder / "ours.qcow2"]
+        QEMU.works("create", "-q", "-f", "qcow2", *options, paths[0], "3M")
+        has_snapshot = "snapshot" in commands
+        for command in commands:
+            if command == "snapshot":
+                QEMU.works("snapshot", "-c", "s", paths[0])
+            elif command == "bitmap":
+                QEMU.works("bitmap", "--add", paths[0], "b")
+            else:
+                qemu_io(paths[0], command)
+        if (folder / "data").exists():
+            shutil.copy(folder / "data", folder / "data2")
+        shutil.copy(paths[0], paths[1])
+        for step in steps:
+            before = paths[1].read_bytes()
+            ended = [tool("amend", "-o", step, path)[:2] for tool, path in zip((QEMU, vblk), paths)]
+            shown = [as_json(QEMU.works("info", "--output=json", path)) for path in paths]
+            for information in shown:
+                for key in ("actual-size", "filename"):
+                    information.pop(key)
+                for snapshot in information.get("snapshots", []):
+                    snapshot.pop("icount", None)
+            good = ended[0] == ended[1] and shown[0] == shown[1] and is_clean(check(paths[1])) and \
+                identical(paths[0], "qcow2", paths[1], "qcow2")[0] == 0
+            if ended[1][0] == 0:
+                amended += 1
+            else:
+                refused += 1
+                good = good and paths[1].read_bytes() == before
+            if not good:
+                wrong.append(f"{options} {step}: {ended} {shown} {check(paths[1])['text'][:600]}")
+        if has_snapshot:
+            contents = []
+            for path in paths:
+                QEMU.works("convert", "-l", "s", "-O", "raw", path, folder / "snapshot.raw")
+                contents.append((folder / "snapshot.raw").read_bytes())
+            if contents[0] != contents[1]:
+                wrong.append(f"{options}: the snapshot has another content")
+    report.check("amend changes what qemu-img changes, and refuses what it refuses", not wrong and amended > 18 and refused > 14,
+                 f"{amended} {refused}\n" + "\n".join(wrong[:2]))
+    image = folder / "ours.qcow2"
+    each_fails(report, "amend: command lines that make no sense fail as qemu-img's do", vblk, [
+        ["amend"], ["amend", image], ["amend", "-o", "", image], ["amend", "-o", "size=1M"], ["amend", "-o", "size=1M", image, image],
+        ["amend", "-o", "size=1M", "-f", "raw", base], ["amend", "-o", "size=1M", base], ["amend", "-o", "size=1M", folder / "none"],
+        ["amend", "-f", "raw", "-o", "help"], ["amend", "-o", "help"], ["amend", "-t", "nonsense", "-o", "size=1M", image],
+        ["amend", "-f", "nonsense", "-o", "size=1M", image], ["amend", "-o", "encrypt.keyslot=1", image]], folder)
+    status, output, _ = vblk("amend", "-f", "qcow2", "-o", "help")
+    theirs = set(re.findall(r"^  ([\w.-]+)=", QEMU("amend", "-f", "qcow2", "-o", "help")[1], re.M))
+    listed = set(re.findall(r"^  (\w+)=", output, re.M))
+    report.check("amend -o help lists qemu-img's options but encryption's", status == 0 and output.startswith("Amend options for") and
+                 listed == {name for name in theirs if not name.startswith("encrypt")}, listed ^ theirs)
+    status, output, _ = vblk("amend", "-p", "-o", "compat=1.1,lazy_refcounts=on", image)
+    report.check("amend -p shows progress from 0 to 100", status == 0 and output.startswith("    (0.00/100%)\r") and
+                 output.endswith("    (100.00/100%)\r\n"), output)
+
+    # Names too long for the header's first sector, and a feature table that has to make way.
+    long_name = folder / ("n" * 240)
+    shutil.copy(base, long_name)
+    tight = folder / "tight.qcow2"
+    vblk.works("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "-b", long_name, "-F", "raw", tight, "2M")
+    for step in ("compat=0.10", "compat=1.1", "refcount_bits=64"):
+        vblk.works("amend", "-o", step, tight)
+    report.check("amend: a header that is nearly full", is_clean(check(tight)) and identical(base, "raw", tight, "qcow2")[0] == 0 and
+                 as_json(QEMU.works("info", "--output=json", tight))["backing-filename"] == str(long_name))
+
+    # What was not closed is repaired first, as opening it would.
+    dirty = folder / "dirty.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", dirty, "3M")
+    run_and_abort(dirty)
+    left = Header(dirty)["incompatible_features"]
+    vblk.works("amend", "-o", "lazy_refcounts=off", dirty)
+    report.check("amend of an image that was not closed", left == 1 and Header(dirty)["incompatible_features"] == 0 and
+                 is_clean(check(dirty)))
+
+    # Killed at any write.
+    sound, copy = folder / "sound.qcow2", folder / "copy.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", *backed, sound, "2M")
+    qemu_io(sound, "write -P 7 0 300k", "write -z 64k 128k")
+    QEMU.works("snapshot", "-c", "s", sound)
+    qemu_io(sound, "write -z 1M 64k")
+
+    def look(path):
+        return Header(path)["refcount_table_clusters"] and as_json(QEMU.works("info", "--output=json", path))["format-specific"]
+
+    orders = [["amend", "-o", step, copy] for step in ("compat=0.10", "refcount_bits=64,lazy_refcounts=on")]
+    wrong, interrupted = killed_alike(vblk, folder, sound, orders, look)
+    report.check("amend killed on the way: as it was or as it is to be, and clean", not wrong and interrupted > 6,
+                 f"{interrupted}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def run_and_abort(image):
+    """Writes, and ends without closing the image."""
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 5 0 1M", "-c", "abort", image], stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, check=False)
 
 
 # ---- check of damaged images
@@ -988,6 +1346,9 @@ def main():
         "commits_alike": lambda folder: commits_alike(report, vblk, folder, rng),
         "rebases_alike": lambda folder: rebases_alike(report, vblk, folder, rng),
         "snapshots_alike": lambda folder: snapshots_alike(report, vblk, folder, rng),
+        "copies_parts_alike": lambda folder: copies_parts_alike(report, vblk, folder, rng),
+        "keeps_bitmaps_alike": lambda folder: keeps_bitmaps_alike(report, vblk, folder, rng),
+        "amends_alike": lambda folder: amends_alike(report, vblk, folder, rng),
         "damaged": lambda folder: damaged(report, vblk, folder, rng),
     }
     for name, test in tests.items():

@@ -1,0 +1,16 @@
+// Another size for a disk.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "aio/error.h"
+
+namespace vblk::img {
+
+// Of a qcow2 image that nobody uses; what is beyond a smaller end is lost. Errors: kInvalidArgument
+// (not whole sectors, or none), kNotSupported (bitmaps, a disk of no bytes), as
+// BlockNode::resize().
+Expected<void> resize_qcow2(const std::string& path, std::uint64_t size_bytes);
+
+}  // namespace vblk::img
