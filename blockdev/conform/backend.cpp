@@ -201,6 +201,28 @@ Expected<std::vector<std::string>> split_command(const std::string& text) {
   return words;
 }
 
+Expected<ProgramEnd> run_program(const std::vector<std::string>& words,
+                                 std::chrono::milliseconds patience) {
+  const UniqueFd output(::memfd_create("vblk-conform-output", MFD_CLOEXEC));
+  const auto pid = spawn(words, output.get());
+  if (!pid) return std::unexpected(pid.error());
+  const auto deadline = Clock::now() + patience;
+  ProgramEnd end;
+  int status = 0;
+  while (!end.in_time && Clock::now() < deadline) {
+    end.in_time = ::waitpid(*pid, &status, WNOHANG) == *pid;
+    if (!end.in_time) std::this_thread::sleep_for(kStep);
+  }
+  ::kill(-*pid, SIGKILL);  // with what it may have started
+  if (end.in_time && WIFEXITED(status)) end.exit_status = WEXITSTATUS(status);
+  while (!end.in_time && ::waitpid(*pid, &status, 0) < 0 && errno == EINTR) {
+  }
+  end.output.resize(std::size_t{1} << 16);
+  const ssize_t length = ::pread(output.get(), end.output.data(), end.output.size(), 0);
+  end.output.resize(length > 0 ? static_cast<std::size_t>(length) : 0);
+  return end;
+}
+
 Expected<std::unique_ptr<Backend>> Backend::start(const Target& target, const std::string& folder,
                                                   bool read_only) {
   std::unique_ptr<Backend> backend(new Backend);
@@ -222,13 +244,22 @@ Expected<std::unique_ptr<Backend>> Backend::start(const Target& target, const st
 
 Backend::~Backend() { kill(); }
 
-Expected<void> Backend::launch() {
-  std::vector<std::string> words = read_only_ ? target_.read_only_command : target_.command;
+std::vector<std::string> Backend::fill_in_paths(std::vector<std::string> words,
+                                                const std::string& socket_path,
+                                                const std::string& image_path,
+                                                const std::string& monitor_path) {
   for (std::string& word : words) {
-    word = fill_in(std::move(word), "{socket}", socket_path_);
-    word = fill_in(std::move(word), "{image}", image_path_);
-    word = fill_in(std::move(word), "{monitor}", monitor_path_);
+    word = fill_in(std::move(word), "{socket}", socket_path);
+    word = fill_in(std::move(word), "{image}", image_path);
+    word = fill_in(std::move(word), "{monitor}", monitor_path);
   }
+  return words;
+}
+
+Expected<void> Backend::launch() {
+  const std::vector<std::string> words =
+      fill_in_paths(read_only_ ? target_.read_only_command : target_.command, socket_path_,
+                    image_path_, monitor_path_);
   standard_error_.reset(::memfd_create("vblk-conform-backend", MFD_CLOEXEC));
   const auto pid = spawn(words, standard_error_.get());
   if (!pid) return std::unexpected(pid.error());

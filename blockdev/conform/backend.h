@@ -38,6 +38,16 @@ struct Target {
 // Splits a command at blanks; '...' and "..." keep them. Error: a quote that does not end.
 Expected<std::vector<std::string>> split_command(const std::string& text);
 
+// How a program has ended that was run to its end, or for a while.
+struct ProgramEnd {
+  bool in_time{false};
+  int exit_status{-1};  // -1: killed by a signal, or not in time
+  std::string output;   // what it has said, its errors included; the first 64 KiB
+};
+// Runs a program for so long at most; then it is killed. Error: there is no process.
+Expected<ProgramEnd> run_program(const std::vector<std::string>& words,
+                                 std::chrono::milliseconds patience);
+
 // What Backend::end() says of exit status 0.
 inline constexpr const char* kEndedInOrder = "ended with status 0";
 
@@ -55,6 +65,11 @@ class Backend {
   [[nodiscard]] const std::string& socket_path() const { return socket_path_; }
   [[nodiscard]] const std::string& image_path() const { return image_path_; }
   [[nodiscard]] pid_t pid() const { return pid_; }
+  // The command's words with these paths filled in.
+  [[nodiscard]] static std::vector<std::string> fill_in_paths(std::vector<std::string> words,
+                                                              const std::string& socket_path,
+                                                              const std::string& image_path,
+                                                              const std::string& monitor_path);
   // "killed by signal 11 (Segmentation fault)", or empty while it runs.
   [[nodiscard]] std::string end();
   // What it said last on its standard error; may be empty.

@@ -26,6 +26,7 @@ namespace {
 constexpr std::uint32_t kUnused0 = 33;
 constexpr std::uint32_t kUnused1 = 57;
 constexpr std::size_t kUnused1Bytes = 3;
+constexpr std::uint64_t kResizeStepBytes = std::uint64_t{16} << 20;
 
 Bytes whole_config(Channel& channel) {
   if (!channel.has_protocol(kProtocolFConfig)) Probe::skip("the backend offers no CONFIG");
@@ -292,31 +293,12 @@ void no_unknown_feature_is_offered(Probe& probe) {
   Probe::expect((offered & ~known) == 0, fmt::format("bits {:#x} are offered", offered & ~known));
 }
 
-void resize_is_told(Probe& probe) {
-  Backend& backend = probe.own_backend("the disk's size is changed");
-  std::array<int, 2> ends{};
-  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends.data()) != 0)
-    Probe::fail("the suite itself: no socket pair");
-  UniqueFd theirs(ends[1]);
-  Guest guest(probe, {.protocol_features = kPlainProtocol | bit(kProtocolFBackendReq)});
-  if (!guest.channel().has_protocol(kProtocolFBackendReq)) Probe::skip("no BACKEND_REQ is offered");
-  const int fds[] = {theirs.get()};
-  guest.channel().command(Request::kSetBackendReqFd, {}, fds);
-  const std::uint64_t before = guest.capacity_sectors();
-  Probe::expect(before == probe.options().target.image_bytes / kSectorBytes,
-                fmt::format("the capacity is {} sectors at first", before));
-  theirs.reset();
-  const UniqueFd ours(ends[0]);
-  const std::uint64_t bytes = probe.options().target.image_bytes + (std::uint64_t{16} << 20);
-  const auto resized = backend.resize(bytes);
-  if (!resized && resized.error().kind == ErrorKind::kNotSupported)
-    Probe::skip(resized.error().message);
-  if (!resized) Probe::fail(resized.error().message);
-  MessageReader reader;
+// Waits for CONFIG_CHANGE_MSG on the back-end channel, and acknowledges it where that is asked for.
+void await_config_change(int channel, MessageReader& reader) {
   Message message;
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
   for (;;) {
-    const auto outcome = reader.read(ours.get(), message);
+    const auto outcome = reader.read(channel, message);
     if (!outcome) Probe::fail("on the back-end channel: " + outcome.error().message);
     Probe::expect(*outcome != MessageReader::Outcome::kClosed, "the back-end channel is closed");
     if (*outcome == MessageReader::Outcome::kMessage) break;
@@ -327,16 +309,70 @@ void resize_is_told(Probe& probe) {
   Probe::expect(
       message.header.request == static_cast<std::uint32_t>(BackendRequest::kConfigChange),
       fmt::format("message {} comes instead of CONFIG_CHANGE_MSG", message.header.request));
-  if ((message.header.flags & kFlagNeedReply) != 0) {
-    const auto sent = send_message(ours.get(), {message.header.request, kVersion | kFlagReply, 0},
-                                   payload_of(std::uint64_t{0}));
-    Probe::expect(sent.has_value(), "the backend does not take its acknowledgement");
-  }
+  if ((message.header.flags & kFlagNeedReply) == 0) return;
+  const auto sent = send_message(channel, {message.header.request, kVersion | kFlagReply, 0},
+                                 payload_of(std::uint64_t{0}));
+  Probe::expect(sent.has_value(), "the backend does not take its acknowledgement");
+}
+
+void resize(Backend& backend, std::uint64_t bytes) {
+  const auto resized = backend.resize(bytes);
+  if (!resized && resized.error().kind == ErrorKind::kNotSupported)
+    Probe::skip(resized.error().message);
+  if (!resized) Probe::fail(resized.error().message);
+}
+
+void expect_capacity(Guest& guest, std::uint64_t bytes) {
   const std::uint64_t capacity = guest.capacity_sectors();
   Probe::expect(
       capacity == bytes / kSectorBytes,
       fmt::format("the capacity is {} sectors instead of {}", capacity, bytes / kSectorBytes));
-  guest.must_read(capacity - 8, kDefaultBlock);
+}
+
+void resize_is_told(Probe& probe) {
+  Backend& backend = probe.own_backend("the disk's size is changed");
+  std::array<int, 2> ends{};
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends.data()) != 0)
+    Probe::fail("the suite itself: no socket pair");
+  UniqueFd theirs(ends[1]);
+  const UniqueFd ours(ends[0]);
+  Guest guest(probe, {.protocol_features = kPlainProtocol | bit(kProtocolFBackendReq)});
+  if (!guest.channel().has_protocol(kProtocolFBackendReq)) Probe::skip("no BACKEND_REQ is offered");
+  const int fds[] = {theirs.get()};
+  guest.channel().command(Request::kSetBackendReqFd, {}, fds);
+  theirs.reset();
+  expect_capacity(guest, probe.options().target.image_bytes);
+  MessageReader reader;
+  for (std::uint64_t step = 1; step <= 2; ++step) {
+    const std::uint64_t bytes = probe.options().target.image_bytes + step * kResizeStepBytes;
+    resize(backend, bytes);
+    await_config_change(ours.get(), reader);
+    expect_capacity(guest, bytes);
+    guest.must_read(bytes / kSectorBytes - 8, kDefaultBlock);
+  }
+}
+
+// Requests that are in flight meanwhile, within the old end, are answered as ever.
+void resize_is_harmless_under_load(Probe& probe) {
+  Backend& backend = probe.own_backend("the disk's size is changed");
+  Guest guest(probe);
+  const auto count = static_cast<std::uint16_t>(guest.ring().size() / 3);
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    for (std::uint16_t i = 0; i < count; ++i)
+      guest.post(0, i, kBlkTIn, i * 8U, {}, guest.data().subspan(i * kDefaultBlock, kDefaultBlock));
+    guest.ring().kick();
+    resize(backend, probe.options().target.image_bytes + step * kResizeStepBytes);
+    for (std::uint16_t i = 0; i < count; ++i) {
+      if (!guest.ring().wait_used())
+        Probe::fail(fmt::format("{} of {} requests come back after a change of size", i, count));
+      guest.ring().take();
+    }
+    for (std::uint16_t i = 0; i < count; ++i) {
+      Probe::expect(
+          guest.status_of(0, i) == kBlkSOk,
+          fmt::format("request {} under a change of size has status {}", i, guest.status_of(0, i)));
+    }
+  }
 }
 
 // A frontend that has no channel for it, or none at all, must not cost the others their disk.
@@ -347,17 +383,11 @@ void resize_without_listener(Probe& probe, bool connected) {
     guest.emplace(probe);
     guest->must_read(0, kDefaultBlock);
   }
-  const std::uint64_t bytes = probe.options().target.image_bytes + (std::uint64_t{16} << 20);
-  const auto resized = backend.resize(bytes);
-  if (!resized && resized.error().kind == ErrorKind::kNotSupported)
-    Probe::skip(resized.error().message);
-  if (!resized) Probe::fail(resized.error().message);
+  const std::uint64_t bytes = probe.options().target.image_bytes + kResizeStepBytes;
+  resize(backend, bytes);
   if (!guest) guest.emplace(probe);
-  const std::uint64_t capacity = guest->capacity_sectors();
-  Probe::expect(
-      capacity == bytes / kSectorBytes,
-      fmt::format("the capacity is {} sectors instead of {}", capacity, bytes / kSectorBytes));
-  guest->must_read(capacity - 8, kDefaultBlock);
+  expect_capacity(*guest, bytes);
+  guest->must_read(bytes / kSectorBytes - 8, kDefaultBlock);
 }
 
 constexpr const char* kConfigSpace = "Basic Facilities / Device Configuration Space";
@@ -435,8 +465,12 @@ constexpr std::array kTests{
          no_unknown_feature_is_offered},
     Test{"config/resize-told",
          {kVirtio, kOperation, Force::kShould,
-          "a change of the capacity triggers a configuration change notification"},
+          "each change of the capacity triggers a configuration change notification"},
          resize_is_told},
+    Test{"config/resize-under-load",
+         {kVirtio, kOperation, Force::kRobust,
+          "requests that are in flight while the capacity changes are answered as ever"},
+         resize_is_harmless_under_load},
     Test{"config/resize-without-channel",
          {kVhostUser, "Back-end message types", Force::kRobust,
           "a change of the capacity does no harm to a frontend without a back-end channel"},

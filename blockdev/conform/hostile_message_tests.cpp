@@ -29,6 +29,11 @@ namespace {
 
 constexpr std::uint32_t kLastRequest = 44;
 
+// What unlocks the most messages: LOG_SHMFD and so on, with RESET_DEVICE (13) and STATUS (16).
+constexpr std::uint64_t kEveryProtocol = kPlainProtocol | bit(kProtocolFLogShmfd) |
+                                         bit(kProtocolFBackendReq) | bit(kProtocolFInflightShmfd) |
+                                         bit(kProtocolFConfigureMemSlots) | bit(13) | bit(16);
+
 Bytes header(std::uint32_t request, std::uint32_t flags, std::uint32_t payload_bytes) {
   return payload_of(Header{.request = request, .flags = flags, .payload_bytes = payload_bytes});
 }
@@ -50,7 +55,7 @@ void sizes_are_wrong(Probe& probe) {
   for (std::uint32_t request = 1; request <= kLastRequest; ++request) {
     for (const std::uint32_t size : {0U, 1U, 7U, 9U, 41U, 256U, 512U}) {
       Channel channel(probe);
-      channel.negotiate(kPlainFeatures, kPlainProtocol);
+      channel.negotiate(kPlainFeatures, kEveryProtocol);
       Bytes bytes = header(request, kVersion | kFlagNeedReply, size);
       bytes.resize(bytes.size() + size, std::byte{0xff});
       channel.send_raw(bytes);
@@ -112,11 +117,11 @@ void descriptors_are_wrong(Probe& probe) {
     for (const Request request :
          {Request::kSetVringKick, Request::kSetVringCall, Request::kSetVringErr,
           Request::kSetBackendReqFd, Request::kSetLogFd}) {
-      Guest guest(probe);
+      Guest guest(probe, {.protocol_features = kEveryProtocol});
       guest.channel().try_command(request, payload_of(std::uint64_t{0}), fds);
       guest.ring().kick();
     }
-    Guest guest(probe);
+    Guest guest(probe, {.protocol_features = kEveryProtocol});
     guest.channel().try_command(Request::kSetMemTable, table, fds);
   }
 }
@@ -125,11 +130,11 @@ void descriptors_are_missing(Probe& probe) {
   for (const Request request :
        {Request::kSetVringKick, Request::kSetVringCall, Request::kSetVringErr,
         Request::kSetBackendReqFd, Request::kSetLogFd}) {
-    Guest guest(probe);
+    Guest guest(probe, {.protocol_features = kEveryProtocol});
     guest.channel().try_command(request, payload_of(std::uint64_t{0}));
     guest.ring().kick();
   }
-  Guest guest(probe);
+  Guest guest(probe, {.protocol_features = kEveryProtocol});
   Bytes table = payload_of(MemoryTableHead{.region_count = 2, .padding = 0});
   table.resize(table.size() + 2 * sizeof(MemoryRegionDescription));
   const auto taken = guest.channel().try_command(Request::kSetMemTable, table);

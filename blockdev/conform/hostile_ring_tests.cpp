@@ -83,7 +83,7 @@ void provoke(Probe& probe, MaySucceed may_succeed, const Spoiler& spoil,
     guest.fill(kDefaultBlock, kStamp + 1);
     spoil(guest, prepare(guest, reads));
     guest.ring().kick();
-    if (!guest.ring().wait_used(kQuiet) || may_succeed == MaySucceed::kYes) continue;
+    if (!wait_for_answer(guest.ring(), kQuiet) || may_succeed == MaySucceed::kYes) continue;
     Probe::expect(guest.status_of(0, 0) != kBlkSOk,
                   fmt::format("such a {} has status 0", reads ? "read" : "write"));
   }
@@ -260,7 +260,7 @@ void data_lands_in_the_ring(Probe& probe) {
       ring.kick();
       ring.publish_at(static_cast<std::uint16_t>(probe.random()()));
     }
-    ring.wait_used(kQuiet);
+    wait_for_answer(ring, kQuiet);
   }
 }
 
@@ -381,7 +381,7 @@ void indirect_is_very_long(Probe& probe) {
   guest.ring().offer(0);
   guest.ring().publish();
   guest.ring().kick();
-  guest.ring().wait_used(2 * kQuiet);
+  wait_for_answer(guest.ring(), 2 * kQuiet);
 }
 
 // ---- The available ring
@@ -395,7 +395,7 @@ void avail_index_jumps(Probe& probe) {
     guest.ring().offer(0);
     guest.ring().publish_at(static_cast<std::uint16_t>(guest.ring().used_index() + distance));
     guest.ring().kick();
-    guest.ring().wait_used(kQuiet);
+    wait_for_answer(guest.ring(), kQuiet);
     const auto returned =
         static_cast<std::uint16_t>(guest.ring().device_used_index() - guest.ring().used_index());
     Probe::expect(
@@ -411,7 +411,7 @@ void head_is_offered_twice(Probe& probe) {
   for (int i = 0; i < 40; ++i) guest.ring().offer(0);
   guest.ring().publish();
   guest.ring().kick();
-  guest.ring().wait_used(kQuiet);
+  wait_for_answer(guest.ring(), kQuiet);
 }
 
 void rings_change_at_random(Probe& probe) {

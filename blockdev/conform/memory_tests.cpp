@@ -117,6 +117,22 @@ void slots_are_removed(Probe& probe) {
       "a region that was removed is written");
 }
 
+// By its addresses and its size; the mmap offset of the message is ignored.
+void slots_are_removed_by_address(Probe& probe) {
+  Guest guest(probe, with_slots({8 * kMiB}));
+  needs_slots(guest);
+  const Extra extra(kMiB);
+  const int fds[] = {extra.fd()};
+  guest.channel().command(Request::kAddMemReg, extra.message(), fds);
+  SingleMemoryRegion named{.padding = 0, .region = extra.description()};
+  named.region.mmap_offset = 12345;
+  guest.channel().command(Request::kRemMemReg, payload_of(named));
+  // Where it was is room for another.
+  guest.channel().command(Request::kAddMemReg, extra.message(), fds);
+  Probe::expect(read_to(guest, Extra::kGuestAddress).status == kBlkSOk,
+                "a read into a region that was added again fails");
+}
+
 bool maps(int pid, std::string_view name) {
   std::ifstream file(fmt::format("/proc/{}/maps", pid));
   if (!file) Probe::skip("the backend's mappings cannot be seen (/proc/PID/maps)");
@@ -287,6 +303,10 @@ constexpr std::array kTests{
          {kVhostUser, kMessages, Force::kMust,
           "a region that REM_MEM_REG removes is not used any more"},
          slots_are_removed},
+    Test{"memory/slot-named",
+         {kVhostUser, kMessages, Force::kMust,
+          "REM_MEM_REG names a region by its addresses and size; its mmap offset is ignored"},
+         slots_are_removed_by_address},
     Test{"memory/slot-unmapped",
          {kVhostUser, kMessages, Force::kMust, "a region that REM_MEM_REG removes is unmapped"},
          removed_slots_are_unmapped},

@@ -46,7 +46,7 @@ program_options::options_description describe() {
   };
   description.add_options()  //
       ("profile", text("NAME"),
-       "a backend whose command line is known: vblk or qemu-storage-daemon")                  //
+       "a backend whose command line is known: vblk, qemu-storage-daemon or spdk")            //
       ("program", text("PATH"), "the profile's program, where it is not the usual one")       //
       ("aio", text("ENGINE"), "the profile's engine: threads (default), native or io_uring")  //
       ("format", text("raw|qcow2"), "of the scratch image (default: raw)")                    //
@@ -129,7 +129,7 @@ Expected<void> take_profile(const Map& map, Target& target) {
   };
   return apply_profile({.name = text("profile", ""),
                         .program = text("program", ""),
-                        .aio = text("aio", "threads"),
+                        .aio = text("aio", ""),
                         .format = text("format", "raw"),
                         .cache = text("cache", "none")},
                        target);

@@ -62,6 +62,8 @@ class Probe {
   // The backend as a process of ours. Skips the test if it is not.
   Backend& own_backend(const char* why_needed);
   [[nodiscard]] bool has_own_backend() const { return options_.target.starts_itself(); }
+  // A folder that is this test's alone.
+  [[nodiscard]] const std::string& folder() const { return folder_; }
   // Starts a second kind of it: read-only. Skips the test where no command for that is known.
   void use_read_only();
   // The test ends the backend itself: its end is not a failure any more.

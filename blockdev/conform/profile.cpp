@@ -58,17 +58,47 @@ std::vector<std::string> qemu_command(const ProfileOptions& options, const std::
           "chardev=monitor"};
 }
 
+// SPDK's vhost takes its devices from a file of JSON-RPC calls, and makes its sockets in a folder,
+// each with the name of its controller. Words behind the script: $0 the program, $1 the socket, $2
+// the image, $3 the monitor, which is SPDK's RPC socket here.
+std::vector<std::string> spdk_command(const ProfileOptions& options, const std::string& program,
+                                      bool read_only) {
+  const std::string script = fmt::format(
+      R"sh(printf '{{"subsystems":[{{"subsystem":"bdev","config":[{{"method":"bdev_{}_create",)sh"
+      R"sh("params":{{"name":"disk","filename":"%s","block_size":512}}}}]}},)sh"
+      R"sh({{"subsystem":"vhost_blk","config":[{{"method":"vhost_create_blk_controller",)sh"
+      R"sh("params":{{"ctrlr":"%s","dev_name":"disk","cpumask":"0x1","readonly":{}}}}}]}}]}}' )sh"
+      R"sh("$2" "$(basename "$1")" > "$3.json" && )sh"
+      R"sh(exec "$0" -S "$(dirname "$1")" -c "$3.json" -r "$3" -m 0x1 -s 512)sh",
+      options.aio == "native" ? "aio" : "uring", read_only ? "true" : "false");
+  return {"sh", "-c", script, program, "{socket}", "{image}", "{monitor}"};
+}
+
+// What each profile can start; the first engine is what it starts without --aio.
+Expected<void> check(ProfileOptions& options) {
+  const bool is_spdk = options.name == "spdk";
+  if (!is_one_of(options.name, {"vblk", "qemu-storage-daemon", "spdk"}))
+    return unknown("profile", options.name, "vblk, qemu-storage-daemon or spdk");
+  if (options.aio.empty()) options.aio = is_spdk ? "native" : "threads";
+  if (!is_one_of(options.aio, {"threads", "native", "io_uring"}) ||
+      (is_spdk && options.aio == "threads")) {
+    return unknown("aio", options.aio,
+                   is_spdk ? "native or io_uring" : "threads, native or io_uring");
+  }
+  if (!is_one_of(options.format, {"raw", "qcow2"}) || (is_spdk && options.format != "raw"))
+    return unknown("format", options.format, is_spdk ? "raw" : "raw or qcow2");
+  if (!is_one_of(options.cache, {"none", "writeback", "writethrough", "directsync"}) ||
+      (is_spdk && options.cache != "none")) {
+    return unknown("cache", options.cache,
+                   is_spdk ? "none" : "none, writeback, writethrough or directsync");
+  }
+  return {};
+}
+
 }  // namespace
 
-Expected<void> apply_profile(const ProfileOptions& options, Target& target) {
-  if (!is_one_of(options.name, {"vblk", "qemu-storage-daemon"}))
-    return unknown("profile", options.name, "vblk or qemu-storage-daemon");
-  if (!is_one_of(options.aio, {"threads", "native", "io_uring"}))
-    return unknown("aio", options.aio, "threads, native or io_uring");
-  if (!is_one_of(options.format, {"raw", "qcow2"}))
-    return unknown("format", options.format, "raw or qcow2");
-  if (!is_one_of(options.cache, {"none", "writeback", "writethrough", "directsync"}))
-    return unknown("cache", options.cache, "none, writeback, writethrough or directsync");
+Expected<void> apply_profile(ProfileOptions options, Target& target) {
+  if (auto checked = check(options); !checked) return checked;
   target.format = options.format == "qcow2" ? ImageFormat::kQcow2 : ImageFormat::kRaw;
   if (options.name == "vblk") {
     std::error_code ignored;
@@ -79,6 +109,12 @@ Expected<void> apply_profile(const ProfileOptions& options, Target& target) {
     target.read_only_command = vblk_command(options, program, true);
     target.resize_command = {program, "ctl", "{monitor}", "resize", "{bytes}"};
     target.resize_by = ResizeBy::kCommand;
+    return {};
+  }
+  if (options.name == "spdk") {
+    const std::string program = options.program.empty() ? "vhost" : options.program;
+    target.command = spdk_command(options, program, false);
+    target.read_only_command = spdk_command(options, program, true);
     return {};
   }
   const std::string program = options.program.empty() ? options.name : options.program;

@@ -9,14 +9,14 @@
 namespace vblk::conform {
 
 struct ProfileOptions {
-  std::string name;     // "vblk" or "qemu-storage-daemon"
+  std::string name;     // "vblk", "qemu-storage-daemon" or "spdk"
   std::string program;  // empty: this program, or the one of that name in the PATH
-  std::string aio;
+  std::string aio;      // empty: the profile's own
   std::string format;
   std::string cache;
 };
 
 // Fills in the commands of `target`. Error: kInvalidArgument.
-Expected<void> apply_profile(const ProfileOptions& options, Target& target);
+Expected<void> apply_profile(ProfileOptions options, Target& target);
 
 }  // namespace vblk::conform

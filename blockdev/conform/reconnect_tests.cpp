@@ -14,6 +14,7 @@
 #include <fmt/core.h>
 
 #include "blockdev/conform/guest.h"
+#include "blockdev/conform/packed_guest.h"
 #include "blockdev/conform/test.h"
 #include "blockdev/driver/blk_driver.h"
 #include "blockdev/virtio/little_endian.h"
@@ -352,6 +353,168 @@ void marked_request_is_done_again(Probe& probe) {
                 "a request that was in flight is completed twice");
 }
 
+// ---- Inflight I/O tracking on packed rings
+
+// QueueRegionPacked: version at 8, desc_num 10, free_head 12, old_free_head 14, used_idx 16,
+// old_used_idx 18, the wrap counters at 20 and 21, and from 32 on DescStatePacked.
+constexpr std::size_t kDescNumAt = 10;
+constexpr std::size_t kFreeHeadAt = 12;
+constexpr std::size_t kOldFreeHeadAt = 14;
+constexpr std::size_t kPackedUsedIndexAt = 16;
+constexpr std::size_t kPackedOldUsedIndexAt = 18;
+constexpr std::size_t kPackedWrapAt = 20;
+constexpr std::size_t kPackedOldWrapAt = 21;
+constexpr std::size_t kPackedDescAt = 32;
+constexpr std::size_t kPackedDescBytes = 32;
+// DescStatePacked.
+constexpr std::size_t kInflightAt = 0;
+constexpr std::size_t kNextAt = 2;
+constexpr std::size_t kLastAt = 4;
+constexpr std::size_t kNumAt = 6;
+constexpr std::size_t kCounterAt = 8;
+constexpr std::size_t kIdAt = 16;
+constexpr std::size_t kFlagsAt = 18;
+constexpr std::size_t kLengthAt = 20;
+constexpr std::size_t kAddressAt = 24;
+
+std::byte* packed_entry(const Area& area, std::size_t index) {
+  return area.begin + kPackedDescAt + index * kPackedDescBytes;
+}
+
+PackedGuestOptions packed_with_inflight() {
+  return {.protocol_features = kPlainProtocol | bit(kProtocolFInflightShmfd),
+          .size = 64,
+          .starts_ring = false};
+}
+
+void start_with(PackedGuest& guest, const Area& area) {
+  const int fds[] = {area.fd.get()};
+  guest.channel().command(Request::kSetInflightFd, payload_of(area.description), fds);
+  guest.guest().share_memory();
+  guest.start_ring();
+}
+
+// What contradicts the ring in the region; empty: nothing.
+std::string packed_mismatch(const Area& area, const PackedRing& ring) {
+  const auto half = [&](std::size_t at) { return load_acquire<std::uint16_t>(area.begin + at); };
+  const PackedPosition used{.index = half(kPackedUsedIndexAt),
+                            .wrap = area.begin[kPackedWrapAt] != std::byte{0}};
+  const PackedPosition old_used{.index = half(kPackedOldUsedIndexAt),
+                                .wrap = area.begin[kPackedOldWrapAt] != std::byte{0}};
+  const auto text = [](PackedPosition at) {
+    return fmt::format("{}, counter {}", at.index, at.wrap ? 1 : 0);
+  };
+  if (used != ring.next_used() || old_used != used) {
+    return fmt::format("used_idx is {} and old_used_idx {}, where the ring stands at {}",
+                       text(used), text(old_used), text(ring.next_used()));
+  }
+  if (half(kFreeHeadAt) != half(kOldFreeHeadAt)) {
+    return fmt::format("free_head is {} and old_free_head {}, and nothing is in progress",
+                       half(kFreeHeadAt), half(kOldFreeHeadAt));
+  }
+  for (std::size_t i = 0; i < ring.size(); ++i) {
+    if (packed_entry(area, i)[kInflightAt] != std::byte{0})
+      return fmt::format("entry {} is marked in flight, and nothing is", i);
+  }
+  // All entries are free: the list has each of them.
+  std::vector<bool> is_free(ring.size());
+  std::size_t count = 0;
+  for (std::size_t i = half(kFreeHeadAt); i < ring.size() && !is_free[i]; ++count) {
+    is_free[i] = true;
+    i = load_acquire<std::uint16_t>(packed_entry(area, i) + kNextAt);
+  }
+  if (count != ring.size())
+    return fmt::format("the list of free entries has {} of {}", count, ring.size());
+  return "";
+}
+
+void packed_area_is_kept(Probe& probe) {
+  PackedGuest guest(probe, packed_with_inflight());
+  Area area;
+  get_area(guest.guest(), area);
+  start_with(guest, area);
+  for (int i = 0; i < 50; ++i) guest.must_read(0, kDefaultBlock);
+  const auto version = load_acquire<std::uint16_t>(area.begin + kVersionAt);
+  const auto desc_num = load_acquire<std::uint16_t>(area.begin + kDescNumAt);
+  Probe::expect(version == 1 && desc_num == guest.ring().size(),
+                fmt::format("the region's version is {}, its desc_num {}", version, desc_num));
+  // The region follows the ring, a moment later.
+  std::string still;
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  do {
+    still = packed_mismatch(area, guest.ring());
+    if (still.empty()) return;
+    ::usleep(1000);
+  } while (std::chrono::steady_clock::now() < deadline);
+  Probe::fail(still);
+}
+
+// Marks a list as one that a predecessor had taken off the ring, as the specification's steps do
+// it: three entries from the list of free ones, the first with the length, the last and a counter.
+void mark_in_flight(const Area& area, const PackedRing& ring, PackedPosition first) {
+  std::uint16_t entry = load_acquire<std::uint16_t>(area.begin + kFreeHeadAt);
+  std::byte* const head = packed_entry(area, entry);
+  PackedPosition at = first;
+  for (std::uint16_t i = 0; i < 3; ++i) {
+    const PackedDescriptor copy = ring.descriptor(at.index);
+    std::byte* const state = packed_entry(area, entry);
+    store_release<std::uint16_t>(state + kIdAt, copy.id);
+    store_release<std::uint16_t>(state + kFlagsAt, copy.flags);
+    store_release<std::uint32_t>(state + kLengthAt, copy.length_bytes);
+    store_release<std::uint64_t>(state + kAddressAt, copy.guest_address);
+    if (i == 2) store_release<std::uint16_t>(head + kLastAt, entry);
+    entry = load_acquire<std::uint16_t>(state + kNextAt);
+    at.advance(1, ring.size());
+  }
+  store_release<std::uint16_t>(head + kNumAt, 3);
+  store_release<std::uint64_t>(head + kCounterAt, 1000);
+  store_release<std::uint8_t>(head + kInflightAt, 1);
+  store_release<std::uint16_t>(area.begin + kFreeHeadAt, entry);
+  store_release<std::uint16_t>(area.begin + kOldFreeHeadAt, entry);
+}
+
+void packed_marked_request_is_done_again(Probe& probe) {
+  PackedGuest guest(probe, packed_with_inflight());
+  Area area;
+  get_area(guest.guest(), area);
+  start_with(guest, area);
+  guest.must_read(0, kDefaultBlock);
+  guest.stop_ring();
+  PackedRing& ring = guest.ring();
+  const PackedPosition first = ring.next_avail();
+  guest.post(1, kBlkTIn, 0, {}, guest.data().first(kDefaultBlock));
+  mark_in_flight(area, ring, first);
+  guest.channel().close();
+
+  Channel next(probe);
+  next.negotiate(kPlainFeatures | bit(kFRingPacked), kPlainProtocol | bit(kProtocolFInflightShmfd));
+  const int inflight_fds[] = {area.fd.get()};
+  next.command(Request::kSetInflightFd, payload_of(area.description), inflight_fds);
+  const auto& region = guest.guest().memory().regions()[0];
+  const int memory_fds[] = {region.fd};
+  next.command(Request::kSetMemTable,
+               payload_of(MemoryTableHead{.region_count = 1, .padding = 0}, region.description),
+               memory_fds);
+  const std::uint64_t number = 0;
+  const int kick[] = {ring.kick_fd()};
+  const int call[] = {ring.call_fd()};
+  next.command(Request::kSetVringNum, payload_of(VringState{0, ring.size()}));
+  next.command(Request::kSetVringBase, payload_of(VringState{0, ring.base()}));
+  next.command(Request::kSetVringAddr, payload_of(ring.addresses(0)));
+  next.command(Request::kSetVringCall, payload_of(number), call);
+  next.command(Request::kSetVringKick, payload_of(number), kick);
+  next.command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+  ring.kick();
+  const Answer answer = guest.await(1);
+  Probe::expect(answer.status == kBlkSOk,
+                fmt::format("a request that was in flight has status {}", answer.status));
+  ::usleep(50'000);
+  Probe::expect(!ring.has_used(), "a request that was in flight is completed twice");
+  guest.post(0, kBlkTIn, 0, {}, guest.data().first(kDefaultBlock));
+  ring.kick();
+  guest.await(0);
+}
+
 constexpr const char* kCommunication = "Communication";
 constexpr const char* kInflight = "Inflight I/O tracking";
 
@@ -389,6 +552,15 @@ constexpr std::array kTests{
          {kVhostUser, kInflight, Force::kMust,
           "what a region has in flight is done again by the backend that gets it, once"},
          marked_request_is_done_again},
+    Test{"reconnect/inflight-area-packed",
+         {kVhostUser, kInflight, Force::kMust,
+          "the region of a packed ring tells where the ring stands, and that all entries are free "
+          "when all is done"},
+         packed_area_is_kept},
+    Test{"reconnect/inflight-marked-packed",
+         {kVhostUser, kInflight, Force::kMust,
+          "what the region of a packed ring has in flight is done again, once"},
+         packed_marked_request_is_done_again},
     Test{.name = "reconnect/inflight-sigkill",
          .statement =
              {kVhostUser, kInflight, Force::kMust,

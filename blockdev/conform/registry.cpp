@@ -21,9 +21,11 @@ std::string_view to_string(Force force) {
 
 std::vector<const Test*> all_tests() {
   std::vector<const Test*> tests;
-  for (const auto group : {protocol_tests(), config_tests(), ring_tests(), request_tests(),
-                           memory_tests(), durability_tests(), reconnect_tests(),
-                           hostile_ring_tests(), hostile_message_tests(), integrity_tests()}) {
+  for (const auto group :
+       {program_tests(), protocol_tests(), status_tests(), config_tests(), ring_tests(),
+        packed_tests(), request_tests(), memory_tests(), durability_tests(), reconnect_tests(),
+        migration_tests(), hostile_ring_tests(), hostile_packed_tests(), hostile_message_tests(),
+        integrity_tests()}) {
     for (const Test& test : group) tests.push_back(&test);
   }
   return tests;

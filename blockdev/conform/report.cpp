@@ -1,5 +1,10 @@
 #include "blockdev/conform/report.h"
 
+#include <algorithm>
+#include <array>
+#include <string_view>
+#include <utility>
+
 #include <fmt/core.h>
 
 namespace vblk::conform {
@@ -28,10 +33,45 @@ std::string one_line(std::string text) {
   return text;
 }
 
-std::string xml(const std::string& text) {
+// What a backend says may be any bytes; those that move a terminal's cursor, or a parser's, go.
+std::string without_controls(std::string text) {
+  std::ranges::replace_if(
+      text,
+      [](char c) {
+        const auto byte = static_cast<unsigned char>(c);
+        return (byte < 0x20 && c != '\n') || byte == 0x7f;
+      },
+      '?');
+  return text;
+}
+
+// How many bytes a character of UTF-8 has that begins with `text`; 0: it is none that XML takes.
+std::size_t character_bytes(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned first = byte(0);
+  if (first < 0x80) return first >= 0x20 || first == '\n' ? 1 : 0;
+  const std::size_t count = first >= 0xf0 && first < 0xf5 ? 4 : first >= 0xe0 ? 3 : 2;
+  if (first < 0xc2 || first >= 0xf5 || text.size() < count) return 0;
+  char32_t code = first & (0xffU >> (count + 1));
+  for (std::size_t i = 1; i < count; ++i) {
+    if ((byte(i) & 0xc0U) != 0x80U) return 0;
+    code = code << 6 | (byte(i) & 0x3fU);
+  }
+  constexpr std::array<char32_t, 5> kSmallest{0, 0, 0x80, 0x800, 0x10000};
+  const bool is_surrogate = code >= 0xd800 && code < 0xe000;
+  const bool is_none = code == 0xfffe || code == 0xffff;
+  return code < kSmallest[count] || code > 0x10ffff || is_surrogate || is_none ? 0 : count;
+}
+
+// What XML cannot say becomes a question mark.
+std::string xml(std::string_view text) {
   std::string out;
-  for (const char c : text) {
-    if (c == '&') {
+  while (!text.empty()) {
+    const std::size_t count = character_bytes(text);
+    const char c = text[0];
+    if (count == 0) {
+      out += '?';
+    } else if (c == '&') {
       out += "&amp;";
     } else if (c == '<') {
       out += "&lt;";
@@ -39,18 +79,18 @@ std::string xml(const std::string& text) {
       out += "&gt;";
     } else if (c == '"') {
       out += "&quot;";
-    } else if (static_cast<unsigned char>(c) < 0x20 && c != '\n') {
-      out += ' ';
     } else {
-      out += c;
+      out += text.substr(0, count);
     }
+    text.remove_prefix(std::max<std::size_t>(count, 1));
   }
   return out;
 }
 
 }  // namespace
 
-void Report::add(const Result& result) {
+void Report::add(Result result) {
+  result.text = without_controls(std::move(result.text));
   seconds_ += result.seconds;
   if (result.outcome == Outcome::kPassed) ++totals_.passed;
   if (result.outcome == Outcome::kSkipped) ++totals_.skipped;
@@ -140,7 +180,7 @@ void Report::finish(std::size_t test_count, const std::string& why_incomplete) {
     case ReportFormat::kJunit:
       fmt::print(
           "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"vblk conform\" "
-          "tests=\"{}\" failures=\"{}\" skipped=\"{}\" time=\"{:.3f}\">\n{}",
+          "tests=\"{}\" failures=\"{}\" errors=\"0\" skipped=\"{}\" time=\"{:.3f}\">\n{}",
           run, totals_.failed, totals_.skipped, seconds_, junit_);
       if (!why_incomplete.empty())
         fmt::print("  <system-err>{}</system-err>\n", xml(why_incomplete));

@@ -25,7 +25,7 @@ class Report {
   // `repeat`: the command line that runs a single test again, up to its name.
   Report(ReportFormat format, std::string repeat) : format_(format), repeat_(std::move(repeat)) {}
 
-  void add(const Result& result);
+  void add(Result result);
   // Ends the report. `why_incomplete`: why not all of `test_count` have run; empty if they have.
   void finish(std::size_t test_count, const std::string& why_incomplete);
   [[nodiscard]] const Totals& totals() const { return totals_; }

@@ -1,10 +1,7 @@
 #include "blockdev/conform/ring.h"
 
 #include <atomic>
-#include <poll.h>
-#include <sys/eventfd.h>
 #include <thread>
-#include <unistd.h>
 #include <utility>
 
 #include "blockdev/virtio/little_endian.h"
@@ -17,30 +14,15 @@ namespace {
 
 constexpr std::size_t kTableAlignment = 16;
 constexpr std::size_t kRingAlignment = 64;
-// Behind each part of the ring, so that a test sees what is written beyond it.
-constexpr std::size_t kMargin = 64;
 constexpr std::chrono::microseconds kLookAgain{20};
-
-std::byte* part(driver::DriverMemory& memory, std::size_t bytes, std::size_t alignment) {
-  const auto room = memory.allocate(bytes + kMargin, alignment);
-  Probe::expect(!room.empty(), "the suite's own guest memory is too small for this ring");
-  return room.data();
-}
-
-vhost_user::UniqueFd event_fd() {
-  return vhost_user::UniqueFd(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-}
 
 }  // namespace
 
 Ring::Ring(driver::DriverMemory& memory, std::uint16_t size, std::uint16_t base)
     : size_(size),
-      table_(part(memory, descriptor_table_bytes(size), kTableAlignment)),
-      avail_(part(memory, avail_ring_bytes(size), kRingAlignment)),
-      used_(part(memory, used_ring_bytes(size), kRingAlignment)),
-      kick_(event_fd()),
-      call_(event_fd()),
-      error_(event_fd()),
+      table_(ring_room(memory, descriptor_table_bytes(size), kTableAlignment)),
+      avail_(ring_room(memory, avail_ring_bytes(size), kRingAlignment)),
+      used_(ring_room(memory, used_ring_bytes(size), kRingAlignment)),
       avail_index_(base),
       published_index_(base),
       used_index_(base) {
@@ -90,12 +72,11 @@ bool Ring::kick_if_wanted() {
 
 void Ring::kick() {
   published_index_ = avail_index_;
-  const std::uint64_t one = 1;
-  [[maybe_unused]] const auto written = ::write(kick_.get(), &one, sizeof one);
+  signal_kick();
 }
 
 std::optional<Ring::Used> Ring::take() {
-  if (device_used_index() == used_index_) return std::nullopt;
+  if (!has_used()) return std::nullopt;
   const std::byte* const element =
       used_ + kUsedRingOffset + (used_index_ & (size_ - 1U)) * kUsedElementBytes;
   ++used_index_;
@@ -105,21 +86,11 @@ std::optional<Ring::Used> Ring::take() {
 
 bool Ring::wait_used(std::chrono::milliseconds patience) {
   const auto deadline = std::chrono::steady_clock::now() + patience;
-  while (device_used_index() == used_index_) {
+  while (!has_used()) {
     if (std::chrono::steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(kLookAgain);
   }
   return true;
-}
-
-bool Ring::wait_call(std::chrono::milliseconds patience) {
-  pollfd descriptor{.fd = call_.get(), .events = POLLIN, .revents = 0};
-  return ::poll(&descriptor, 1, static_cast<int>(patience.count())) > 0;
-}
-
-std::uint64_t Ring::take_calls() {
-  std::uint64_t count = 0;
-  return ::read(call_.get(), &count, sizeof count) == sizeof count ? count : 0;
 }
 
 void Ring::use_event_idx() {
@@ -153,7 +124,5 @@ vhost_user::VringAddress Ring::addresses(std::uint32_t index) const {
           .avail_user_address = reinterpret_cast<std::uint64_t>(avail_),
           .log_guest_address = 0};
 }
-
-void Ring::replace_call_fd() { call_ = event_fd(); }
 
 }  // namespace vblk::conform

@@ -12,6 +12,7 @@
 #include <span>
 
 #include "blockdev/conform/channel.h"
+#include "blockdev/conform/doorbells.h"
 #include "blockdev/driver/driver_memory.h"
 #include "blockdev/virtio/split_ring.h"
 
@@ -25,7 +26,7 @@ struct Piece {
   std::uint16_t extra_flags{0};
 };
 
-class Ring {
+class Ring : public Doorbells {
  public:
   struct Used {
     std::uint32_t id;
@@ -57,11 +58,9 @@ class Ring {
   void kick();
   // The next used element, if there is one.
   std::optional<Used> take();
-  // Waits until there is one: looking at memory, or woken by the call descriptor alone.
+  [[nodiscard]] bool has_used() const { return device_used_index() != used_index_; }
+  // Waits until there is one, looking at memory.
   bool wait_used(std::chrono::milliseconds patience = kPatience);
-  bool wait_call(std::chrono::milliseconds patience);
-  // Takes back what the call descriptor has counted.
-  std::uint64_t take_calls();
 
   // Drives the ring by EVENT_IDX from now on, as if whoever had it before was waiting for a kick.
   void use_event_idx();
@@ -76,21 +75,14 @@ class Ring {
   [[nodiscard]] std::byte* table() const { return table_; }
   [[nodiscard]] std::byte* avail() const { return avail_; }
   [[nodiscard]] std::byte* used() const { return used_; }
-  [[nodiscard]] int kick_fd() const { return kick_.get(); }
-  [[nodiscard]] int call_fd() const { return call_.get(); }
-  [[nodiscard]] int error_fd() const { return error_.get(); }
   // The ring's parts for SET_VRING_ADDR.
   [[nodiscard]] vhost_user::VringAddress addresses(std::uint32_t index) const;
-  void replace_call_fd();
 
  private:
   const std::uint16_t size_;
   std::byte* table_;
   std::byte* avail_;
   std::byte* used_;
-  vhost_user::UniqueFd kick_;
-  vhost_user::UniqueFd call_;
-  vhost_user::UniqueFd error_;
   std::uint16_t avail_index_;
   std::uint16_t published_index_;
   std::uint16_t used_index_;

@@ -170,6 +170,27 @@ void readable_buffers_stay(Probe& probe) {
   Probe::expect(!guest.differs(kDefaultBlock, 9), "the data of a write has been changed");
 }
 
+// Descriptors, and the available ring, are the driver's.
+void descriptors_stay(Probe& probe) {
+  Guest guest(probe);
+  Ring& ring = guest.ring();
+  const auto copy = [](const std::byte* begin, std::size_t bytes) {
+    return Bytes(begin, begin + bytes);
+  };
+  for (int i = 0; i < 50; ++i) {
+    guest.post(0, static_cast<std::uint16_t>(i % 8), kBlkTIn, 0, {},
+               guest.data().first(kDefaultBlock));
+    const Bytes table = copy(ring.table(), descriptor_table_bytes(ring.size()));
+    const Bytes avail = copy(ring.avail(), avail_ring_bytes(ring.size()));
+    ring.kick_if_wanted();
+    guest.await(0, static_cast<std::uint16_t>(i % 8));
+    Probe::expect(std::equal(table.begin(), table.end(), ring.table()),
+                  "the descriptor table has been written");
+    Probe::expect(std::equal(avail.begin(), avail.end(), ring.avail()),
+                  "the available ring has been written");
+  }
+}
+
 // ---- Indirect descriptors
 
 void with_indirect(Probe& probe, std::uint16_t direct_pieces, std::uint16_t table_flags) {
@@ -477,6 +498,10 @@ constexpr std::array kTests{
                        "device-readable buffers are not written"},
          .run = readable_buffers_stay,
          .destructive = true},
+    Test{"ring/descriptors-untouched",
+         {kVirtio, "The Virtqueue Descriptor Table", Force::kMust,
+          "no entry of the descriptor table is written, nor the available ring"},
+         descriptors_stay},
     Test{"ring/indirect",
          {kVirtio, kIndirect, Force::kMust, "INDIRECT_DESC that is offered works"},
          indirect_works},

@@ -111,7 +111,8 @@ void Runner::end_leftovers() const {
   }
 }
 
-Result Runner::run(const Test& test, const std::atomic<bool>& interrupted) {
+Result Runner::run(const Test& test, const std::atomic<bool>& interrupted,
+                   std::chrono::milliseconds limit) {
   const auto begin = Clock::now();
   const auto result = [&](Outcome outcome, std::string text) {
     return Result{.test = &test,
@@ -132,7 +133,9 @@ Result Runner::run(const Test& test, const std::atomic<bool>& interrupted) {
 
   std::string text;
   // A soak takes as long as it was told to.
-  const auto deadline = begin + test.deadline + options_.soak;
+  const auto patience = test.deadline + (is_soak(test) ? options_.soak : std::chrono::seconds(0));
+  const bool is_limited = limit < patience;
+  const auto deadline = begin + (is_limited ? limit : patience);
   bool timed_out = false;
   for (bool open = child > 0; open;) {
     const auto left =
@@ -164,12 +167,17 @@ Result Runner::run(const Test& test, const std::atomic<bool>& interrupted) {
     return result(outcome, text.substr(1));
   }
   if (interrupted) return result(Outcome::kSkipped, "interrupted");
+  if (timed_out && is_limited) {
+    Result unfinished = result(Outcome::kSkipped, "the time of the run has ended");
+    unfinished.cut_short = true;
+    return unfinished;
+  }
   if (timed_out) {
     return result(
         Outcome::kFailed,
         fmt::format("the test does not come to an end within {} s: the backend stalls, or "
                     "answers for ever",
-                    (test.deadline + options_.soak).count()));
+                    patience.count()));
   }
   return result(Outcome::kFailed,
                 WIFSIGNALED(status)
@@ -186,7 +194,7 @@ Expected<void> Runner::check_backend(const std::atomic<bool>& interrupted) {
         const Channel channel(probe);
         probe.expect_end();
       }};
-  const Result result = run(kFirst, interrupted);
+  const Result result = run(kFirst, interrupted, kFirst.deadline);
   if (result.outcome == Outcome::kPassed) return {};
   return make_error(ErrorKind::kIo, result.text);
 }

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <set>
 #include <string>
 #include <sys/types.h>
@@ -24,14 +25,16 @@ struct Result {
   Outcome outcome;
   std::string text;
   double seconds;
+  bool cut_short{false};  // ended by the caller's limit: this says nothing of the backend
 };
 
 class Runner {
  public:
   explicit Runner(const ProbeOptions& options);
 
-  // Runs one test to its end. `interrupted` is looked at while it runs.
-  Result run(const Test& test, const std::atomic<bool>& interrupted);
+  // Runs one test to its end, for `limit` at most. `interrupted` is looked at while it runs.
+  Result run(const Test& test, const std::atomic<bool>& interrupted,
+             std::chrono::milliseconds limit);
   // Whether a backend can be had at all, and talks. Error: why not.
   Expected<void> check_backend(const std::atomic<bool>& interrupted);
 

@@ -45,19 +45,28 @@ struct Test {
   }
 };
 
+// Whether a test goes on for as long as --duration says.
+[[nodiscard]] inline bool is_soak(const Test& test) { return test.group() == "integrity"; }
+
 inline constexpr const char* kVirtio = "virtio 1.2";
 inline constexpr const char* kVirtio13 = "virtio 1.3";
 inline constexpr const char* kVhostUser = "vhost-user.rst (QEMU 7.2)";
+inline constexpr const char* kVhostUser82 = "vhost-user.rst (QEMU 8.2)";
 
 // By group, in the order in which they run.
 [[nodiscard]] std::span<const Test> protocol_tests();
 [[nodiscard]] std::span<const Test> config_tests();
 [[nodiscard]] std::span<const Test> ring_tests();
+[[nodiscard]] std::span<const Test> packed_tests();
 [[nodiscard]] std::span<const Test> request_tests();
 [[nodiscard]] std::span<const Test> hostile_ring_tests();
+[[nodiscard]] std::span<const Test> hostile_packed_tests();
 [[nodiscard]] std::span<const Test> hostile_message_tests();
 [[nodiscard]] std::span<const Test> memory_tests();
 [[nodiscard]] std::span<const Test> durability_tests();
+[[nodiscard]] std::span<const Test> migration_tests();
+[[nodiscard]] std::span<const Test> status_tests();
+[[nodiscard]] std::span<const Test> program_tests();
 [[nodiscard]] std::span<const Test> reconnect_tests();
 [[nodiscard]] std::span<const Test> integrity_tests();
 

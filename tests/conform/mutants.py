@@ -20,9 +20,11 @@ DEVICE = "blockdev/virtio/blk_device.cpp"
 QUEUE = "blockdev/virtio/blk_queue.cpp"
 RING = "blockdev/virtio/virtqueue.cpp"
 INFLIGHT = "blockdev/virtio/inflight_region.cpp"
+PACKED = "blockdev/virtio/packed_virtqueue.cpp"
+PACKED_INFLIGHT = "blockdev/virtio/packed_inflight_region.cpp"
+DIRTY = "blockdev/virtio/dirty_marker.cpp"
 BACKEND = "blockdev/vhost_user/backend.cpp"
 NODE = "blockdev/raw_node.cpp"
-FILES = (REQUEST, DEVICE, QUEUE, RING, INFLIGHT, BACKEND, NODE)
 
 
 def mutant(name, found_by, where, *changes):
@@ -178,7 +180,108 @@ MUTANTS = (
     mutant("used-id-is-wrong", "ring/full", RING,
            ("  store_le<std::uint32_t>(element, head);",
             '  store_le<std::uint32_t>(element, mutant("used-id-is-wrong") && head != 0 ? head - 1U : head);')),
+    mutant("descriptor-is-written", "ring/descriptors-untouched", RING,
+           ("  ++used_index_;\n  if (inflight_) inflight_.completed(head);",
+            '  if (mutant("descriptor-is-written"))\n'
+            "    store_le<std::uint32_t>(const_cast<std::byte*>(layout_.descriptor_table) + head * kDescriptorBytes + 8, 0U);\n"
+            "  ++used_index_;\n  if (inflight_) inflight_.completed(head);")),
+    # ---- Packed rings
+    mutant("packed-counter-does-not-change", "packed/laps", PACKED,
+           ("  next_used_.advance(buffer.length, layout_.size);",
+            '  next_used_.advance(mutant("packed-list-is-not-skipped") ? std::size_t{1} : buffer.length, layout_.size);\n'
+            '  if (mutant("packed-counter-does-not-change")) next_used_.wrap = true;')),
+    mutant("packed-list-is-not-skipped", "packed/list-over-end", PACKED),
+    mutant("packed-id-is-wrong", "packed/buffer-id", PACKED,
+           ("  store_le<std::uint16_t>(used + kPackedIdOffset, id);",
+            "  store_le<std::uint16_t>(used + kPackedIdOffset,\n"
+            '                          static_cast<std::uint16_t>(mutant("packed-id-is-wrong") && id != 0 ? id - 1 : id));')),
+    mutant("packed-id-is-the-first", "packed/buffer-id", PACKED,
+           ("  const std::uint16_t id = copies_[copy].id;",
+            '  if (mutant("packed-id-is-cut")) copies_[copy].id %= layout_.size;\n'
+            '  const std::uint16_t id = copies_[mutant("packed-id-is-the-first") ? free_copy_ : copy].id;'),
+           ("  const std::uint16_t id = copies_[peeked_.last].id;",
+            '  const std::uint16_t id = copies_[mutant("packed-id-is-the-first") ? peeked_.first : peeked_.last].id;')),
+    mutant("packed-id-is-cut", "hostile-packed/id-beyond", PACKED),
+    mutant("packed-write-flag-is-missing", "packed/write-flag", PACKED,
+           ("packed_used_flags(next_used_.wrap) | kDescFWrite);",
+            'packed_used_flags(next_used_.wrap) | (mutant("packed-write-flag-is-missing") ? 0 : kDescFWrite));')),
+    mutant("packed-events-are-never-off", "packed/not-notified", PACKED,
+           ("  if (!layout_.event_idx) return packed_event_flags(event) != kPackedEventDisable;",
+            '  if (mutant("packed-events-are-never-off")) return true;\n'
+            '  if (mutant("packed-event-is-lost") && next_used_.index % 8 == 0) return false;\n'
+            "  if (!layout_.event_idx) return packed_event_flags(event) != kPackedEventDisable;")),
+    mutant("packed-event-is-lost", "packed/event", PACKED),
+    mutant("packed-event-is-in-any-lap", "packed/event-holds-back", PACKED,
+           ("  return packed_need_event(event, next_used_, count, layout_.size);",
+            '  const std::uint32_t lap = mutant("packed-event-is-in-any-lap") ? 0x8000U : 0U;\n'
+            "  return packed_need_event(lap == 0 ? event : (event & ~lap) | (next_used_.wrap ? lap : 0U), next_used_, count,\n"
+            "                           layout_.size);")),
+    mutant("packed-event-flag-is-reserved", "packed/device-event", PACKED,
+           ("  store_release_le(layout_.device_event, packed_event(kPackedEventDisable));",
+            '  store_release_le(layout_.device_event, packed_event(mutant("packed-event-flag-is-reserved") ? 3 : kPackedEventDisable));')),
+    mutant("packed-kick-is-not-asked-for", "packed/kick", PACKED,
+           (": packed_event(kPackedEventEnable));",
+            ': packed_event(mutant("packed-kick-is-not-asked-for") ? kPackedEventDisable : kPackedEventEnable));')),
+    mutant("packed-kick-is-asked-for-elsewhere", "packed/kick-event-idx", PACKED,
+           ("? packed_event(kPackedEventAtDescriptor, next_avail_)",
+            "? packed_event(kPackedEventAtDescriptor,\n"
+            "               PackedPosition{static_cast<std::uint16_t>(\n"
+            '                                  (next_avail_.index + (mutant("packed-kick-is-asked-for-elsewhere") ? 5 : 0)) %\n'
+            "                                  layout_.size),\n"
+            "                              next_avail_.wrap})")),
+    mutant("packed-indirect-ends-without-next", "packed/indirect-flags", PACKED,
+           ("  for (std::size_t i = 0; i < entries; ++i)\n    add(read_descriptor(table + i * kDescriptorBytes), builder);",
+            "  for (std::size_t i = 0; i < entries; ++i) {\n"
+            "    const PackedDescriptor entry = read_descriptor(table + i * kDescriptorBytes);\n"
+            "    add(entry, builder);\n"
+            '    if (mutant("packed-indirect-ends-without-next") && (entry.flags & kDescFNext) == 0) break;\n  }')),
+    mutant("packed-used-bit-is-ignored", "packed/only-available", PACKED,
+           ("  if (!is_packed_available(load_flags(next_avail_.index), next_avail_.wrap)) return std::nullopt;",
+            "  const auto is_available = [](std::uint16_t flags, bool wrap) {\n"
+            '    if (mutant("packed-used-bit-is-ignored")) return ((flags & kPackedFAvail) != 0) == wrap;\n'
+            "    return is_packed_available(flags, wrap);\n  };\n"
+            "  if (!is_available(load_flags(next_avail_.index), next_avail_.wrap)) return std::nullopt;")),
+    mutant("packed-list-goes-on-anywhere", "hostile-packed/list-into-nothing", PACKED,
+           ("    if (!is_packed_available(next.flags, position.wrap)) {",
+            '    if (!is_available(next.flags, position.wrap) && !mutant("packed-list-goes-on-anywhere")) {')),
+    mutant("packed-indirect-without-feature", "hostile-packed/indirect-not-negotiated", PACKED,
+           ("  if (!layout_.indirect) return broken(",
+            '  if (!layout_.indirect && !mutant("packed-indirect-without-feature")) return broken(')),
+    mutant("packed-base-is-halved", "packed/vring-base", BACKEND),
+    # ---- The log of dirty pages
+    mutant("log-misses-the-status", "migration/log-status", DIRTY,
+           ("    ranges.push_back({memory_->guest_address_of(begin), piece.iov_len});",
+            '    if (mutant("log-misses-the-status") && piece.iov_len == 1) continue;\n'
+            '    if (mutant("log-misses-the-data") && piece.iov_len > 1) continue;\n'
+            "    ranges.push_back({memory_->guest_address_of(begin),\n"
+            '                      mutant("log-misses-later-pages") && piece.iov_len > 4096 ? 4096 : piece.iov_len});'),
+           ("  ranges.push_back({memory_->guest_address_of(status), 1});",
+            '  if (!mutant("log-misses-the-status")) ranges.push_back({memory_->guest_address_of(status), 1});')),
+    mutant("log-misses-the-data", "migration/log-queues", DIRTY),
+    mutant("log-misses-later-pages", "migration/log-data", DIRTY),
+    mutant("log-misses-the-used-ring", "migration/log-used-ring", DIRTY,
+           ("  for (const RingPart& part : ring_parts_) log_->mark(",
+            '  if (mutant("log-misses-the-used-ring")) return;\n'
+            "  for (const RingPart& part : ring_parts_) log_->mark(")),
+    mutant("log-flag-is-ignored", "migration/log-used-ring", BACKEND,
+           ("          .marks_ring = (ring.addresses.flags & kVringAddressFLog) != 0,",
+            '          .marks_ring = (ring.addresses.flags & kVringAddressFLog) != 0 || mutant("log-flag-is-ignored"),')),
+    mutant("log-is-never-off", "migration/log-off", BACKEND,
+           ("  if ((features_ & bit(kFLogAll)) == 0 || log_ == nullptr) return {};",
+            '  if (((features_ & bit(kFLogAll)) == 0 && !mutant("log-is-never-off")) || log_ == nullptr) return {};')),
+    mutant("log-base-is-not-answered", "migration/log-base", BACKEND,
+           ("  if (!changed || wants_reply(message)) return changed;",
+            '  if (!changed || wants_reply(message) || mutant("log-base-is-not-answered")) return changed;')),
     # ---- In flight
+    mutant("packed-in-flight-is-never-cleared", "reconnect/inflight-area-packed", PACKED_INFLIGHT,
+           ("  for (const std::uint16_t entry : entries)\n"
+            "    store_release<std::uint8_t>(desc(entry) + kPackedInflightFlagOffset, 0);",
+            '  if (!mutant("packed-in-flight-is-never-cleared"))\n'
+            "    for (const std::uint16_t entry : entries)\n"
+            "      store_release<std::uint8_t>(desc(entry) + kPackedInflightFlagOffset, 0);")),
+    mutant("packed-in-flight-is-forgotten", "reconnect/inflight-marked-packed", PACKED_INFLIGHT,
+           ("    walk.in_flight.push_back(std::move(buffer));",
+            '    if (!mutant("packed-in-flight-is-forgotten")) walk.in_flight.push_back(std::move(buffer));')),
     mutant("in-flight-is-forgotten", "reconnect/inflight-marked", INFLIGHT,
            ("    recovery.heads.push_back(head);",
             '    if (!mutant("in-flight-is-forgotten")) recovery.heads.push_back(head);')),
@@ -198,7 +301,8 @@ MUTANTS = (
             '((message.header.flags & kFlagNeedReply) != 0 || mutant("ack-is-sent-unasked"));')),
     mutant("vring-base-is-stale", "protocol/vring-base", BACKEND,
            ("VringState{.index = state.index, .value = (*ring)->next_avail});",
-            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U : (*ring)->next_avail});')),
+            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U\n'
+            '                             : mutant("packed-base-is-halved") ? (*ring)->next_avail & 0xffffU : (*ring)->next_avail});')),
     mutant("vring-base-is-ignored", "protocol/index-wraps", BACKEND,
            ("  (*ring)->next_avail = state.value;",
             '  if (!mutant("vring-base-is-ignored")) (*ring)->next_avail = state.value;')),
@@ -213,6 +317,13 @@ MUTANTS = (
            ("    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }",
             '    if (mutant("call-descriptor-is-kept")) return {};\n'
             "    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }")),
+    mutant("kicks-are-not-polled-for", "protocol/kick-descriptor-none", BACKEND,
+           ('  if (no_fd) return refused("a ring without a kick descriptor is not supported");',
+            '  if (no_fd && mutant("kicks-are-not-polled-for")) return {};\n'
+            '  if (no_fd) return refused("a ring without a kick descriptor is not supported");')),
+    mutant("unoffered-protocol-features-are-accepted", "protocol/protocol-features-unoffered", BACKEND,
+           ("  if (surplus != 0) return refused(",
+            '  if (surplus != 0 && !mutant("unoffered-protocol-features-are-accepted")) return refused(')),
     mutant("one-queue-too-many", "protocol/every-queue", BACKEND,
            ("  return reply_u64(message, rings_.size());",
             '  return reply_u64(message, rings_.size() + (mutant("one-queue-too-many") ? 1 : 0));')),
@@ -221,6 +332,10 @@ MUTANTS = (
             '  if (mutant("removed-slots-stay")) return {};\n'
             '  if (mutant("removal-leaks") && !message.fds.empty()) message.fds[0].release();\n'
             "  if (removed == 0) return refused(")),
+    mutant("removal-looks-at-the-offset", "memory/slot-named", BACKEND,
+           ("           region->size_bytes() == wire.size_bytes && region->user_address() == wire.user_address;",
+            "           region->size_bytes() == wire.size_bytes && region->user_address() == wire.user_address &&\n"
+            '           (wire.mmap_offset == 0 || !mutant("removal-looks-at-the-offset"));')),
     mutant("removal-leaks", "memory/removal-descriptor", BACKEND),
     mutant("change-of-size-is-not-told", "config/resize-told", BACKEND,
            ("  if (!backend_channel_) return;",

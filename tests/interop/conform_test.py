@@ -34,14 +34,17 @@ RUN_LIMIT_SECONDS = 120
 EXPECTED_SKIPS = {
     "durability/claimed-write-through": "writeback is 1",
     "durability/": "takes root" if os.geteuid() else "does not lie on",
+    "migration/": "no LOG_SHMFD is offered",  # but with --migration on, see below
+    "status/": "is offered",
 }
 # Defects that Debian 12's qemu-storage-daemon (7.2) is known to have, found by hand before this suite was written.
 QSD_DEFECTS = ("durability/claimed-write-through", "durability/no-flush-no-wce", "reconnect/writeback", "config/size-max",
                "ring/used-length-of-failure", "request/get-id")
 
 
-# Runs beside each other, on two processors.
+# Runs beside each other, on two processors; single tests wait for more of their time than whole runs do.
 AT_ONCE = 3
+SINGLE_TESTS_AT_ONCE = 6
 TRIES = 3
 
 
@@ -72,7 +75,7 @@ def test_vblk(report, options):
     def run_one(image_format, engine):
         with Folder() as folder:
             status, output, seconds = conform(options.vblk, "--profile", "vblk", "--aio", engine, "--format", image_format,
-                                              "--output", "tap", "--duration", 3, folder=folder)
+                                              "--output", "tap", "--duration", 2, folder=folder)
             return status, output, seconds, os.listdir(folder)
 
     cases = [(image_format, engine) for image_format in ("raw", "qcow2") for engine in ENGINES]
@@ -90,6 +93,17 @@ def test_vblk(report, options):
                      "\n".join(unexpected))
         report.check(f"{title}: within {RUN_LIMIT_SECONDS} s, and nothing is left behind",
                      seconds < RUN_LIMIT_SECONDS and not left, f"{seconds:.0f} s; {left}")
+
+
+def test_vblk_migration(report, options):
+    """A disk that can be migrated offers a log of dirty pages; by itself it does not."""
+    with Folder() as folder:
+        serve = f"{options.vblk} serve {{image}} --socket-path {{socket}} --queues 4 --migration on --log-level warning"
+        status, output, _ = conform(options.vblk, "--backend-command", serve, "--group", "migration", "--group", "program",
+                                    "--output", "tap", folder=folder)
+    results = tap_of(output)
+    report.check(f"vblk, --migration on: passes what is about the log, {len(results)} tests, and skips nothing",
+                 status == 0 and set(results.values()) == {"ok"} and len(results) > 10, output)
 
 
 def test_vblk_cache_modes(report, options):
@@ -237,6 +251,47 @@ def test_misbehaving_backends(report, options):
                          "killed by signal 7" in output, output)
 
 
+def test_programs(report, options):
+    """A program that breaks each convention: says nothing of itself, ends well without its disk, and goes into the background."""
+    script = f"test -e {{image}} || exit 0; {options.vblk} serve {{image}} --socket-path {{socket}} --log-level off & wait"
+    with Folder() as folder:
+        status, output, _ = conform(options.vblk, "--backend-command", f"sh -c '{script}'", "--group", "program", "--output",
+                                    "tap", folder=folder)
+    results = tap_of(output)
+    report.check("a program that keeps no convention fails each test of its group",
+                 status == 1 and len(results) == 3 and set(results.values()) == {"not ok"}, output)
+
+
+SPDK = """import json, os, sys
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+config = json.load(open(arguments["-c"]))
+calls = {call["method"]: call["params"] for part in config["subsystems"] for call in part["config"]}
+disk = calls.get("bdev_aio_create") or calls["bdev_uring_create"]
+controller = calls["vhost_create_blk_controller"]
+assert controller["dev_name"] == disk["name"] and disk["block_size"] == 512
+words = [VBLK, "serve", disk["filename"], "--socket-path", os.path.join(arguments["-S"], controller["ctrlr"])]
+os.execv(VBLK, words + ["--log-level", "off"] + ["--read-only"] * controller["readonly"])
+"""
+
+
+def test_spdk_profile(report, options):
+    """SPDK is not there: its command line and file are, and serve a disk by a stand-in that reads them as SPDK does."""
+    with Folder() as folder:
+        program = folder / "vhost"
+        program.write_text(f"#!{sys.executable}\nVBLK = {str(options.vblk)!r}\n{SPDK}")
+        program.chmod(0o755)
+        for engine in ("native", "io_uring"):
+            status, output, _ = conform(options.vblk, "--profile", "spdk", "--program", program, "--aio", engine, "--test",
+                                        "request/read-write", "--test", "request/read-only*", "--output", "tap", folder=folder)
+            results = tap_of(output)
+            report.check(f"the profile of SPDK, {engine}: starts a disk, and a read-only one",
+                         status == 0 and len(results) == 4 and set(results.values()) == {"ok"}, output)
+        for arguments, names in ((["--aio", "threads"], "io_uring"), (["--format", "qcow2"], "raw"),
+                                 (["--cache", "writeback"], "none")):
+            status, output, _ = conform(options.vblk, "--profile", "spdk", *arguments, folder=folder)
+            report.check(f"the profile of SPDK: {' '.join(arguments)} is refused", status == 2 and names in output, output)
+
+
 def test_backends_that_do_not_start(report, options):
     for title, command, names in (("that is not there", "/nowhere/at-all {socket}", "/nowhere/at-all"),
                                   ("that ends at once", "false {socket}", "ended with status 1"),
@@ -306,6 +361,9 @@ def test_listing(report, options):
     names = re.findall(r"^([a-z-]+/[a-z0-9-]+)", output, re.MULTILINE)
     report.check("--list: each test once, with its statement", status == 0 and len(names) == len(set(names)) > 150 and
                  len(re.findall(r'", (MUST|SHOULD|robust):$', output, re.MULTILINE)) == len(names), output[:1000])
+    sources = set(re.findall(r'^    (.*), "(?:[^"]+)", \w+:$', output, re.MULTILINE))
+    report.check("--list: each statement names a document with its version", sources <= {
+        "virtio 1.2", "virtio 1.3", "vhost-user.rst (QEMU 7.2)", "vhost-user.rst (QEMU 8.2)"}, sources)
     report.check("--list takes a group", set(re.findall(r"^([a-z-]+)/", few, re.MULTILINE)) == {"memory"}, few[:500])
     status, text = run("python3", HERE.parent.parent / "scripts" / "conform_table.py", "--check", options.vblk)
     report.check("docs/conformance.md has the table of --list", status == 0, text)
@@ -359,6 +417,59 @@ def test_formats(report, options):
         failure = suite.find("testcase/failure")
         report.check("junit: a failure has its message", status == 1 and suite.get("failures") == "1" and
                      failure is not None and "NUL" in "".join(failure.itertext()), junit)
+        test_validity(report, options, folder)
+
+
+def is_complete_tap(output):
+    """Whether it is TAP: test lines numbered from 1, comments, and a plan at one end."""
+    lines = output.removesuffix("\n").split("\n")
+    numbers = [int(found[1]) for line in lines if (found := re.match(r"(?:not )?ok (\d+) - [^#]+(?:# SKIP .+)?$", line))]
+    others = [line for line in lines if not re.match(r"(?:not )?ok \d+ |#|1\.\.\d+$|Bail out! ", line)]
+    plans = [line for line in lines if line.startswith("1..")]
+    return numbers == list(range(1, len(numbers) + 1)) and not others and len(plans) == 1 and \
+        (plans[0] == f"1..{len(numbers)}" or lines[-1].startswith("Bail out!"))
+
+
+def test_validity(report, options, folder):
+    """What a program says on its way out may be anything; what is printed of it stays TAP and XML."""
+    ends = folder / "ends"
+    noise = r"1..99\r<&\001\033[2J\377\200\303\360\237\230\200 ]]>"
+    ends.write_text(f"#!/bin/sh\ntest -e {folder}/once || {{ touch {folder}/once; exec {options.vblk} serve $1 --socket-path $2; }}\n"
+                    f"printf 'not ok 7\\n{noise}\"' >&2\nexit 1\n")
+    ends.chmod(0o755)
+    command = ["--backend-command", f"{ends} {{image}} {{socket}}", "--test", "config/[bpcs]*", "--output"]
+    status, tap, _ = conform(options.vblk, *command, "tap", folder=folder)
+    (folder / "once").unlink()
+    report.check("tap: whatever a program says, its lines are TAP's", status == 1 and is_complete_tap(tap) and
+                 "not ok" in set(tap_of(tap).values()), tap)
+    if shutil.which("prove"):
+        (folder / "tap").write_text(tap)
+        text = run("prove", "--exec", "cat", folder / "tap")[1]
+        report.check("tap: prove reads it, and finds nothing wrong but the failures",
+                     "Parse errors" not in text and f"Failed {sum(r == 'not ok' for r in tap_of(tap).values())}/" in text, text)
+    done = subprocess.run([str(word) for word in (options.vblk, "conform", *command, "junit")], capture_output=True,
+                          timeout=RUN_LIMIT_SECONDS, env=os.environ | {"TMPDIR": str(folder)})
+    try:
+        suite = xml.etree.ElementTree.fromstring(done.stdout)
+    except xml.etree.ElementTree.ParseError as error:
+        report.check("junit: whatever a program says, it is XML", False, f"{error}\n{done.stdout}")
+        return
+    cases = suite.findall("testcase")
+    counts = {"tests": len(cases), "failures": len(suite.findall("testcase/failure")),
+              "skipped": len(suite.findall("testcase/skipped")), "errors": 0}
+    report.check("junit: whatever a program says, it is XML, and its sums are those of its cases",
+                 done.returncode == 1 and counts["failures"] > 3 and all(suite.get(key) == str(n) for key, n in counts.items()) and
+                 all(case.get("name") and case.get("classname") and float(case.get("time")) >= 0 for case in cases),
+                 done.stdout)
+
+
+def test_duration(report, options):
+    """A soak goes on for as long as it is told to."""
+    with Folder() as folder:
+        status, output, seconds = conform(options.vblk, "--profile", "vblk", "--test", "integrity/random", "--duration", "3s",
+                                          "--output", "tap", folder=folder)
+    report.check("--duration 3s: an integrity test takes 3 s and little more", status == 0 and 3 <= seconds < 20,
+                 f"{seconds:.1f} s\n{output}")
 
 
 def test_interrupt(report, options):
@@ -390,8 +501,10 @@ def read_bytes(path):
 
 # ---- Seeded defects
 
-def mutant_command(options):
+def mutant_command(options, found_by):
     serve = f"{options.mutant} serve {{image}} --socket-path {{socket}} --monitor {{monitor}} --queues 4 --log-level off"
+    if found_by.startswith("migration/"):
+        serve += " --migration on"
     return ["--backend-command", serve, "--read-only-command", serve + " --read-only", "--resize-command",
             f"{options.vblk} ctl {{monitor}} resize {{bytes}}", "--output", "tap", "--duration", 3, "--randseed", 1]
 
@@ -401,23 +514,26 @@ def test_mutants(report, options):
     report.check("each seeded defect still has its place in the source", not missing,
                  missing + "(change tests/conform/mutants.py along with the source)")
     tests = sorted({mutant.found_by for mutant in MUTANTS})
-    with Folder() as folder:
-        status, output, _ = conform(options.vblk, *mutant_command(options), *(w for t in tests for w in ("--test", t)),
-                                    folder=folder)
-    sound = tap_of(output)
-    report.check("without a defect the same program passes the tests that are to find them", status == 0, output)
+    sound = {}
+    for some in ([t for t in tests if t.startswith("migration/")], [t for t in tests if not t.startswith("migration/")]):
+        with Folder() as folder:
+            status, output, _ = conform(options.vblk, *mutant_command(options, some[0]),
+                                        *(w for t in some for w in ("--test", t)), folder=folder)
+        sound |= tap_of(output)
+        report.check(f"without a defect the same program passes the {len(some)} tests that are to find them", status == 0,
+                     output)
 
     def run_one(mutant):
         # Some show only where a request is in flight at the right moment, which a busy machine may miss.
         for _ in range(TRIES):
             with Folder() as folder:
-                status, output, seconds = conform(options.vblk, *mutant_command(options), "--test", mutant.found_by,
+                status, output, seconds = conform(options.vblk, *mutant_command(options, mutant.found_by), "--test", mutant.found_by,
                                                   folder=folder, VBLK_MUTANT=mutant.name)
             if status == 1:
                 break
         return status, output, seconds
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(SINGLE_TESTS_AT_ONCE) as pool:
         runs = list(pool.map(run_one, MUTANTS))
     for mutant, (status, output, _) in zip(MUTANTS, runs):
         title = f"{mutant.name} is found by {mutant.found_by}"
@@ -435,9 +551,9 @@ def main():
     options = parser.parse_args()
     options.vblk, options.mutant = options.vblk.resolve(), options.mutant.resolve()
     report = Report()
-    for test in (test_options, test_listing, test_formats, test_interrupt, test_destructive_is_asked_for,
-                 test_backends_that_do_not_start, test_misbehaving_backends, test_backend_that_dies, test_mutants, test_vblk,
-                 test_vblk_cache_modes, test_qemu):
+    for test in (test_options, test_listing, test_formats, test_duration, test_interrupt, test_destructive_is_asked_for,
+                 test_programs, test_spdk_profile, test_backends_that_do_not_start, test_misbehaving_backends,
+                 test_backend_that_dies, test_mutants, test_vblk, test_vblk_migration, test_vblk_cache_modes, test_qemu):
         if options.only and options.only not in test.__name__:
             continue
         try:
