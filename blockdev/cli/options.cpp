@@ -99,7 +99,7 @@ program_options::options_description serve_description() {
           "queues", value<std::string>()->default_value("1")->value_name("N"),     //
           "virtqueues offered, 1 to 64")                                           //
       ("queue-size", value<std::string>()->default_value("128")->value_name("N"),  //
-       "largest virtqueue accepted, a power of two from 2 to 1024")                //
+       "largest virtqueue accepted, a power of two from 2 to 32768")               //
       ("iothreads", value<std::string>()->default_value("1")->value_name("N"),     //
        "I/O threads that share the virtqueues, 1 to --queues")                     //
       ("iothread-cpus", value<std::string>()->value_name("CPUS,..."),
@@ -276,7 +276,8 @@ Expected<void> take_device(const program_options::variables_map& map, ServeOptio
   std::optional<Error> error;
   auto& device = options.device;
   take(parse_number(map, "queues", 1, kMaxQueues), device.queue_count, error);
-  take(parse_number(map, "queue-size", 2, 1024), device.queue_size_max, error);
+  take(parse_number(map, "queue-size", 2, virtio::BlkDevice::kQueueSizeMax), device.queue_size_max,
+       error);
   take(parse_number(map, "logical-block-size", 512, 4096), device.logical_block_bytes, error);
   take(parse_number(map, "iothreads", 1, kMaxQueues), options.iothread_count, error);
   unsigned poll_max_us = 0;

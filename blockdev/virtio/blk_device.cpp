@@ -68,10 +68,10 @@ Expected<std::unique_ptr<BlkDevice>> BlkDevice::create(blockdev::BlockNode& node
                     node.name(), node.size_bytes(), block));
   }
   if (!std::has_single_bit(options.queue_size_max) || options.queue_size_max < 2 ||
-      options.queue_size_max > 1024) {
-    return make_error(
-        ErrorKind::kInvalidArgument,
-        fmt::format("--queue-size {}: use a power of two from 2 to 1024", options.queue_size_max));
+      options.queue_size_max > kQueueSizeMax) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("--queue-size {}: use a power of two from 2 to {}",
+                                  options.queue_size_max, kQueueSizeMax));
   }
   if (options.queue_count == 0)
     return make_error(ErrorKind::kInvalidArgument, "--queues 0: use at least 1");

@@ -25,7 +25,7 @@ namespace vblk::virtio {
 
 struct BlkDeviceOptions {
   std::uint16_t queue_count{1};
-  std::uint16_t queue_size_max{128};       // power of two, 2 to 1024 here; decides seg_max
+  std::uint16_t queue_size_max{128};       // power of two, 2 to 32768; decides seg_max
   std::uint32_t logical_block_bytes{512};  // 512, 1024, 2048 or 4096
   std::string serial{"vblk"};              // at most 20 bytes (VIRTIO_BLK_ID_BYTES)
   bool discard{true};                      // offer DISCARD where the node can (--discard unmap)
@@ -37,6 +37,8 @@ struct BlkDeviceOptions {
 
 class BlkDevice {
  public:
+  // "Queue Size ... maximum is 32768".
+  static constexpr std::uint16_t kQueueSizeMax = 32768;
   // Longest config space served to GET_CONFIG; beyond the structure it reads as zero.
   static constexpr std::size_t kConfigBytesMax = 256;
 

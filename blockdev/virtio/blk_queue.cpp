@@ -5,6 +5,7 @@
 #include <bit>
 #include <cassert>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <fcntl.h>
 #include <new>
@@ -37,14 +38,15 @@ namespace {
 constexpr unsigned kPopsPerPoll = 8;
 
 // A chain is a ring's worth of descriptors and then an indirect table; each descriptor may be cut
-// where memory regions meet, which happens once in a while at most.
+// where memory regions meet, which happens once in a while at most. A request with more pieces than
+// one kernel I/O takes is refused (parse_blk_request), so a longer ring needs no more room.
 constexpr std::size_t kExtraIovecs = 16;
 constexpr std::size_t room_per_slot(std::size_t queue_size) {
-  return queue_size + kIndirectEntriesMax + kExtraIovecs;
+  return std::min<std::size_t>(queue_size, IOV_MAX) + kIndirectEntriesMax + kExtraIovecs;
 }
 
 // Memory that exists only where it is touched: room for the longest chain in every slot, of which a
-// guest uses a few percent.
+// guest uses a few percent. 33 KiB for each slot of a long ring, of which a request takes a page.
 class IovecArena {
  public:
   IovecArena(std::size_t slots, std::size_t per_slot)
@@ -52,6 +54,8 @@ class IovecArena {
     void* const mapping = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED) throw std::bad_alloc();
+    // A huge page for a touch here and there would make all of it exist.
+    if (bytes_ > kBytesWithHugePagesMax) ::madvise(mapping, bytes_, MADV_NOHUGEPAGE);
     iovecs_ = static_cast<iovec*>(mapping);
   }
   ~IovecArena() { ::munmap(iovecs_, bytes_); }
@@ -63,6 +67,9 @@ class IovecArena {
   }
 
  private:
+  // The longest rings that QEMU makes, of 1024, have 33 MiB.
+  static constexpr std::size_t kBytesWithHugePagesMax = std::size_t{64} << 20;
+
   std::size_t per_slot_;
   std::size_t bytes_;
   iovec* iovecs_;
