@@ -20,6 +20,7 @@
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/device_gate.h"
 #include "blockdev/virtio/error_policy.h"
+#include "blockdev/virtio/interrupt_hold.h"
 
 namespace vblk::virtio {
 
@@ -33,6 +34,7 @@ struct BlkDeviceOptions {
   bool write_cache{true};  // initial `writeback`: false for writethrough and directsync
   ErrorPolicy on_error;
   blockdev::IoLimits limits;  // at the start; DeviceGate::set_limits() changes them
+  InterruptOptions interrupts;
 };
 
 class BlkDevice {

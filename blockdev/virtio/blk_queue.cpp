@@ -26,6 +26,7 @@
 #include "blockdev/virtio/dirty_marker.h"
 #include "blockdev/virtio/guest_memory_guard.h"
 #include "blockdev/virtio/inflight_region.h"
+#include "blockdev/virtio/interrupt_hold.h"
 #include "blockdev/virtio/little_endian.h"
 
 namespace vblk::virtio {
@@ -181,6 +182,8 @@ struct BlkQueue::State {
         limiter(blk_device.gate().limiter(), io_context.loop(),
                 [this](blockdev::IoLimiter::Ticket& ticket) { go_on(ticket); }),
         retry_timer(io_context.loop().make_timer([this] { retry(); })),
+        interrupts(blk_device.options().interrupts, io_context.loop(),
+                   [this] { send_interrupt(); }),
         registration(blk_device.gate(), io_context.loop(), [this] { look_at_gate(); }) {
     again.reserve(layout.size);
     kept.reserve(layout.size);
@@ -210,6 +213,13 @@ struct BlkQueue::State {
   void sort_in_kept();
   void end_recovery();
   void give_up_the_rest();
+  void interrupt();
+  void hold_interrupt();
+  void send_held_interrupt();
+  void send_interrupt();
+  [[nodiscard]] std::uint64_t answered() const {
+    return statistics.requests - in_flight - times_kept;
+  }
   void retry();
   void look_at_gate();
   void get_id(Slot& slot, const BlkCommand& command);
@@ -250,8 +260,10 @@ struct BlkQueue::State {
   Attachment attachment;
   blockdev::IoLimiter::Queue limiter;
   std::unique_ptr<blockdev::IoLoop::Timer> retry_timer;
+  InterruptHold interrupts;
   DeviceGate::Registration registration;
-  std::size_t in_flight{0};  // taken and not answered, but for those that are kept
+  std::size_t in_flight{0};     // taken and not answered, but for those that are kept
+  std::uint64_t times_kept{0};  // of any request
   // No count that is ever reached: the first look is at the memory itself, which may have gone
   // before this queue started.
   std::uint64_t faults_seen{~std::uint64_t{0}};
@@ -517,6 +529,8 @@ void BlkQueue::stop(Unfinished unfinished, std::move_only_function<void()> stopp
 }
 
 void BlkQueue::set_call_fd(int fd) {
+  // What is held was wanted by whom the former one tells.
+  if (state_->interrupts.is_holding()) state_->send_interrupt();
   make_non_blocking(fd);
   state_->call_fd = fd;
   // A predecessor may have died between what it published and its interrupt, or have sent that to
@@ -581,10 +595,8 @@ void BlkQueue::settle() {
   if (state.stopping && state.in_flight == 0 && state.is_recovering &&
       state.device.gate().is_paused())
     state.give_up_the_rest();
-  if (state.ring.has_unpublished() && state.publish() && state.call_fd >= 0) {
-    ++state.statistics.interrupts;
-    signal(state.call_fd);
-  }
+  if (state.ring.has_unpublished() && state.publish() && state.call_fd >= 0) state.interrupt();
+  if (state.interrupts.is_holding()) state.send_held_interrupt();
   if (state.stopping && state.in_flight == 0 && !state.is_recovering && state.stopped) {
     // Whoever runs the ring next may wait for a kick at once. The last access to guest memory.
     static_cast<void>(state.enable_notifications());
@@ -594,6 +606,7 @@ void BlkQueue::settle() {
 }
 
 bool BlkQueue::prepare_to_sleep() {
+  if (state_->interrupts.is_holding()) state_->interrupts.prepare_to_sleep();
   // A stop that settle() has not seen yet: stop() may be called between the cycle and the sleep.
   if (state_->stopping) return state_->in_flight > 0 || !state_->stopped;
   if (state_->is_broken) return true;
@@ -611,6 +624,31 @@ bool BlkQueue::prepare_to_sleep() {
 void BlkQueue::wake_up() {
   if (state_->stopping || state_->is_broken) return;
   state_->disable_notifications();
+}
+
+// The driver wants one for what has just been published.
+inline void BlkQueue::State::interrupt() {
+  if (interrupts.is_on()) return hold_interrupt();
+  ++statistics.interrupts;
+  signal(call_fd);
+}
+
+[[gnu::noinline]] void BlkQueue::State::hold_interrupt() {
+  if (!interrupts.hold()) ++statistics.interrupts_merged;
+}
+
+// Once in each cycle, if there is one.
+[[gnu::noinline]] void BlkQueue::State::send_held_interrupt() {
+  const bool more_will_come =
+      in_flight > 0 && !stopping && !is_broken && !is_recovering && !device.gate().is_paused();
+  if (!more_will_come || interrupts.is_due(answered())) send_interrupt();
+}
+
+void BlkQueue::State::send_interrupt() {
+  interrupts.sent(answered());
+  if (call_fd < 0) return;
+  ++statistics.interrupts;
+  signal(call_fd);
 }
 
 // What a ring writes of its own accord is marked as what requests write is.
@@ -907,6 +945,7 @@ void BlkQueue::State::keep(Slot& slot, int error) {
                            .length_bytes = slot.length_bytes,
                            .error = error};
   --in_flight;
+  ++times_kept;
   if (&slot == taken_again) {
     --next_again;
     taken_again = nullptr;
