@@ -364,6 +364,7 @@ ServedDevice::Answer ServedDevice::query_status() {
       {"holds-image", handover_ == nullptr || handover_->is_taken()},
       {"connected", status->connected},
       {"features", status->features},
+      {"device-status", status->device_status},
       {"interrupt-max-us", interrupts.hold_max.count()},
       {"interrupt-max-batch", interrupts.batch_max},
       {"flushes",

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -54,12 +55,17 @@ class BlkDevice {
   // The driver's choice; resets nothing. Error: kInvalidArgument if a bit was not offered.
   // CONFIG_WCE without FLUSH sets writeback to 0 ("Device Initialization").
   // May be repeated with other bits (the frontend does so for its own, in migration): writeback
-  // changes only where the choice of FLUSH and CONFIG_WCE does.
+  // changes only where the choice of FLUSH and CONFIG_WCE does. What a driver has set by
+  // write_config() is set again where CONFIG_WCE is chosen.
   Expected<void> set_features(std::uint64_t features);
   [[nodiscard]] std::uint64_t negotiated_features() const;
 
   // Back to the state of a device nobody has talked to: no features, the initial writeback.
   void reset();
+  // The driver has reset the device: as reset(), but a writeback that was set stays. A frontend
+  // that shows the driver a copy of the config space (QEMU's) goes on showing it what was set, and
+  // a driver that finds write-through there sends no flushes.
+  void forget_features();
 
   // Config space bytes [offset, offset + out.size()), zero beyond the structure. `writeback` in it
   // is the initial value until features are negotiated (QEMU reads it then, once, and shows the
@@ -96,6 +102,7 @@ class BlkDevice {
   DeviceGate gate_;
   std::atomic<std::uint64_t> negotiated_features_{0};
   std::atomic<bool> writeback_{true};  // as the driver or the options last set it
+  std::optional<bool> set_by_driver_;  // by write_config(), since reset()
   std::atomic<bool> features_set_{false};
   std::atomic<bool> write_through_{true};
 };

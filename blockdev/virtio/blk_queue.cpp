@@ -171,6 +171,7 @@ struct BlkQueue::State {
         ring(layout, *memory),
         marker(std::move(dirty_marker)),
         log_event_fd(setup.logging.event_fd),
+        on_broken(setup.on_broken),
         index(setup.index),
         is_resumed(!recovery.is_fresh),
         again(std::move(recovery.heads)),
@@ -243,6 +244,7 @@ struct BlkQueue::State {
   AnyVirtqueue ring;
   const std::unique_ptr<DirtyMarker> marker;  // nothing where nothing is to be marked
   const int log_event_fd;
+  const std::function<void()> on_broken;
   const std::uint16_t index;
   const bool is_resumed;             // goes on where a predecessor stopped
   std::vector<std::uint16_t> again;  // heads to be taken again, in this order; room for all
@@ -999,6 +1001,7 @@ void BlkQueue::State::break_ring(const char* reason) {
   if (log::peer_line_allowed())
     log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);
   signal(error_fd);
+  if (on_broken) on_broken();
 }
 
 }  // namespace vblk::virtio

@@ -77,6 +77,7 @@ struct BlkQueueSetup {
   // Without such an area: what the queue before this one has left (BlkQueue::left()).
   LeftRequests left;
   DirtyLogging logging;
+  std::function<void()> on_broken;  // called on the I/O thread when the ring breaks; or nothing
 };
 
 // Counters since the queue started; read on the I/O thread.
