@@ -187,8 +187,9 @@ Expected<std::unique_ptr<Target>> open_socket_target(const SocketTargetOptions& 
   driver_options.queue_count = static_cast<std::uint16_t>(options.queue_count);
   driver_options.packed = options.packed_rings;
   // Three descriptors for each request where the backend has no indirect ones.
-  driver_options.queue_size =
-      std::max<std::uint16_t>(128, std::bit_ceil(static_cast<std::uint16_t>(options.depth_max)));
+  const auto queue_size_min =
+      std::max<std::uint16_t>(2, std::bit_ceil(static_cast<std::uint16_t>(options.depth_max)));
+  driver_options.queue_size = std::max<std::uint16_t>(128, queue_size_min);
   constexpr std::size_t kRoomForRings = std::size_t{1} << 20;
   const std::size_t of_each_io = (options.block_bytes_max + kBufferAlignmentBytes) /
                                      kBufferAlignmentBytes * kBufferAlignmentBytes +
@@ -199,6 +200,10 @@ Expected<std::unique_ptr<Target>> open_socket_target(const SocketTargetOptions& 
        kBufferAlignmentBytes - 1) /
       kBufferAlignmentBytes * kBufferAlignmentBytes;
   auto connected = driver::BlkDriver::connect(options.socket_path, driver_options);
+  // A backend may take shorter rings only, and says so to nobody before.
+  if (!connected && connected.error().kind == ErrorKind::kNotSupported &&
+      std::exchange(driver_options.queue_size, queue_size_min) != queue_size_min)
+    connected = driver::BlkDriver::connect(options.socket_path, driver_options);
   if (!connected) return std::unexpected(std::move(connected.error()));
   SocketTargetOptions known = options;
   if (known.process == 0) known.process = (*connected)->frontend().backend_process();

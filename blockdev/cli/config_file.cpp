@@ -46,6 +46,8 @@ constexpr std::array kKeyTypes{
     KeyType{"thread-pool-max", ValueType::kNumber},
     KeyType{"aio-max-batch", ValueType::kNumber},
     KeyType{"poll-max-us", ValueType::kNumber},
+    KeyType{"interrupt-max-us", ValueType::kNumber},
+    KeyType{"interrupt-max-batch", ValueType::kNumber},
     KeyType{"size", ValueType::kSize},
     KeyType{"l2-cache-size", ValueType::kSize},
     KeyType{"refcount-cache-size", ValueType::kSize},

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <chrono>
 #include <sstream>
 #include <string_view>
 #include <utility>
@@ -99,7 +100,7 @@ program_options::options_description serve_description() {
           "queues", value<std::string>()->default_value("1")->value_name("N"),     //
           "virtqueues offered, 1 to 64")                                           //
       ("queue-size", value<std::string>()->default_value("128")->value_name("N"),  //
-       "largest virtqueue accepted, a power of two from 2 to 1024")                //
+       "largest virtqueue accepted, a power of two from 2 to 32768")               //
       ("iothreads", value<std::string>()->default_value("1")->value_name("N"),     //
        "I/O threads that share the virtqueues, 1 to --queues")                     //
       ("iothread-cpus", value<std::string>()->value_name("CPUS,..."),
@@ -133,6 +134,12 @@ program_options::options_description serve_description() {
       ("poll-max-us", value<std::string>()->default_value("32")->value_name("US"),  //
        "longest that an I/O thread goes on looking for work before it sleeps, where that "
        "pays; 0 to 10000, 0: it sleeps at once")  //
+      ("interrupt-max-us", value<std::string>()->default_value("0")->value_name("US"),
+       "hold an interrupt back for at most so long, to be one for several answers; 0 to 10000, 0: "
+       "none is")  //
+      ("interrupt-max-batch", value<std::string>()->value_name("N"),
+       "with --interrupt-max-us: and until N requests have been answered since the last one, 1 to "
+       "32768 (default: 16)")  //
       ("recovery", value<std::string>()->default_value("on")->value_name("on|off"),
        "whether requests in flight survive this server, for the next one to finish; 'off' saves "
        "qcow2 a write for each new cluster")  //
@@ -272,11 +279,31 @@ Expected<void> take_image(const program_options::variables_map& map, ServeOption
   return {};
 }
 
+Expected<void> take_interrupts(const program_options::variables_map& map,
+                               virtio::InterruptOptions& interrupts) {
+  std::optional<Error> error;
+  unsigned hold_max_us = 0;
+  take(parse_number(map, "interrupt-max-us", 0, 10'000), hold_max_us, error);
+  interrupts.hold_max = std::chrono::microseconds(hold_max_us);
+  if (map.contains("interrupt-max-batch")) {
+    take(parse_number(map, "interrupt-max-batch", 1, virtio::BlkDevice::kQueueSizeMax),
+         interrupts.batch_max, error);
+    if (!error && hold_max_us == 0) {
+      return usage_error(
+          "--interrupt-max-batch does nothing where no interrupt is held back; give "
+          "--interrupt-max-us too");
+    }
+  }
+  if (error) return std::unexpected(std::move(*error));
+  return {};
+}
+
 Expected<void> take_device(const program_options::variables_map& map, ServeOptions& options) {
   std::optional<Error> error;
   auto& device = options.device;
   take(parse_number(map, "queues", 1, kMaxQueues), device.queue_count, error);
-  take(parse_number(map, "queue-size", 2, 1024), device.queue_size_max, error);
+  take(parse_number(map, "queue-size", 2, virtio::BlkDevice::kQueueSizeMax), device.queue_size_max,
+       error);
   take(parse_number(map, "logical-block-size", 512, 4096), device.logical_block_bytes, error);
   take(parse_number(map, "iothreads", 1, kMaxQueues), options.iothread_count, error);
   unsigned poll_max_us = 0;
@@ -317,6 +344,7 @@ Expected<void> take_device(const program_options::variables_map& map, ServeOptio
   take(virtio::parse_write_error_choice(map["werror"].as<std::string>(), "--werror"),
        device.on_error.write, error);
   if (error) return std::unexpected(std::move(*error));
+  if (auto done = take_interrupts(map, device.interrupts); !done) return done;
   device.serial = map["serial"].as<std::string>();
   device.discard = options.image.discard;
   device.write_cache = blockdev::has_write_cache(options.image.cache);

@@ -346,9 +346,11 @@ ServedDevice::Answer ServedDevice::query_status() {
                      {"errors", ring.statistics.errors},
                      {"unsupported", ring.statistics.unsupported},
                      {"interrupts", ring.statistics.interrupts},
+                     {"interrupts-merged", ring.statistics.interrupts_merged},
                      {"kicks", ring.statistics.kicks}});
   }
   const auto flushes = node.flush_statistics();
+  const virtio::InterruptOptions& interrupts = options_.device.interrupts;
   return json::object{
       {"image", node.name()},
       {"size", node.size_bytes()},
@@ -362,6 +364,9 @@ ServedDevice::Answer ServedDevice::query_status() {
       {"holds-image", handover_ == nullptr || handover_->is_taken()},
       {"connected", status->connected},
       {"features", status->features},
+      {"device-status", status->device_status},
+      {"interrupt-max-us", interrupts.hold_max.count()},
+      {"interrupt-max-batch", interrupts.batch_max},
       {"flushes",
        {{"requested", flushes.submitted}, {"issued", flushes.begun}, {"elided", flushes.elided}}},
       {"queues", std::move(rings)}};

@@ -110,11 +110,13 @@ std::optional<std::uint16_t> DriverQueue::add(std::span<const Buffer> chain) {
 
 std::optional<std::uint16_t> DriverQueue::add_packed(std::span<const Buffer> chain) {
   const auto id = packed_->next_id();
-  if (!id || chain.size() > pieces_.size()) return std::nullopt;
+  if (!id) return std::nullopt;
   std::size_t count = 0;
   if (is_indirect(chain)) {
     const Buffer whole = write_table(*id, chain);
     pieces_[count++] = {whole.guest_address, whole.length_bytes, kDescFIndirect};
+  } else if (chain.size() > pieces_.size()) {
+    return std::nullopt;
   } else {
     for (const Buffer& buffer : chain) {
       pieces_[count++] = {buffer.guest_address, buffer.length_bytes,

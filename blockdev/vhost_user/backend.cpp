@@ -26,7 +26,8 @@ constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number
 
 constexpr std::uint64_t kOfferedProtocolFeatures =
     bit(kProtocolFMq) | bit(kProtocolFReplyAck) | bit(kProtocolFBackendReq) |
-    bit(kProtocolFConfig) | bit(kProtocolFConfigureMemSlots);
+    bit(kProtocolFConfig) | bit(kProtocolFResetDevice) | bit(kProtocolFConfigureMemSlots) |
+    bit(kProtocolFStatus);
 
 // The gate has checked that the payload is long enough.
 template <typename T>
@@ -118,12 +119,15 @@ const Backend::Rule* Backend::rule_for(Request request) {
            &Backend::get_inflight_fd},
       Rule{Request::kSetInflightFd, kInflightBytesMin, sizeof(Inflight), 1, false,
            &Backend::set_inflight_fd},
+      Rule{Request::kResetDevice, 0, 0, 0, false, &Backend::reset_device},
       Rule{Request::kGetMaxMemSlots, 0, 0, 0, true, &Backend::get_max_mem_slots},
       Rule{Request::kAddMemReg, sizeof(SingleMemoryRegion), sizeof(SingleMemoryRegion), 1, false,
            &Backend::add_mem_reg},
       // Some frontends send the region's descriptor along once more; it is not needed.
       Rule{Request::kRemMemReg, sizeof(SingleMemoryRegion), sizeof(SingleMemoryRegion), 1, false,
            &Backend::rem_mem_reg},
+      Rule{Request::kSetStatus, kU64, kU64, 0, false, &Backend::set_status},
+      Rule{Request::kGetStatus, 0, 0, 0, true, &Backend::get_status},
   };
   const auto found = std::ranges::find(kRules, request, &Rule::request);
   return found == kRules.end() ? nullptr : &*found;
@@ -232,6 +236,7 @@ Expected<void> Backend::set_features(Message& message) {
     std::uint64_t of_the_device = features & ~bit(kFProtocolFeatures);
     if (options_.handover != nullptr) of_the_device &= ~bit(kFLogAll);
     auto set = device_.set_features(of_the_device);
+    features_accepted_ = set.has_value();
     if (!set) return set;
     features_ = features;
     carry_writeback_over();
@@ -449,6 +454,7 @@ Expected<void> Backend::set_inflight_fd(Message& message) {
   auto area = virtio::InflightArea::map(message.fds[0].get(), *description);
   if (!area) return std::unexpected(std::move(area.error()));
   inflight_ = std::move(*area);
+  inflight_is_of_before_reset_ = false;
   carry_writeback_over();
   return {};
 }
@@ -519,6 +525,59 @@ void Backend::give_up_unused_disk() {
   log::info("'{}' is given up: no guest runs on it here", device_.node().name());
 }
 
+// ---- Status and reset
+
+void Backend::reset() {
+  for (Ring& ring : rings_) {
+    stop(ring, Afterwards::kUnknown);
+    if (!ring.base_before_reset) ring.base_before_reset = ring.next_avail;
+    ring.size = 0;
+    ring.next_avail = 0;
+    ring.left = {};
+    ring.has_addresses = false;
+    ring.started = false;
+    ring.enabled = false;
+    ring.kick.reset();
+  }
+  give_up_unused_disk();
+  device_.forget_features();
+  features_ = 0;
+  features_accepted_ = false;
+  inflight_is_of_before_reset_ = inflight_ != nullptr;
+  status_.reset();
+  needs_reset_ = false;
+}
+
+Expected<void> Backend::reset_device(Message& /*message*/) {
+  if (!negotiated_protocol(kProtocolFResetDevice))
+    return refused("RESET_DEVICE was not negotiated");
+  reset();
+  return {};
+}
+
+Expected<void> Backend::set_status(Message& message) {
+  if (!negotiated_protocol(kProtocolFStatus)) return refused("STATUS was not negotiated");
+  const auto value = payload_of<std::uint64_t>(message);
+  if (value != 0) return status_.write(value, features_accepted_);
+  reset();
+  return {};
+}
+
+Expected<void> Backend::get_status(Message& message) {
+  if (!negotiated_protocol(kProtocolFStatus)) return refused("STATUS was not negotiated");
+  return reply_u64(message, device_status());
+}
+
+std::uint8_t Backend::device_status() const {
+  const bool needs_reset = needs_reset_.load(std::memory_order_relaxed);
+  return static_cast<std::uint8_t>(status_.value() | (needs_reset ? virtio::kStatusNeedsReset : 0));
+}
+
+void Backend::tell_needs_reset() {
+  if (needs_reset_.load(std::memory_order_relaxed) && status_.is_driver_ok())
+    notify_config_change();
+}
+
 // ---- Rings
 
 Expected<Backend::Ring*> Backend::ring_at(std::uint64_t index) {
@@ -541,6 +600,7 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
     ring.started = false;
     return taken;
   }
+  if (std::exchange(inflight_is_of_before_reset_, false)) inflight_->clear();
   const virtio::BlkQueueSetup setup{.index = ring.index,
                                     .size = ring.size,
                                     .next_avail = ring.next_avail,
@@ -552,7 +612,11 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .error_fd = ring.error.get(),
                                     .inflight = inflight_,
                                     .left = std::exchange(ring.left, {}),
-                                    .logging = logging_of(ring)};
+                                    .logging = logging_of(ring),
+                                    .on_broken = [this] {
+                                      needs_reset_.store(true, std::memory_order_relaxed);
+                                      if (options_.on_broken) options_.on_broken();
+                                    }};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
   run_on(thread, [&] {
@@ -563,7 +627,11 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
       outcome = std::unexpected(std::move(queue.error()));
     }
   });
-  if (!outcome) ring.started = false;
+  if (outcome) {
+    ring.base_before_reset.reset();
+  } else {
+    ring.started = false;
+  }
   return outcome;
 }
 
@@ -634,6 +702,7 @@ Expected<void> Backend::set_vring_base(Message& message) {
     return refused(fmt::format("queue {}: base {} is no 16-bit index", state.index, state.value));
   }
   (*ring)->next_avail = state.value;
+  (*ring)->base_before_reset.reset();
   return {};
 }
 
@@ -646,7 +715,8 @@ Expected<void> Backend::get_vring_base(Message& message) {
   (*ring)->kick.reset();
   give_up_unused_disk();
   std::vector<std::byte> payload;
-  append(payload, VringState{.index = state.index, .value = (*ring)->next_avail});
+  const std::uint32_t base = (*ring)->base_before_reset.value_or((*ring)->next_avail);
+  append(payload, VringState{.index = state.index, .value = base});
   return reply(message, payload);
 }
 

@@ -15,6 +15,18 @@
 // A ring that breaks is not started again before its next kick descriptor, which comes with a reset
 // of the device.
 //
+// A reset (RESET_DEVICE, or SET_STATUS with 0) drains and stops all rings, disables them, and
+// forgets what the driver and the front-end have told about them and which features were chosen.
+// What belongs to the connection stays: protocol features, memory, the log, call and error
+// descriptors, the back-end's channel. Three things need care:
+//   - QEMU 7.2 sends SET_STATUS 0 whenever it stops its virtual machine, and asks for the bases of
+//     the rings afterwards (GET_VRING_BASE), to go on there later. They are told until a ring is
+//     given another, or started.
+//   - What a paused device keeps is left in the in-flight area, as by GET_VRING_BASE. It counts if
+//     the front-end gives that area again (SET_INFLIGHT_FD); a front-end that starts rings without
+//     having given any has the one that it gave before, cleared.
+//   - `writeback` stays as the driver has set it (BlkDevice::forget_features()).
+//
 // A device may be paused with requests that nobody answers before it is resumed (device_gate.h). A
 // ring that stops meanwhile leaves them: in the in-flight area for whoever serves the disk next;
 // where there is none, in its description here while it is certain to run again, and otherwise with
@@ -24,8 +36,11 @@
 // memory under a request must stay, and nobody else waits for this thread.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -37,6 +52,7 @@
 #include "blockdev/vhost_user/socket.h"
 #include "blockdev/virtio/blk_device.h"
 #include "blockdev/virtio/blk_queue.h"
+#include "blockdev/virtio/device_status.h"
 #include "blockdev/virtio/dirty_log.h"
 #include "blockdev/virtio/guest_memory.h"
 #include "blockdev/virtio/inflight_area.h"
@@ -62,6 +78,8 @@ struct BackendOptions {
   // and given up when the frontend has stopped the last one (GET_VRING_BASE), before the frontend
   // is told, or leaves. LOG_SHMFD is offered then: the frontend may migrate its guest.
   blockdev::HandoverNode* handover{nullptr};
+  // Called on an I/O thread when a ring has broken: has tell_needs_reset() called on the server's.
+  std::function<void()> on_broken;
 };
 
 class Backend {
@@ -84,6 +102,12 @@ class Backend {
 
   // Tells the frontend that the config space has changed, if it has given a channel for that.
   void notify_config_change();
+  // To be called after a ring has broken: tells a driver that is at work that it has to reset the
+  // device, as far as the frontend passes it on. "If DRIVER_OK is set, after it sets
+  // DEVICE_NEEDS_RESET, the device MUST send a device configuration change notification".
+  void tell_needs_reset();
+  // "Device Status Field", as GET_STATUS tells it.
+  [[nodiscard]] std::uint8_t device_status() const;
 
   [[nodiscard]] std::uint64_t features() const { return features_; }
   [[nodiscard]] std::vector<RingStatus> ring_status() const;
@@ -92,8 +116,9 @@ class Backend {
   struct Ring {
     std::uint16_t index{0};
     std::uint16_t size{0};
-    std::uint32_t next_avail{0};  // as BlkQueueSetup::next_avail
-    virtio::LeftRequests left;    // as BlkQueueSetup
+    std::uint32_t next_avail{0};                     // as BlkQueueSetup::next_avail
+    std::optional<std::uint32_t> base_before_reset;  // still told by GET_VRING_BASE
+    virtio::LeftRequests left;                       // as BlkQueueSetup
     bool has_addresses{false};
     VringAddress addresses{};
     bool started{false};
@@ -139,6 +164,9 @@ class Backend {
   Expected<void> set_config(Message& message);
   Expected<void> get_inflight_fd(Message& message);
   Expected<void> set_inflight_fd(Message& message);
+  Expected<void> reset_device(Message& message);
+  Expected<void> set_status(Message& message);
+  Expected<void> get_status(Message& message);
   Expected<virtio::InflightDescription> inflight_description(const Message& message) const;
   void carry_writeback_over();
 
@@ -157,6 +185,7 @@ class Backend {
   [[nodiscard]] virtio::DirtyLogging logging_of(const Ring& ring) const;
   Expected<void> take_disk();
   void give_up_unused_disk();
+  void reset();
   [[nodiscard]] std::uint64_t offered_protocol_features() const;
 
   UniqueFd socket_;
@@ -169,8 +198,12 @@ class Backend {
   std::uint64_t protocol_features_{0};
   std::shared_ptr<const virtio::GuestMemory> memory_;
   std::shared_ptr<const virtio::InflightArea> inflight_;  // none before SET_INFLIGHT_FD
+  bool inflight_is_of_before_reset_{false};               // what it says counts no more
   std::shared_ptr<const virtio::DirtyLog> log_;           // none before SET_LOG_BASE
   UniqueFd log_event_;
+  virtio::DeviceStatus status_;
+  bool features_accepted_{false};
+  std::atomic<bool> needs_reset_{false};  // set by I/O threads
   std::vector<Ring> rings_;
 };
 

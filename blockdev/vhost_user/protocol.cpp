@@ -50,12 +50,18 @@ std::string_view name_of(Request request) {
       return "GET_INFLIGHT_FD";
     case Request::kSetInflightFd:
       return "SET_INFLIGHT_FD";
+    case Request::kResetDevice:
+      return "RESET_DEVICE";
     case Request::kGetMaxMemSlots:
       return "GET_MAX_MEM_SLOTS";
     case Request::kAddMemReg:
       return "ADD_MEM_REG";
     case Request::kRemMemReg:
       return "REM_MEM_REG";
+    case Request::kSetStatus:
+      return "SET_STATUS";
+    case Request::kGetStatus:
+      return "GET_STATUS";
   }
   return "an unknown message";
 }

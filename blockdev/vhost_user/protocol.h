@@ -41,9 +41,12 @@ enum class Request : std::uint32_t {
   kSetConfig = 25,
   kGetInflightFd = 31,
   kSetInflightFd = 32,
+  kResetDevice = 34,
   kGetMaxMemSlots = 36,
   kAddMemReg = 37,
   kRemMemReg = 38,
+  kSetStatus = 39,
+  kGetStatus = 40,
 };
 
 // "Back-end message types".
@@ -67,7 +70,9 @@ inline constexpr unsigned kProtocolFReplyAck = 3;
 inline constexpr unsigned kProtocolFBackendReq = 5;
 inline constexpr unsigned kProtocolFConfig = 9;
 inline constexpr unsigned kProtocolFInflightShmfd = 12;
+inline constexpr unsigned kProtocolFResetDevice = 13;
 inline constexpr unsigned kProtocolFConfigureMemSlots = 15;
+inline constexpr unsigned kProtocolFStatus = 16;
 
 // "Header": request, flags, size; 32 bits each.
 struct Header {

@@ -87,6 +87,11 @@ Expected<std::unique_ptr<Server>> Server::create(
   assert(!io_threads.empty());
   auto state = std::make_unique<State>(device, io_threads);
   state->backend_options = options.backend;
+  state->backend_options.on_broken = [broken = state.get()] {
+    asio::post(broken->io, [broken] {
+      if (broken->backend != nullptr) broken->backend->tell_needs_reset();
+    });
+  };
   if (options.socket_fd >= 0) {
     const auto listens = is_listening(options.socket_fd);
     if (!listens) return std::unexpected(listens.error());
@@ -229,6 +234,7 @@ std::optional<ServerStatus> Server::status() {
     if (state->backend != nullptr) {
       status = {.connected = true,
                 .features = state->backend->features(),
+                .device_status = state->backend->device_status(),
                 .rings = state->backend->ring_status()};
     }
     answer->set_value(std::move(status));

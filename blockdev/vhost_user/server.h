@@ -30,6 +30,7 @@ struct ServerOptions {
 struct ServerStatus {
   bool connected{false};
   std::uint64_t features{0};
+  std::uint8_t device_status{0};  // as Backend::device_status()
   std::vector<RingStatus> rings;
 };
 

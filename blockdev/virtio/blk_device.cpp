@@ -68,10 +68,10 @@ Expected<std::unique_ptr<BlkDevice>> BlkDevice::create(blockdev::BlockNode& node
                     node.name(), node.size_bytes(), block));
   }
   if (!std::has_single_bit(options.queue_size_max) || options.queue_size_max < 2 ||
-      options.queue_size_max > 1024) {
-    return make_error(
-        ErrorKind::kInvalidArgument,
-        fmt::format("--queue-size {}: use a power of two from 2 to 1024", options.queue_size_max));
+      options.queue_size_max > kQueueSizeMax) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("--queue-size {}: use a power of two from 2 to {}",
+                                  options.queue_size_max, kQueueSizeMax));
   }
   if (options.queue_count == 0)
     return make_error(ErrorKind::kInvalidArgument, "--queues 0: use at least 1");
@@ -107,7 +107,9 @@ Expected<void> BlkDevice::set_features(std::uint64_t features) {
   if (choice_changes) {
     // "Device Initialization": with CONFIG_WCE and without FLUSH, writeback starts as 0.
     const bool volatile_allowed = negotiated(kBlkFFlush);
-    writeback_.store(options_.write_cache && volatile_allowed, std::memory_order_relaxed);
+    bool writeback = options_.write_cache;
+    if (set_by_driver_ && negotiated(kBlkFConfigWce)) writeback = *set_by_driver_;
+    writeback_.store(writeback && volatile_allowed, std::memory_order_relaxed);
   }
   update_write_through();
   return {};
@@ -129,9 +131,14 @@ bool BlkDevice::negotiated(unsigned bit) const {
 }
 
 void BlkDevice::reset() {
+  set_by_driver_.reset();
+  writeback_.store(options_.write_cache, std::memory_order_relaxed);
+  forget_features();
+}
+
+void BlkDevice::forget_features() {
   negotiated_features_.store(0, std::memory_order_relaxed);
   features_set_.store(false, std::memory_order_relaxed);
-  writeback_.store(options_.write_cache, std::memory_order_relaxed);
   update_write_through();
 }
 
@@ -159,8 +166,9 @@ std::array<std::byte, kBlkConfigBytes> BlkDevice::config() const {
   store_le<std::uint16_t>(config.data() + kBlkConfigMinIoSize,
                           static_cast<std::uint16_t>(physical / block));
   // Until features are negotiated this is the initial value, afterwards what is done.
-  const bool writeback =
-      features_set_.load(std::memory_order_relaxed) ? !write_through() : options_.write_cache;
+  const bool writeback = features_set_.load(std::memory_order_relaxed)
+                             ? !write_through()
+                             : set_by_driver_.value_or(options_.write_cache);
   config[kBlkConfigWriteback] = static_cast<std::byte>(writeback);
   store_le<std::uint16_t>(config.data() + kBlkConfigNumQueues, options_.queue_count);
   if ((offered_features_ & feature_bit(kBlkFDiscard)) != 0) {
@@ -207,6 +215,7 @@ Expected<void> BlkDevice::write_config(std::uint32_t offset, std::span<const std
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("writeback can be 0 or 1, not {}", value));
   }
+  set_by_driver_ = value == 1;
   writeback_.store(value == 1, std::memory_order_relaxed);
   update_write_through();
   return {};

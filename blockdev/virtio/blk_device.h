@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -20,12 +21,13 @@
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/device_gate.h"
 #include "blockdev/virtio/error_policy.h"
+#include "blockdev/virtio/interrupt_hold.h"
 
 namespace vblk::virtio {
 
 struct BlkDeviceOptions {
   std::uint16_t queue_count{1};
-  std::uint16_t queue_size_max{128};       // power of two, 2 to 1024 here; decides seg_max
+  std::uint16_t queue_size_max{128};       // power of two, 2 to 32768; decides seg_max
   std::uint32_t logical_block_bytes{512};  // 512, 1024, 2048 or 4096
   std::string serial{"vblk"};              // at most 20 bytes (VIRTIO_BLK_ID_BYTES)
   bool discard{true};                      // offer DISCARD where the node can (--discard unmap)
@@ -33,10 +35,13 @@ struct BlkDeviceOptions {
   bool write_cache{true};  // initial `writeback`: false for writethrough and directsync
   ErrorPolicy on_error;
   blockdev::IoLimits limits;  // at the start; DeviceGate::set_limits() changes them
+  InterruptOptions interrupts;
 };
 
 class BlkDevice {
  public:
+  // "Queue Size ... maximum is 32768".
+  static constexpr std::uint16_t kQueueSizeMax = 32768;
   // Longest config space served to GET_CONFIG; beyond the structure it reads as zero.
   static constexpr std::size_t kConfigBytesMax = 256;
 
@@ -50,12 +55,17 @@ class BlkDevice {
   // The driver's choice; resets nothing. Error: kInvalidArgument if a bit was not offered.
   // CONFIG_WCE without FLUSH sets writeback to 0 ("Device Initialization").
   // May be repeated with other bits (the frontend does so for its own, in migration): writeback
-  // changes only where the choice of FLUSH and CONFIG_WCE does.
+  // changes only where the choice of FLUSH and CONFIG_WCE does. What a driver has set by
+  // write_config() is set again where CONFIG_WCE is chosen.
   Expected<void> set_features(std::uint64_t features);
   [[nodiscard]] std::uint64_t negotiated_features() const;
 
   // Back to the state of a device nobody has talked to: no features, the initial writeback.
   void reset();
+  // The driver has reset the device: as reset(), but a writeback that was set stays. A frontend
+  // that shows the driver a copy of the config space (QEMU's) goes on showing it what was set, and
+  // a driver that finds write-through there sends no flushes.
+  void forget_features();
 
   // Config space bytes [offset, offset + out.size()), zero beyond the structure. `writeback` in it
   // is the initial value until features are negotiated (QEMU reads it then, once, and shows the
@@ -92,6 +102,7 @@ class BlkDevice {
   DeviceGate gate_;
   std::atomic<std::uint64_t> negotiated_features_{0};
   std::atomic<bool> writeback_{true};  // as the driver or the options last set it
+  std::optional<bool> set_by_driver_;  // by write_config(), since reset()
   std::atomic<bool> features_set_{false};
   std::atomic<bool> write_through_{true};
 };

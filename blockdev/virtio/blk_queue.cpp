@@ -5,6 +5,7 @@
 #include <bit>
 #include <cassert>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <fcntl.h>
 #include <new>
@@ -25,6 +26,7 @@
 #include "blockdev/virtio/dirty_marker.h"
 #include "blockdev/virtio/guest_memory_guard.h"
 #include "blockdev/virtio/inflight_region.h"
+#include "blockdev/virtio/interrupt_hold.h"
 #include "blockdev/virtio/little_endian.h"
 
 namespace vblk::virtio {
@@ -37,14 +39,15 @@ namespace {
 constexpr unsigned kPopsPerPoll = 8;
 
 // A chain is a ring's worth of descriptors and then an indirect table; each descriptor may be cut
-// where memory regions meet, which happens once in a while at most.
+// where memory regions meet, which happens once in a while at most. A request with more pieces than
+// one kernel I/O takes is refused (parse_blk_request), so a longer ring needs no more room.
 constexpr std::size_t kExtraIovecs = 16;
 constexpr std::size_t room_per_slot(std::size_t queue_size) {
-  return queue_size + kIndirectEntriesMax + kExtraIovecs;
+  return std::min<std::size_t>(queue_size, IOV_MAX) + kIndirectEntriesMax + kExtraIovecs;
 }
 
 // Memory that exists only where it is touched: room for the longest chain in every slot, of which a
-// guest uses a few percent.
+// guest uses a few percent. 33 KiB for each slot of a long ring, of which a request takes a page.
 class IovecArena {
  public:
   IovecArena(std::size_t slots, std::size_t per_slot)
@@ -52,6 +55,8 @@ class IovecArena {
     void* const mapping = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED) throw std::bad_alloc();
+    // A huge page for a touch here and there would make all of it exist.
+    if (bytes_ > kBytesWithHugePagesMax) ::madvise(mapping, bytes_, MADV_NOHUGEPAGE);
     iovecs_ = static_cast<iovec*>(mapping);
   }
   ~IovecArena() { ::munmap(iovecs_, bytes_); }
@@ -63,6 +68,9 @@ class IovecArena {
   }
 
  private:
+  // The longest rings that QEMU makes, of 1024, have 33 MiB.
+  static constexpr std::size_t kBytesWithHugePagesMax = std::size_t{64} << 20;
+
   std::size_t per_slot_;
   std::size_t bytes_;
   iovec* iovecs_;
@@ -163,6 +171,7 @@ struct BlkQueue::State {
         ring(layout, *memory),
         marker(std::move(dirty_marker)),
         log_event_fd(setup.logging.event_fd),
+        on_broken(setup.on_broken),
         index(setup.index),
         is_resumed(!recovery.is_fresh),
         again(std::move(recovery.heads)),
@@ -174,6 +183,8 @@ struct BlkQueue::State {
         limiter(blk_device.gate().limiter(), io_context.loop(),
                 [this](blockdev::IoLimiter::Ticket& ticket) { go_on(ticket); }),
         retry_timer(io_context.loop().make_timer([this] { retry(); })),
+        interrupts(blk_device.options().interrupts, io_context.loop(),
+                   [this] { send_interrupt(); }),
         registration(blk_device.gate(), io_context.loop(), [this] { look_at_gate(); }) {
     again.reserve(layout.size);
     kept.reserve(layout.size);
@@ -203,6 +214,13 @@ struct BlkQueue::State {
   void sort_in_kept();
   void end_recovery();
   void give_up_the_rest();
+  void interrupt();
+  void hold_interrupt();
+  void send_held_interrupt();
+  void send_interrupt();
+  [[nodiscard]] std::uint64_t answered() const {
+    return statistics.requests - in_flight - times_kept;
+  }
   void retry();
   void look_at_gate();
   void get_id(Slot& slot, const BlkCommand& command);
@@ -226,6 +244,7 @@ struct BlkQueue::State {
   AnyVirtqueue ring;
   const std::unique_ptr<DirtyMarker> marker;  // nothing where nothing is to be marked
   const int log_event_fd;
+  const std::function<void()> on_broken;
   const std::uint16_t index;
   const bool is_resumed;             // goes on where a predecessor stopped
   std::vector<std::uint16_t> again;  // heads to be taken again, in this order; room for all
@@ -243,8 +262,10 @@ struct BlkQueue::State {
   Attachment attachment;
   blockdev::IoLimiter::Queue limiter;
   std::unique_ptr<blockdev::IoLoop::Timer> retry_timer;
+  InterruptHold interrupts;
   DeviceGate::Registration registration;
-  std::size_t in_flight{0};  // taken and not answered, but for those that are kept
+  std::size_t in_flight{0};     // taken and not answered, but for those that are kept
+  std::uint64_t times_kept{0};  // of any request
   // No count that is ever reached: the first look is at the memory itself, which may have gone
   // before this queue started.
   std::uint64_t faults_seen{~std::uint64_t{0}};
@@ -510,6 +531,8 @@ void BlkQueue::stop(Unfinished unfinished, std::move_only_function<void()> stopp
 }
 
 void BlkQueue::set_call_fd(int fd) {
+  // What is held was wanted by whom the former one tells.
+  if (state_->interrupts.is_holding()) state_->send_interrupt();
   make_non_blocking(fd);
   state_->call_fd = fd;
   // A predecessor may have died between what it published and its interrupt, or have sent that to
@@ -574,10 +597,8 @@ void BlkQueue::settle() {
   if (state.stopping && state.in_flight == 0 && state.is_recovering &&
       state.device.gate().is_paused())
     state.give_up_the_rest();
-  if (state.ring.has_unpublished() && state.publish() && state.call_fd >= 0) {
-    ++state.statistics.interrupts;
-    signal(state.call_fd);
-  }
+  if (state.ring.has_unpublished() && state.publish() && state.call_fd >= 0) state.interrupt();
+  if (state.interrupts.is_holding()) state.send_held_interrupt();
   if (state.stopping && state.in_flight == 0 && !state.is_recovering && state.stopped) {
     // Whoever runs the ring next may wait for a kick at once. The last access to guest memory.
     static_cast<void>(state.enable_notifications());
@@ -587,6 +608,7 @@ void BlkQueue::settle() {
 }
 
 bool BlkQueue::prepare_to_sleep() {
+  if (state_->interrupts.is_holding()) state_->interrupts.prepare_to_sleep();
   // A stop that settle() has not seen yet: stop() may be called between the cycle and the sleep.
   if (state_->stopping) return state_->in_flight > 0 || !state_->stopped;
   if (state_->is_broken) return true;
@@ -604,6 +626,31 @@ bool BlkQueue::prepare_to_sleep() {
 void BlkQueue::wake_up() {
   if (state_->stopping || state_->is_broken) return;
   state_->disable_notifications();
+}
+
+// The driver wants one for what has just been published.
+inline void BlkQueue::State::interrupt() {
+  if (interrupts.is_on()) return hold_interrupt();
+  ++statistics.interrupts;
+  signal(call_fd);
+}
+
+[[gnu::noinline]] void BlkQueue::State::hold_interrupt() {
+  if (!interrupts.hold()) ++statistics.interrupts_merged;
+}
+
+// Once in each cycle, if there is one.
+[[gnu::noinline]] void BlkQueue::State::send_held_interrupt() {
+  const bool more_will_come =
+      in_flight > 0 && !stopping && !is_broken && !is_recovering && !device.gate().is_paused();
+  if (!more_will_come || interrupts.is_due(answered())) send_interrupt();
+}
+
+void BlkQueue::State::send_interrupt() {
+  interrupts.sent(answered());
+  if (call_fd < 0) return;
+  ++statistics.interrupts;
+  signal(call_fd);
 }
 
 // What a ring writes of its own accord is marked as what requests write is.
@@ -900,6 +947,7 @@ void BlkQueue::State::keep(Slot& slot, int error) {
                            .length_bytes = slot.length_bytes,
                            .error = error};
   --in_flight;
+  ++times_kept;
   if (&slot == taken_again) {
     --next_again;
     taken_again = nullptr;
@@ -953,6 +1001,7 @@ void BlkQueue::State::break_ring(const char* reason) {
   if (log::peer_line_allowed())
     log::error("queue {}: {}; the queue is stopped until the device is reset", index, reason);
   signal(error_fd);
+  if (on_broken) on_broken();
 }
 
 }  // namespace vblk::virtio

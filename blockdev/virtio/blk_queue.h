@@ -18,6 +18,8 @@
 // unanswered and in flight for all others; the device is paused then (device_gate.h). When it is
 // resumed, the queue takes what it has kept again, in the same way and the same order.
 //
+// Interrupts may be held back for a while, to be one for several answers (interrupt_hold.h).
+//
 // Threads: all calls on the I/O thread that owns the queue, except where noted. The kick eventfd
 // only ends a sleep; while the loop is awake the avail ring is looked at directly and kicks are
 // suppressed.
@@ -75,6 +77,7 @@ struct BlkQueueSetup {
   // Without such an area: what the queue before this one has left (BlkQueue::left()).
   LeftRequests left;
   DirtyLogging logging;
+  std::function<void()> on_broken;  // called on the I/O thread when the ring breaks; or nothing
 };
 
 // Counters since the queue started; read on the I/O thread.
@@ -85,6 +88,7 @@ struct BlkQueueStatistics {
   std::uint64_t errors{0};       // completed with IOERR
   std::uint64_t unsupported{0};  // completed with UNSUPP
   std::uint64_t interrupts{0};
+  std::uint64_t interrupts_merged{0};  // wanted, and one with another that was held back
   std::uint64_t kicks{0};
 };
 

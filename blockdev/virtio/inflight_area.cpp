@@ -54,6 +54,12 @@ Expected<void> InflightArea::check_region(std::uint16_t queue) const {
   return is_packed() ? packed_region(queue).check() : region(queue).check();
 }
 
+void InflightArea::clear() const {
+  // Both kinds of regions have it in the same place; the rest is set when a ring starts.
+  for (std::uint16_t queue = 0; queue < queue_count(); ++queue)
+    store_release<std::uint16_t>(region_begin(queue) + kInflightVersionOffset, 0);
+}
+
 std::byte* InflightArea::kept_writeback() const {
   const std::uint64_t offset = region_bytes_for(queue_count(), queue_size(), is_packed());
   const bool has_room = description_.size_bytes - offset >= sizeof(std::uint64_t);

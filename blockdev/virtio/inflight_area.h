@@ -69,6 +69,9 @@ class InflightArea {
   // perhaps; nothing if there is no room for it or it was never given. The server's thread.
   [[nodiscard]] std::optional<bool> writeback() const;
   void keep_writeback(bool writeback) const;
+  // Nothing is in flight, and nothing known of any ring: as an area that no ring has used. None may
+  // be using it.
+  void clear() const;
   // As SharedMapping::faulted().
   [[nodiscard]] bool faulted() const { return mapping_.faulted(); }
 

@@ -99,13 +99,7 @@ MUTANTS = (
     mutant("features-survive", "reconnect/features", DEVICE,
            ("void BlkDevice::reset() {", 'void BlkDevice::reset() {\n  if (mutant("features-survive")) return;')),
     mutant("writeback-survives", "reconnect/writeback", DEVICE,
-           ("    writeback_.store(options_.write_cache && volatile_allowed, std::memory_order_relaxed);",
-            '    if (!mutant("writeback-survives"))\n'
-            "      writeback_.store(options_.write_cache && volatile_allowed, std::memory_order_relaxed);"),
-           ("  writeback_.store(options_.write_cache, std::memory_order_relaxed);",
-            "  static bool reset_before = false;\n"
-            '  if (!mutant("writeback-survives") || !reset_before)\n'
-            "    writeback_.store(options_.write_cache, std::memory_order_relaxed);\n  reset_before = true;")),
+           ("  set_by_driver_.reset();", '  if (!mutant("writeback-survives")) set_by_driver_.reset();')),
     mutant("writeback-without-flush", "config/writeback-without-flush", DEVICE,
            ("    const bool volatile_allowed = negotiated(kBlkFFlush);",
             '    const bool volatile_allowed = negotiated(kBlkFFlush) || mutant("writeback-without-flush");')),
@@ -300,9 +294,10 @@ MUTANTS = (
            ("(message.header.flags & kFlagNeedReply) != 0;",
             '((message.header.flags & kFlagNeedReply) != 0 || mutant("ack-is-sent-unasked"));')),
     mutant("vring-base-is-stale", "protocol/vring-base", BACKEND,
-           ("VringState{.index = state.index, .value = (*ring)->next_avail});",
-            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U\n'
-            '                             : mutant("packed-base-is-halved") ? (*ring)->next_avail & 0xffffU : (*ring)->next_avail});')),
+           ("VringState{.index = state.index, .value = base});",
+            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U
+'
+            '                             : mutant("packed-base-is-halved") ? base & 0xffffU : base});')),
     mutant("vring-base-is-ignored", "protocol/index-wraps", BACKEND,
            ("  (*ring)->next_avail = state.value;",
             '  if (!mutant("vring-base-is-ignored")) (*ring)->next_avail = state.value;')),

@@ -1,8 +1,10 @@
 #!/usr/bin/python3
-"""Runs the fuzzers on hostile images and rings for some time, from seeds and what earlier runs have learned. Prints TAP.
+"""Runs the fuzzers on hostile images, rings and frontends for some time, from seeds and what earlier runs have learned.
 
-What they find is left in FOLDER/findings and FOLDER/rings/findings; `image_fuzzer FILE` or `ring_fuzzer FILE` repeats it,
-and a copy of an image's in tests/fuzz/regressions has the unit tests repeat it from then on.
+Prints TAP. 
+What they find is left in FOLDER/findings, FOLDER/rings/findings and FOLDER/frontends/findings; `image_fuzzer FILE` and so on
+repeat it, and a copy of an image's in tests/fuzz/regressions, of a frontend's in its folder frontend, has the unit tests
+repeat it from then on.
 """
 
 import argparse
@@ -27,8 +29,11 @@ WELL_MAPPED = bytes([0, 1, 0, 4, 3, 100, 0, 0])
 
 # A packed ring of 8 entries, and a flush on it that works: hostile_ring.h.
 FLUSH_ON_A_RING = bytes([1, 7, 0, 8, 0, 9])
-# Rings get so much less time than images: their code is small.
-RING_SHARE = 4
+# A set-up as a frontend should do it, and a flush on it that works: hostile_frontend.h.
+SET_UP, REQUEST = 7, 8
+FLUSH_OF_A_FRONTEND = bytes([0, 0, SET_UP, 0, REQUEST, 0, 2, 1])
+# Of the time. Rings have little code.
+IMAGE_SHARE, RING_SHARE, FRONTEND_SHARE = 0.5, 0.15, 0.35
 
 
 def run_fuzzer(options, *arguments, canary=False, fuzzer=None, folder=None):
@@ -50,10 +55,42 @@ def tell(runs, edges, folder):
     print(f"{runs[1] if runs else 'no'} runs, {edges[-1] if edges else 'no'} edges of the code seen; {folder}", file=sys.stderr)
 
 
-def fuzz_rings(report, options):
-    folder = options.folder / "rings"
-    for name in ("corpus", "findings", "canary", "seeds"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+def folder_for(options, name):
+    folder = options.folder / name
+    for part in ("corpus", "findings", "canary", "seeds"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fuzz(report, options, fuzzer, folder, seconds, what):
+    status, output = run_fuzzer(options, f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", folder / "corpus",
+                                folder / "seeds", fuzzer=fuzzer, folder=folder)
+    found = "\n".join(line for line in output.splitlines() if not re.match(r"#\d+\s|\s*NEW_FUNC", line))
+    report.check(f"{seconds} s of hostile {what} do no harm", status == 0, found[-8000:])
+    tell(re.search(r"Done (\d+) runs", output), re.findall(r"cov: (\d+)", output), folder)
+
+
+def fuzz_frontends(report, options, seconds):
+    folder = folder_for(options, "frontends")
+    source = random.Random(1)
+    for number in range(64):
+        # Of each kind: a set-up, requests, messages of every sort on top, and once more.
+        steps = bytes([SET_UP, source.randrange(256)])
+        for _ in range(source.randrange(4, 30)):
+            steps += bytes([source.choice([0, 1, 2, 3, SET_UP, REQUEST, REQUEST, REQUEST, 11, 12, 13, 14, 15])])
+            steps += source.randbytes(source.randrange(2, 7))
+        (folder / "seeds" / str(number)).write_bytes(bytes([number % 32, source.randrange(16)]) + steps)
+    for known in sorted((SOURCE / "regressions" / "frontend").iterdir()):
+        (folder / "seeds" / known.name).write_bytes(known.read_bytes())
+    canary = folder / "flush"
+    canary.write_bytes(FLUSH_OF_A_FRONTEND)
+    status, output = run_fuzzer(options, canary, canary=True, fuzzer=options.frontend_fuzzer, folder=folder)
+    report.check("a frontend's request called lost on purpose is found", status != 0 and "is lost" in output, output[-4000:])
+    fuzz(report, options, options.frontend_fuzzer, folder, seconds, "frontends")
+
+
+def fuzz_rings(report, options, seconds):
+    folder = folder_for(options, "rings")
     source = random.Random(1)
     for number in range(64):
         # Of each kind, with steps that lead somewhere: descriptors, chains, requests that work, cycles.
@@ -63,20 +100,16 @@ def fuzz_rings(report, options):
     canary.write_bytes(FLUSH_ON_A_RING)
     status, output = run_fuzzer(options, canary, canary=True, fuzzer=options.ring_fuzzer, folder=folder)
     report.check("a request called lost on purpose is found", status != 0 and "is lost" in output, output[-4000:])
-    seconds = max(1, options.seconds // RING_SHARE)
-    status, output = run_fuzzer(options, f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", folder / "corpus",
-                                folder / "seeds", fuzzer=options.ring_fuzzer, folder=folder)
-    found = "\n".join(line for line in output.splitlines() if not re.match(r"#\d+\s|\s*NEW_FUNC", line))
-    report.check(f"{seconds} s of hostile rings do no harm", status == 0, found[-8000:])
-    tell(re.search(r"Done (\d+) runs", output), re.findall(r"cov: (\d+)", output), folder)
+    fuzz(report, options, options.ring_fuzzer, folder, seconds, "rings")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fuzzer", required=True, help="the program, built from tests/fuzz/image_fuzzer.cpp")
     parser.add_argument("--ring-fuzzer", required=True, help="the one from tests/fuzz/ring_fuzzer.cpp")
+    parser.add_argument("--frontend-fuzzer", required=True, help="the one from tests/fuzz/frontend_fuzzer.cpp")
     parser.add_argument("--folder", required=True, type=Path, help="keeps the corpus and the findings")
-    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--seconds", type=int, default=60, help="of all together")
     options = parser.parse_args()
     seeds = options.folder / "seeds"
     for name in ("corpus", "findings", "canary"):
@@ -88,15 +121,17 @@ def main():
     canary.write_bytes(WELL_MAPPED)
     status, output = run_fuzzer(options, canary, canary=True)
     report.check("a table entry lost on purpose is found", status != 0 and "is lost" in output, output[-4000:])
-    status, output = run_fuzzer(options, f"-max_total_time={options.seconds}", f"-max_len={INPUT_BYTES_MAX}",
+    images, rings, frontends = (max(1, round(options.seconds * share)) for share in (IMAGE_SHARE, RING_SHARE, FRONTEND_SHARE))
+    status, output = run_fuzzer(options, f"-max_total_time={images}", f"-max_len={INPUT_BYTES_MAX}",
                                 options.folder / "corpus", seeds)
     found = "\n".join(line for line in output.splitlines() if not re.match(r"#\d+\s|\s*NEW_FUNC", line))
-    report.check(f"{options.seconds} s of hostile images do no harm", status == 0, found[-8000:])
+    report.check(f"{images} s of hostile images do no harm", status == 0, found[-8000:])
     runs = re.search(r"Done (\d+) runs", output)
     edges = re.findall(r"cov: (\d+)", output)
     report.check("the fuzzer has been through its seeds", runs and int(runs[1]) >= len(list(seeds.iterdir())), output[-2000:])
     tell(runs, edges, options.folder)
-    fuzz_rings(report, options)
+    fuzz_rings(report, options, rings)
+    fuzz_frontends(report, options, frontends)
     report.exit()
 
 

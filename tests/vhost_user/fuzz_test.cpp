@@ -93,7 +93,9 @@ class Noise {
                           (below(4) << 28) | (below(2) << virtio::kFRingPacked));
       case kSetProtocolFeatures:
         return payload_of(std::uint64_t{1} << kProtocolFReplyAck | below(2) |
-                          below(4) << kProtocolFInflightShmfd);
+                          below(4) << kProtocolFInflightShmfd | below(2) << kProtocolFStatus);
+      case kSetStatus:
+        return payload_of(below(3) == 0 ? std::uint64_t{0} : below(16));
       case kGetInflightFd:
       case kSetInflightFd:
         return payload_of(Inflight{.mmap_size = 4096 * below(4),
@@ -127,7 +129,7 @@ TEST(Fuzz, serves_a_frontend_with_manners_after_any_number_without) {
       const UniqueFd area(::memfd_create("area", MFD_CLOEXEC));
       ASSERT_EQ(::ftruncate(area.get(), 16384), 0);
       for (int i = 0; i < kMessagesPerConnection; ++i) {
-        const auto request = static_cast<Request>(noise.below(40));
+        const auto request = static_cast<Request>(noise.below(44));
         const bool wants_memory = request == Request::kSetMemTable ||
                                   request == Request::kAddMemReg ||
                                   request == Request::kSetInflightFd || noise.below(20) == 0;

@@ -127,6 +127,8 @@ struct ServedOptions {
   int socket_fd{-1};  // inherited, instead of a path
   bool offers_recovery{true};
   blockdev::HandoverNode* handover{nullptr};
+  std::uint16_t queue_size_max{128};
+  virtio::InterruptOptions interrupts;
   blockdev::EngineSetFactory make_engines = [] { return aio::EngineSet::create({}, {}); };
 };
 
@@ -135,9 +137,11 @@ class Served {
  public:
   explicit Served(blockdev::BlockNode& node, const ServedOptions& options = {}) {
     log::set_level(log::Level::kOff);
-    device_ =
-        virtio::BlkDevice::create(node, {.queue_count = options.queue_count, .serial = "served"})
-            .value();
+    device_ = virtio::BlkDevice::create(node, {.queue_count = options.queue_count,
+                                               .queue_size_max = options.queue_size_max,
+                                               .serial = "served",
+                                               .interrupts = options.interrupts})
+                  .value();
     for (unsigned i = 0; i < options.io_thread_count; ++i)
       threads_.push_back(blockdev::IoThread::start("io", {}, options.make_engines).value());
     server_ =

@@ -68,7 +68,8 @@ TEST(BlkDevice, refuses_options_that_do_not_fit) {
   EXPECT_TRUE(refused({.queue_size_max = 0}));
   EXPECT_TRUE(refused({.queue_size_max = 1}));
   EXPECT_TRUE(refused({.queue_size_max = 100}));
-  EXPECT_TRUE(refused({.queue_size_max = 2048}));
+  EXPECT_TRUE(refused({.queue_size_max = 1}));
+  EXPECT_TRUE(refused({.queue_size_max = 48 * 1024}));
   EXPECT_TRUE(refused({.logical_block_bytes = 256}));
   EXPECT_TRUE(refused({.logical_block_bytes = 1000}));
   EXPECT_TRUE(refused({.logical_block_bytes = 8192}));
@@ -110,7 +111,7 @@ TEST(BlkDevice, config_space_says_what_the_disk_is) {
 
 TEST(BlkDevice, announces_segments_that_a_chain_and_a_kernel_io_can_hold) {
   MemoryNode node(kDiskBytes);
-  for (const std::uint16_t size : std::to_array<std::uint16_t>({2, 4, 128, 1024})) {
+  for (const std::uint16_t size : std::to_array<std::uint16_t>({2, 4, 128, 1024, 2048, 32768})) {
     const auto device = BlkDevice::create(node, {.queue_size_max = size}).value();
     const auto segments = config_field<std::uint32_t>(*device, kBlkConfigSegMax);
     EXPECT_GE(segments, 1U);

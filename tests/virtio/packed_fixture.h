@@ -142,6 +142,7 @@ struct PackedRigOptions {
   std::uint64_t features{kPackedFeatures};
   std::uint64_t start{0};  // descriptors that were made available and used before
   std::shared_ptr<const InflightArea> inflight;
+  InterruptOptions interrupts;  // of the device, at its making
 };
 
 // Device, queue and packed ring together.
@@ -153,7 +154,8 @@ class PackedRig {
     log::set_level(log::Level::kOff);
     context = std::make_unique<blockdev::IoContext>(
         loop, std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
-    device = BlkDevice::create(node, {.queue_size_max = 1024}).value();
+    device =
+        BlkDevice::create(node, {.queue_size_max = 1024, .interrupts = options.interrupts}).value();
     EXPECT_TRUE(device->set_features(options.features).has_value());
     ring = std::make_unique<PackedTestRing>(memory, options.size, options.start);
     start(options.inflight);

@@ -326,6 +326,7 @@ struct RigOptions {
   // Of the device, at its making.
   ErrorPolicy on_error{.read = ErrorChoice::kReport, .write = ErrorChoice::kReport};
   blockdev::IoLimits limits;
+  InterruptOptions interrupts;
 };
 
 // Device, queue and ring together.
@@ -343,7 +344,8 @@ class Rig {
                                       .serial = options.serial,
                                       .write_cache = options.write_cache,
                                       .on_error = options.on_error,
-                                      .limits = options.limits})
+                                      .limits = options.limits,
+                                      .interrupts = options.interrupts})
                  .value();
     EXPECT_TRUE(device->set_features(options.features).has_value());
     ring = std::make_unique<TestRing>(memory, options.size);
