@@ -528,10 +528,10 @@ class ConnectingServer(ReplacedServer):
     chardev = "server=on,wait=off"
 
     def start(self, log):
-        if not wait_until(self.socket.exists, 30):
-            raise RuntimeError("QEMU does not listen")
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.socket))
+            # The path is there a moment before somebody listens.
+            if not wait_until(lambda: connection.connect_ex(str(self.socket)) == 0, 30):
+                raise RuntimeError("QEMU does not listen")
             return Server(self.vblk, self.arguments, self.socket, log, connection=connection)
 
 
@@ -627,8 +627,9 @@ def test_changes(report, guest, options, folder, engine):
         try:
             connecting.serve()
             qmp = Qmp(folder / "qmp")
-        except OSError as error:
-            raise RuntimeError(f"QEMU does not start: {running.finish()[0]}") from error
+        except (OSError, RuntimeError) as error:
+            running.kill()
+            raise RuntimeError(f"QEMU does not start: {running.console.decode()}") from error
         console, ended = running.finish()
         report_guest(report, "changes", console, ended, 4 + 5 + 1 + 3 * PLUGS + 3)
 

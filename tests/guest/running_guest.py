@@ -137,9 +137,10 @@ class Qmp:
     """A connection to QEMU's monitor (-qmp unix:PATH,server=on,wait=off)."""
 
     def __init__(self, path):
-        wait_until(path.exists, 30)
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(str(path))
+        # The path is there a moment before QEMU listens.
+        if not wait_until(lambda: self.socket.connect_ex(str(path)) == 0, 30):
+            raise OSError(f"no monitor at {path}")
         self.rest, self.events = b"", []
         self._next(60)
         self("qmp_capabilities")
