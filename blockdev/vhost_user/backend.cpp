@@ -88,7 +88,7 @@ const Backend::Rule* Backend::rule_for(Request request) {
   static constexpr std::array kRules{
       Rule{Request::kGetFeatures, 0, 0, 0, true, &Backend::get_features},
       Rule{Request::kSetFeatures, kU64, kU64, 0, false, &Backend::set_features},
-      Rule{Request::kSetOwner, 0, 0, 0, false, &Backend::accept_silently},
+      Rule{Request::kSetOwner, 0, 0, 0, false, &Backend::set_owner},
       // "Deprecated ... should be ignored".
       Rule{Request::kResetOwner, 0, 0, 0, false, &Backend::accept_silently},
       Rule{Request::kSetMemTable, kTableMin, kTableMax, kMemoryTableRegionsMax, false,
@@ -249,6 +249,19 @@ Expected<void> Backend::set_features(Message& message) {
 }
 
 Expected<void> Backend::accept_silently(Message& /*message*/) { return {}; }
+
+// "This can be used on the back-end as a "session start" flag." A second one begins another session
+// on the same connection: QEMU does that when a device is unplugged and another one is plugged in
+// for the same chardev, and takes nothing back that belonged to the first.
+Expected<void> Backend::set_owner(Message& /*message*/) {
+  const bool is_first = !std::exchange(has_owner_, true);
+  const bool is_used =
+      std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; });
+  if (is_first || is_used) return {};
+  memory_.reset();
+  inflight_.reset();
+  return {};
+}
 
 Expected<void> Backend::get_protocol_features(Message& message) {
   return reply_u64(message, offered_protocol_features());

@@ -142,6 +142,7 @@ class Backend {
   Expected<void> get_features(Message& message);
   Expected<void> set_features(Message& message);
   Expected<void> accept_silently(Message& message);
+  Expected<void> set_owner(Message& message);
   Expected<void> set_mem_table(Message& message);
   Expected<void> add_mem_reg(Message& message);
   Expected<void> rem_mem_reg(Message& message);
@@ -196,6 +197,7 @@ class Backend {
   MessageReader reader_;
   std::uint64_t features_{0};  // VHOST_USER_F_PROTOCOL_FEATURES included
   std::uint64_t protocol_features_{0};
+  bool has_owner_{false};
   std::shared_ptr<const virtio::GuestMemory> memory_;
   std::shared_ptr<const virtio::InflightArea> inflight_;  // none before SET_INFLIGHT_FD
   bool inflight_is_of_before_reset_{false};               // what it says counts no more

@@ -295,8 +295,7 @@ MUTANTS = (
             '((message.header.flags & kFlagNeedReply) != 0 || mutant("ack-is-sent-unasked"));')),
     mutant("vring-base-is-stale", "protocol/vring-base", BACKEND,
            ("VringState{.index = state.index, .value = base});",
-            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U
-'
+            'VringState{.index = state.index, .value = mutant("vring-base-is-stale") ? 0U\n'
             '                             : mutant("packed-base-is-halved") ? base & 0xffffU : base});')),
     mutant("vring-base-is-ignored", "protocol/index-wraps", BACKEND,
            ("  (*ring)->next_avail = state.value;",

@@ -1,8 +1,9 @@
 #!/usr/bin/python3
-"""A real guest on a vblk disk: Debian's cloud kernel in QEMU without KVM, one boot per batch of scenarios.
+"""Real guests on vblk disks: Debian's cloud kernel in QEMU without KVM, one boot per batch of scenarios.
 
 The guest's first process (tests/guest/init, tests/guest/root_init) reports each check on the serial console; this
-program serves the disk, watches the console, and then looks at the image from the host's side. Prints TAP.
+program serves the disks, watches the console, and then looks at the images from the host's side. What can share a guest
+does, each scenario on a disk of its own, and guests run beside each other. Prints TAP.
 """
 
 import argparse
@@ -12,67 +13,45 @@ import json
 import os
 import random
 import re
+import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, KernelTrace, Report, Server, allocated_bytes, make_sparse, run, wait_until  # noqa: E402
+from harness import (ENGINES, Devices, Folder, KernelTrace, Report, Server, allocated_bytes, make_sparse, run,  # noqa: E402
+                     wait_until)
+from running_guest import BOOT_SECONDS_MAX, SOURCE, Disk, GuestSystem, Qmp, RunningGuest  # noqa: E402
 
-SOURCE = Path(__file__).resolve().parent
-SCRIPTS = SOURCE.parent.parent / "scripts"
 MIB = 1 << 20
-# An emulated processor on a busy machine: a boot takes about 20 s alone on two cores.
-BOOT_SECONDS_MAX = 420
 
 
-class Guest:
-    """The kernel and initial RAM file system, made once per build folder."""
+def name_of(number):
+    """The guest's name of a disk: they are vda, vdb and so on, in the order of QEMU's options."""
+    return f"vd{chr(ord('a') + number)}"
 
-    def __init__(self, cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        kernel = cache / "kernel"
-        self.initramfs = cache / "initramfs.gz"
-        subprocess.run([SCRIPTS / "fetch_guest_kernel.sh", kernel], check=True, stdout=sys.stderr)
-        subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
-        self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
 
-    def command(self, socket, queue_count, parameters, reconnects=False, properties=""):
-        """Of QEMU. `reconnects`: it goes on with whoever listens at `socket` next, when its backend has gone. `properties`:
-        more of the device."""
-        words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
-        return [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
-            "-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
-            "-chardev", f"socket,id=c,path={socket}" + (",reconnect=1" if reconnects else ""),
-            "-device", f"vhost-user-blk-pci,chardev=c,num-queues={queue_count}" + (f",{properties}" if properties else ""),
-            "-kernel", str(self.vmlinuz), "-initrd", str(self.initramfs),
-            "-append", f"console=ttyS0 quiet panic=-1 {words}",
-            "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-net", "none",
-        ]
+def create_image(path, form, size_bytes):
+    run("qemu-img", "create", "-q", "-f", form, path, size_bytes)
+    return path
 
-    def boot(self, socket, queue_count, parameters, on_ready=None, reconnects=False, properties=""):
-        """Boots, waits for power-off; returns (console text, whether it ended in time).
 
-        `on_ready` is called, once, when the guest says that it waits for the host. The rest is as for command().
-        """
-        command = self.command(socket, queue_count, parameters, reconnects, properties)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        limit = threading.Timer(BOOT_SECONDS_MAX, process.kill)
-        limit.start()
-        console = b""
-        for line in process.stdout:
-            console += line
-            if on_ready and b"VBLK-GUEST: READY" in line:
-                on_ready()
-                on_ready = None
-        process.wait()
-        ended = limit.is_alive()
-        limit.cancel()
-        return console.decode(errors="replace").replace("\r", ""), ended
+def as_toml(devices):
+    """A file for `vblk serve --config`: each device is a dictionary of its keys."""
+    def value_of(value):
+        return json.dumps(str(value) if isinstance(value, Path) else value)
+    return "".join("[[device]]\n" + "".join(f"{key} = {value_of(value)}\n" for key, value in device.items())
+                   for device in devices)
+
+
+def is_clean(log):
+    """Whether a server had nothing to complain of."""
+    return not re.search(r" vblk (warning|error): ", log)
 
 
 def report_guest(report, title, console, ended, expected):
@@ -86,14 +65,20 @@ def report_guest(report, title, console, ended, expected):
 
 
 def test_engine(report, guest, options, folder, engine):
-    """Everything that writes, on one engine and the page cache bypassed; then the host's view of the image."""
-    image = folder / "disk.img"
+    """Everything that writes, on one engine and the page cache bypassed. A second disk is served through the page cache, and
+    its server killed in the end, not asked: what the guest has flushed must be in the image anyway."""
+    image, other = folder / "disk.img", folder / "other.img"
     make_sparse(image, 256 * MIB)
-    parameters = {"run": "identity,files,fio,durability,discard", "serial": f"guest-{engine}", "cache": "write_back"}
+    make_sparse(other, 128 * MIB)
+    parameters = {"disks": "vda,vdb", "vda.run": "identity,files,fio,discard", "serial": f"guest-{engine}",
+                  "cache": "write_back", "vdb.run": "files"}
     arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--serial", f"guest-{engine}"]
-    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, parameters)
-        report_guest(report, engine, console, ended, 17)
+    with Server(options.vblk, arguments, folder / "s", folder / "log") as server, \
+            Server(options.vblk, [other, "--aio", engine, "--cache", "writeback", "--queues", 2], folder / "s2",
+                   folder / "log2") as killed:
+        console, ended = guest.boot([Disk(server.socket), Disk(killed.socket)], parameters)
+        killed.kill()
+        report_guest(report, engine, console, ended, 25)
         report.check(f"{engine}: server ends with status 0", server.stop() == 0, server.log.read_text())
         report.check(f"{engine}: server removed its socket", not server.socket.exists())
     # The guest's discard of [16 MiB, 48 MiB) must have left a hole in the file, not zeroes.
@@ -105,95 +90,120 @@ def test_engine(report, guest, options, folder, engine):
             data = 256 * MIB
     report.check(f"{engine}: discarded range is a hole in the image", hole == 16 * MIB and data >= 48 * MIB,
                  f"hole at {hole}, data again at {data}, allocated {allocated_bytes(image)}")
-
-
-def test_file_system_survives(report, guest, options, folder, engine):
-    """The image that a guest has filled, checked by the host."""
-    image = folder / "disk.img"
-    make_sparse(image, 128 * MIB)
-    with Server(options.vblk, [image, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, {"run": "files"})
-        report_guest(report, f"{engine}, left for the host", console, ended, 9)
-        # Killed, not asked: what the guest flushed must be in the image anyway.
-        server.kill()
-    status, output = run("e2fsck", "-fn", image)
-    report.check(f"{engine}: host's e2fsck finds nothing", status == 0, output)
+    status, output = run("e2fsck", "-fn", other)
+    report.check(f"{engine}, left for the host: e2fsck finds nothing", status == 0, output)
 
 
 # What a flush looks like to the kernel, per engine, as strace prints it. io_uring's submissions lie in shared memory,
-# where strace sees nothing; there the kernel's own tracepoint is counted.
-FLUSH_CALL = {"threads": re.compile(r"\bfdatasync\("), "native": re.compile(r"IOCB_CMD_FD?SYNC")}
+# where strace sees nothing; there the kernel's own tracepoint is counted, on threads of the name that the device has.
+IS_FLUSH = {"threads": re.compile(r"\bfdatasync\("), "native": re.compile(r"IOCB_CMD_FD?SYNC"),
+            "io_uring": re.compile(r"^\s*traced-io.*(\bFSYNC\b|opcode 3\b)")}
 DURABLE_WRITES = 50
 
 
-def test_durability(report, guest, options, folder, engine):
-    """Each of the guest's fifty fsyncs must be a flush at the host's kernel: the promise that others break."""
-    image, trace = folder / "disk.img", folder / "trace"
-    name = f"{engine}: {DURABLE_WRITES} fsyncs of the guest are as many flushes at the host"
-    make_sparse(image, 32 * MIB)
-    wrapper = ["strace", "-f", "-qq", "-e", "trace=fdatasync,fsync,io_submit", "-o", str(trace)]
+def test_modes(report, guest, options, folder, engines):
+    """Each of the guest's fifty fsyncs must be a flush at the host's kernel, on each engine: the promise that others break.
+    In the same guest a disk that is read-only, and one without a write cache."""
+    disks, runs, traces, expected = [], {}, {}, 0
     with contextlib.ExitStack() as stack:
-        if engine == "io_uring":
-            wrapper = []
-            kernel = stack.enter_context(KernelTrace(folder, "io_uring/io_uring_submit_req"))
-            if kernel.refusal:
-                report.skip(name, kernel.refusal)
-                return
-        arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2]
-        with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server:
-            console, ended = guest.boot(server.socket, 2, {"run": "durability"})
-            report_guest(report, f"{engine} under trace", console, ended, 2)
-            server.stop()
-    lines = trace.read_text(errors="replace").splitlines()
-    is_flush = FLUSH_CALL.get(engine, re.compile(r"\bFSYNC\b|opcode 3\b"))
-    count = sum(len(is_flush.findall(line)) for line in lines)
-    report.check(name, count >= DURABLE_WRITES, f"{count} flushes in {len(lines)} traced lines\n" + "\n".join(lines[-5:]))
+        for engine in engines:
+            place = folder / engine
+            place.mkdir()
+            make_sparse(place / "disk", 32 * MIB)
+            if engine == "io_uring":
+                kernel = stack.enter_context(KernelTrace(place, "io_uring/io_uring_submit_req"))
+                if kernel.refusal:
+                    report.skip(f"{engine}: {DURABLE_WRITES} fsyncs of the guest are as many flushes at the host", kernel.refusal)
+                    continue
+                device = {"name": "traced", "image": place / "disk", "format": "raw", "socket-path": place / "s", "aio": engine,
+                          "cache": "none", "queues": 2}
+                stack.enter_context(Devices(options.vblk, place, as_toml([device])))
+            else:
+                wrapper = ["strace", "-f", "-qq", "-e", "trace=fdatasync,fsync,io_submit", "-o", str(place / "trace")]
+                arguments = [place / "disk", "--aio", engine, "--cache", "none", "--queues", 2]
+                stack.enter_context(Server(options.vblk, arguments, place / "s", place / "log", wrapper))
+            traces[engine] = place / "trace"
+            runs[f"{name_of(len(disks))}.run"] = "durability"
+            disks.append(Disk(place / "s"))
+            expected += 2
+
+        content, read_only = folder / "content", folder / "read-only.img"
+        content.mkdir()
+        (content / "message").write_text("written by the host\n")
+        make_sparse(read_only, 32 * MIB)
+        run("mke2fs", "-q", "-F", "-t", "ext4", "-d", content, read_only)
+        before = read_only.read_bytes()
+        stack.enter_context(Server(options.vblk, [read_only, "--aio", engines[0], "--read-only"], folder / "s-ro",
+                                   folder / "log-ro"))
+        runs[f"{name_of(len(disks))}.run"] = "readonly"
+        disks.append(Disk(folder / "s-ro", queues=1))
+
+        make_sparse(folder / "through.img", 128 * MIB)
+        arguments = [folder / "through.img", "--aio", engines[min(1, len(engines) - 1)], "--cache", "directsync", "--queues", 2,
+                     "--serial", "through"]
+        stack.enter_context(Server(options.vblk, arguments, folder / "s-wt", folder / "log-wt"))
+        runs |= {f"{name_of(len(disks))}.run": "identity,files", "serial": "through", "cache": "write_through"}
+        disks.append(Disk(folder / "s-wt"))
+
+        names = ",".join(name_of(number) for number in range(len(disks)))
+        console, ended = guest.boot(disks, {"disks": names} | runs)
+        report_guest(report, "traced, read-only and write-through disks", console, ended, expected + 8 + 12)
+    for engine, trace in traces.items():
+        lines = trace.read_text(errors="replace").splitlines()
+        count = sum(len(IS_FLUSH[engine].findall(line)) for line in lines)
+        report.check(f"{engine}: {DURABLE_WRITES} fsyncs of the guest are as many flushes at the host", count >= DURABLE_WRITES,
+                     f"{count} flushes in {len(lines)} traced lines\n" + "\n".join(lines[-5:]))
+    report.check("read-only: image is unchanged", read_only.read_bytes() == before)
 
 
-def test_read_only(report, guest, options, folder, engine):
-    image, content = folder / "disk.img", folder / "content"
-    content.mkdir()
-    (content / "message").write_text("written by the host\n")
-    make_sparse(image, 32 * MIB)
-    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", content, image)
-    before = image.read_bytes()
-    with Server(options.vblk, [image, "--aio", engine, "--read-only"], folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 1, {"run": "readonly"})
-        report_guest(report, f"{engine}, read-only", console, ended, 8)
-    report.check(f"{engine}, read-only: image is unchanged", image.read_bytes() == before)
+# What QEMU offers of rings: packed, event index, indirect descriptors, and their size. Each combination has a small ring and a
+# large one, and all sizes are there. Without indirect descriptors a request takes three of the ring's.
+RINGS = (
+    (True, True, True, 128), (True, False, True, 64), (True, True, False, 256), (True, False, False, 8),
+    (True, True, True, 2), (True, False, True, 1024), (True, True, False, 4), (True, False, False, 1024),
+    (False, True, True, 512), (False, False, True, 16), (False, True, False, 128), (False, False, False, 32),
+    (False, True, True, 2), (False, False, True, 1024), (False, True, False, 4), (False, False, False, 1024),
+)
+# The first of them, which are packed, get more than fio.
+RINGS_USED_FULLY = 3
 
 
-def test_write_through(report, guest, options, folder, engine):
-    image = folder / "disk.img"
-    make_sparse(image, 128 * MIB)
-    parameters = {"run": "identity,files", "serial": "wt", "cache": "write_through"}
-    arguments = [image, "--aio", engine, "--cache", "directsync", "--queues", 2, "--serial", "wt"]
-    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, parameters)
-        report_guest(report, f"{engine}, directsync", console, ended, 12)
+def ring_properties(packed, event_idx, indirect, size):
+    words = {"packed": packed, "event_idx": event_idx, "indirect_desc": indirect}
+    return ",".join(f"{key}={'on' if value else 'off'}" for key, value in words.items()) + f",queue-size={size}"
 
 
-# Properties of the device, and what the guest is then to have negotiated.
-PACKED_RINGS = {
-    "packed=on": "packed,event_idx,indirect",
-    "packed=on,event_idx=off,queue-size=64": "packed,indirect",
-    "packed=on,indirect_desc=off,queue-size=256": "packed,event_idx",
-}
+def rings_negotiated(packed=False, event_idx=True, indirect=True):
+    """As the guest tells it."""
+    return ",".join(word for word, is_on in (("packed", packed), ("event_idx", event_idx), ("indirect", indirect)) if is_on)
 
 
-def test_packed(report, guest, options, folder, engine):
-    """Packed rings: raw use over two queues and a file system, with and without what a ring may have besides."""
-    for properties, rings in PACKED_RINGS.items():
-        image, title = folder / "disk.img", f"{engine}, {properties}"
-        make_sparse(image, 256 * MIB)
-        parameters = {"run": "rings,files,fio,durability,discard", "rings": rings}
-        arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--queue-size", 256]
-        with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
-            console, ended = guest.boot(server.socket, 2, parameters, properties=properties)
-            report_guest(report, title, console, ended, 15)
-            report.check(f"{title}: server ends with status 0", server.stop() == 0, server.log.read_text())
-        status, output = run("e2fsck", "-fn", image)
-        report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+def test_rings(report, guest, options, folder, engines):
+    """Every kind of ring in one guest, on raw and qcow2 and all engines: small and large requests over two queues of each at
+    once, at a depth beyond the small ones; and on some file systems and all that a disk can do."""
+    devices, disks, parameters = [], [], {}
+    for number, ring in enumerate(RINGS):
+        disk, form = name_of(number), "raw" if number < RINGS_USED_FULLY or number % 2 == 0 else "qcow2"
+        image = create_image(folder / f"disk-{number}", form, 256 * MIB)
+        # What the server announces of a request's segments follows from the size of its queues.
+        devices.append({"name": disk, "image": image, "format": form, "socket-path": folder / f"s{number}", "queues": 2,
+                        "queue-size": ring[3], "aio": engines[number % len(engines)], "cache": "none"})
+        disks.append(Disk(folder / f"s{number}", properties=ring_properties(*ring)))
+        parameters |= {f"{disk}.run": "rings,tags" + (",files,fio,discard" if number < RINGS_USED_FULLY else ""),
+                       f"{disk}.rings": rings_negotiated(*ring[:3]), f"{disk}.tags": ring[3] if ring[2] else ring[3] // 2}
+    parameters[f"{name_of(len(RINGS) - 1)}.run"] += ",all_at_once"
+    with Devices(options.vblk, folder, as_toml(devices)) as server:
+        names = ",".join(name_of(number) for number in range(len(RINGS)))
+        console, ended = guest.boot(disks, {"disks": names} | parameters)
+        report_guest(report, "rings", console, ended, RINGS_USED_FULLY * 12 + len(RINGS) * 3 + 1)
+        report.check("rings: server ends with status 0", server.stop() == 0, server.log.read_text())
+        report.check("rings: server has nothing to complain of", is_clean(server.log.read_text()), server.log.read_text())
+    for number, device in enumerate(devices):
+        if number < RINGS_USED_FULLY:
+            status, output = run("e2fsck", "-fn", device["image"])
+            report.check(f"rings, {device['name']}: host's e2fsck finds nothing", status == 0, output)
+        if device["format"] == "qcow2":
+            check_qcow2(report, f"rings, {device['name']}", folder, device["image"])
 
 
 def make_root_file_system(folder, image):
@@ -228,7 +238,7 @@ def test_root_file_system(report, guest, options, folder, engine):
     image, title = folder / "disk.img", f"{engine}, root on the disk"
     make_root_file_system(folder, image)
     with Server(options.vblk, [image, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, {"run": "rootfs"})
+        console, ended = guest.boot([Disk(server.socket)], {"run": "rootfs"})
         report_guest(report, title, console, ended, 6)
         report.check(f"{title}: server ends with status 0", server.stop() == 0)
     check_root_file_system(report, title, folder, image)
@@ -247,15 +257,27 @@ def check_qcow2(report, title, folder, image, leaks_allowed=False):
 
 
 def test_qcow2(report, guest, options, folder, engine):
-    """An empty qcow2 disk: raw use over two queues, then a file system, whose files the host compares."""
-    image, title = folder / "disk.qcow2", f"{engine}, qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", image, 256 * MIB)
-    parameters = {"run": "identity,fio,durability,discard,files", "serial": "qcow2", "cache": "write_back"}
+    """An empty qcow2 disk: raw use over two queues, then a file system, whose files the host compares. Another one becomes larger
+    under a mounted file system: the guest sees it by itself, and grows into it."""
+    image, title = create_image(folder / "disk.qcow2", "qcow2", 256 * MIB), f"{engine}, qcow2"
+    growing = create_image(folder / "growing.qcow2", "qcow2", 64 * MIB)
+    parameters = {"disks": "vda,vdb", "vda.run": "identity,fio,discard,files", "serial": "qcow2", "cache": "write_back",
+                  "vdb.run": "resize", "sectors": 160 * MIB // 512}
     arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--serial", "qcow2"]
-    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, parameters)
-        report_guest(report, title, console, ended, 17)
-        report.check(f"{title}: server ends with status 0", server.stop() == 0, server.log.read_text())
+    with Server(options.vblk, arguments, folder / "s", folder / "log") as server, \
+            Server(options.vblk, [growing, "--aio", engine, "--queues", 2, "--monitor", folder / "m"], folder / "s2",
+                   folder / "log2") as second:
+        def grow():
+            status, output = run(options.vblk, "ctl", folder / "m", "resize", "160M")
+            report.check(f"{title}: ctl resize", status == 0, output)
+        console, ended = guest.boot([Disk(server.socket), Disk(second.socket)], parameters, {"vdb": [grow]})
+        report_guest(report, title, console, ended, 25)
+        for one in (server, second):
+            report.check(f"{title}: server ends with status 0", one.stop() == 0, one.log.read_text())
+    raw = check_qcow2(report, f"{title} that grows", folder, growing)
+    report.check(f"{title} that grows: the host sees the new size", raw.stat().st_size == 160 * MIB)
+    status, output = run("e2fsck", "-fn", raw)
+    report.check(f"{title} that grows: host's e2fsck finds nothing", status == 0, output)
     raw = check_qcow2(report, title, folder, image)
     status, output = run("e2fsck", "-fn", raw)
     report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
@@ -275,221 +297,384 @@ def test_root_on_overlay(report, guest, options, folder, engine):
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", middle.name, top, cwd=folder)
     before = base.read_bytes(), middle.read_bytes()
     with Server(options.vblk, [top, "--aio", engine, "--queues", 2], folder / "s", folder / "log") as server:
-        console, ended = guest.boot(server.socket, 2, {"run": "rootfs"})
+        console, ended = guest.boot([Disk(server.socket)], {"run": "rootfs"})
         report_guest(report, title, console, ended, 6)
         report.check(f"{title}: server ends with status 0", server.stop() == 0)
     report.check(f"{title}: what lies below is unchanged", before == (base.read_bytes(), middle.read_bytes()))
     check_root_file_system(report, title, folder, check_qcow2(report, title, folder, top))
 
 
-def test_resize(report, guest, options, folder, engine):
-    """A disk that becomes larger under a mounted file system: the guest sees it by itself, and grows into it."""
-    image, title = folder / "disk.qcow2", f"{engine}, a disk that grows"
-    run("qemu-img", "create", "-q", "-f", "qcow2", image, 64 * MIB)
-    arguments = [image, "--aio", engine, "--queues", 2, "--monitor", folder / "m"]
-    with Server(options.vblk, arguments, folder / "s", folder / "log") as server:
-        def grow():
-            status, output = run(options.vblk, "ctl", folder / "m", "resize", "160M")
-            report.check(f"{title}: ctl resize", status == 0, output)
-        console, ended = guest.boot(server.socket, 2, {"run": "resize", "sectors": 160 * MIB // 512}, grow)
-        report_guest(report, title, console, ended, 8)
-        report.check(f"{title}: server ends with status 0", server.stop() == 0, server.log.read_text())
-    raw = check_qcow2(report, title, folder, image)
-    report.check(f"{title}: the host sees the new size", raw.stat().st_size == 160 * MIB)
-    status, output = run("e2fsck", "-fn", raw)
-    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
-
-
-KILLS = 6
-
-
-def test_recovery(report, guest, options, folder, engine, properties=""):
-    """The server is killed again and again under a guest that writes and verifies, and the next one goes on."""
-    image, title = folder / "disk.qcow2", f"{engine}, a server that is killed" + (f", {properties}" if properties else "")
-    run("qemu-img", "create", "-q", "-f", "qcow2", image, 192 * MIB)
-    arguments = [image, "--aio", engine, "--cache", "none", "--queues", 2, "--iothreads", 2,
-                 "--monitor", folder / "m"]
-    # An emulated processor is slow, and the disk is not: without this, seldom is anything in flight.
-    slow_disk = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=pwritev2", "-e", "inject=pwritev2:delay_enter=20ms"]
-
-    def serve(number):
-        return Server(options.vblk, arguments, folder / "s", folder / f"log-{number}", slow_disk)
-    servers = [serve(0)]
-
-    def is_in_flight():
-        status = json.loads(run(options.vblk, "ctl", folder / "m", "query-status")[1])
-        return sum(queue["in-flight"] for queue in status.get("queues", [])) > 4
-
-    def kill_and_restart():
-        for number in range(1, KILLS + 1):
-            # QEMU tries once a second.
-            time.sleep(random.uniform(1, 3))
-            wait_until(is_in_flight, 5)
-            servers[-1].kill()
-            servers.append(serve(number))
+def ask(monitor, command):
+    """What `vblk ctl` would ask, without a process for it; {} where nobody answers."""
     try:
-        parameters = {"run": "rings,recovery", "seconds": 5 * KILLS, "rings": PACKED_RINGS.get(properties, "event_idx,indirect")}
-        console, ended = guest.boot(servers[0].socket, 2, parameters, kill_and_restart, reconnects=True, properties=properties)
-        report_guest(report, title, console, ended, 11)
-        report.check(f"{title}: it was killed", len(servers) == KILLS + 1, len(servers))
-        logs = "\n".join(server.log.read_text() for server in servers)
-        found = sum(int(count) for count in re.findall(r"(\d+) requests were in flight when", logs))
-        report.check(f"{title}: requests were in flight", found > 0, logs)
-        print(f"# {title}: {KILLS} kills, {found} requests recovered", file=sys.stderr, flush=True)
-        report.check(f"{title}: the last server ends with status 0", servers[-1].stop() == 0, logs)
-    finally:
-        servers[-1].kill()
-    raw = check_qcow2(report, title, folder, image, leaks_allowed=True)
-    status, output = run("e2fsck", "-fn", raw)
-    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
-
-
-def test_recovery_packed(report, guest, options, folder, engine):
-    test_recovery(report, guest, options, folder, engine, "packed=on")
-
-
-class MigratingGuest:
-    """A guest that goes from one QEMU to the next, and each time to the other of two servers of one image."""
-
-    def __init__(self, guest, sockets, parameters, folder, properties):
-        self.guest, self.sockets, self.parameters, self.folder, self.properties = guest, sockets, parameters, folder, properties
-        self.processes, self.readers, self.console, self.is_ready = [], [], b"", threading.Event()
-        self.start()
-
-    def start(self, *incoming):
-        number = len(self.processes)
-        command = self.guest.command(self.sockets[number % 2], 2, self.parameters, properties=self.properties)
-        command += ["-qmp", f"unix:{self.folder}/qmp-{number},server=on,wait=off", *incoming]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.processes.append(process)
-        self.readers.append(threading.Thread(target=self.read, args=(process,)))
-        self.readers[-1].start()
-
-    def read(self, process):
-        for line in process.stdout:
-            self.console += line
-            if b"VBLK-GUEST: READY" in line:
-                self.is_ready.set()
-
-    def tell(self, number, command, **arguments):
-        """One QMP command to one QEMU; its answer."""
-        path = self.folder / f"qmp-{number}"
-        wait_until(path.exists)
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
-            connection.connect(str(path))
-            lines = connection.makefile("rw")
-            for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
-                lines.write(json.dumps(request) + "\n")
-                lines.flush()
-                answer = {}
-                while "return" not in answer and "error" not in answer:
-                    answer = json.loads(lines.readline())
-        return answer
+            connection.settimeout(10)
+            connection.connect(str(monitor))
+            connection.sendall(json.dumps({"execute": command}).encode() + b"\n")
+            return json.loads(connection.makefile().readline())["return"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+KILLS = 20
+
+
+class KilledServer:
+    """A disk whose server is killed again and again, with requests in flight where there are some."""
+
+    # An emulated processor is slow, and the disk is not: without this, seldom is anything in flight.
+    SLOW_DISK = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", "trace=pwritev2", "-e",
+                 "inject=pwritev2:delay_enter=20ms"]
+
+    def __init__(self, vblk, folder, form, packed):
+        folder.mkdir()
+        self.vblk, self.folder, self.form, self.packed = vblk, folder, form, packed
+        self.image = create_image(folder / "disk", form, 192 * MIB)
+        self.servers = []
+        self.serve()
+
+    def serve(self):
+        arguments = [self.image, "--format", self.form, "--aio", "threads", "--cache", "none", "--queues", 2, "--iothreads", 2,
+                     "--monitor", self.folder / "m"]
+        self.servers.append(Server(self.vblk, arguments, self.folder / "s", self.folder / f"log-{len(self.servers)}",
+                                   self.SLOW_DISK))
+
+    def disk(self):
+        return Disk(self.folder / "s", chardev="reconnect=1", properties="packed=on" if self.packed else "")
+
+    def is_in_flight(self):
+        return sum(queue["in-flight"] for queue in ask(self.folder / "m", "query-status").get("queues", [])) > 4
+
+    def kill_and_restart(self):
+        # QEMU tries once a second.
+        for _ in range(KILLS):
+            wait_until(self.is_in_flight, 5)
+            time.sleep(random.uniform(0, 0.3))
+            self.servers[-1].kill()
+            self.serve()
+
+    def log(self):
+        return "\n".join(server.log.read_text() for server in self.servers)
+
+
+def test_recovery(report, guest, options, folder, _):
+    """The servers of four disks are killed again and again under a guest that writes and verifies, and the next ones go on."""
+    killed = []
+    try:
+        for form, packed in itertools.product(("raw", "qcow2"), (False, True)):
+            killed.append(KilledServer(options.vblk, folder / f"{form}-{'packed' if packed else 'split'}", form, packed))
+        names = [name_of(number) for number in range(len(killed))]
+        parameters = {"disks": "+".join(names), "run": "rings,recovery"}
+        parameters |= {f"{name}.rings": rings_negotiated(one.packed) for name, one in zip(names, killed)}
+        start = time.monotonic()
+        console, ended = guest.boot([one.disk() for one in killed], parameters,
+                                    {name: [one.kill_and_restart] for name, one in zip(names, killed)})
+        report_guest(report, "servers that are killed", console, ended, 11 * len(killed))
+        for one in killed:
+            title, log = f"a server that is killed, {one.folder.name}", one.log()
+            report.check(f"{title}: it was killed", len(one.servers) == KILLS + 1, len(one.servers))
+            found = sum(int(count) for count in re.findall(r"(\d+) requests were in flight when", log))
+            report.check(f"{title}: requests were in flight", found > 0, log)
+            print(f"# {title}: {KILLS} kills, {found} requests recovered", file=sys.stderr, flush=True)
+            report.check(f"{title}: the last server ends with status 0", one.servers[-1].stop() == 0, log)
+        print(f"# {len(killed)} disks, {KILLS} kills of each: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    finally:
+        for one in killed:
+            one.servers[-1].kill()
+    for one in killed:
+        title = f"a server that is killed, {one.folder.name}"
+        raw = one.image if one.form == "raw" else check_qcow2(report, title, folder, one.image, leaks_allowed=True)
+        status, output = run("e2fsck", "-fn", raw)
+        report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+
+
+class MigratingGuest(RunningGuest):
+    """A guest that goes from one QEMU to the next, and each time to the other of two servers of each of its disks.
+
+    `disks` is one list of them for each side.
+    """
+
+    def __init__(self, system, disks, parameters, folder, on_ready):
+        self.system, self.disks, self.parameters, self.folder = system, disks, parameters, folder
+        super().__init__(self.command(0), on_ready)
+
+    def command(self, number, *incoming):
+        return self.system.command(self.disks[number % 2], self.parameters,
+                                   ("-qmp", f"unix:{self.folder}/qmp-{number},server=on,wait=off", *incoming))
 
     def migrate(self):
-        """To a QEMU on the other server; what the old one says of it in the end."""
+        """To a QEMU on the other servers; what the old one says of it in the end."""
         number = len(self.processes) - 1
         path = self.folder / f"migrate-{number}"
-        self.start("-incoming", f"unix:{path}")
-        wait_until(path.exists)
-        self.tell(number, "migrate-set-parameters", **{"downtime-limit": 2000, "max-bandwidth": 1 << 30})
-        begun = self.tell(number, "migrate", uri=f"unix:{path}")
-        status = begun
-        if "error" not in begun:
+        self.start(self.command(number + 1, "-incoming", f"unix:{path}"))
+        wait_until(path.exists, 30)
+        with contextlib.closing(Qmp(self.folder / f"qmp-{number}")) as qmp:
+            qmp.must("migrate-set-parameters", **{"downtime-limit": 2000, "max-bandwidth": 1 << 30})
+            status = qmp("migrate", uri=f"unix:{path}")
+
             def is_over():
                 nonlocal status
-                status = self.tell(number, "query-migrate")["return"]
+                status = qmp.must("query-migrate")
                 return status.get("status") in ("completed", "failed", "cancelled")
-            wait_until(is_over, 120)
-        self.tell(number, "quit")
+            if "error" not in status:
+                wait_until(is_over, 120)
+            with contextlib.suppress(OSError):
+                qmp("quit")
         self.processes[number].wait(30)
         return status
-
-    def finish(self):
-        """Waits for power-off; whether it came in time."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.processes[-1].wait(BOOT_SECONDS_MAX)
-        ended = self.processes[-1].poll() is not None
-        for process in self.processes:
-            process.kill()
-        for reader in self.readers:
-            reader.join()
-        return self.console.decode(errors="replace").replace("\r", ""), ended
 
 
 MIGRATIONS = 3
 
 
-def test_migration(report, guest, options, folder, engine, form="raw", properties=""):
-    """A guest that writes and verifies goes back and forth between two QEMUs and two servers of its disk."""
-    image, title = folder / "disk", f"{engine}, migration on {form}" + (f", {properties}" if properties else "")
-    run("qemu-img", "create", "-q", "-f", form, image, 192 * MIB)
-    arguments = [image, "--format", form, "--aio", engine, "--queues", 2, "--iothreads", 2, "--migration", "on"]
-    servers = [Server(options.vblk, arguments, folder / name, folder / f"log-{name}") for name in ("a", "b")]
-    parameters = {"run": "rings,recovery", "seconds": 8 * MIGRATIONS, "rings": PACKED_RINGS.get(properties, "event_idx,indirect")}
-    migrating = MigratingGuest(guest, [server.socket for server in servers], parameters, folder, properties)
+def test_migration(report, guest, options, folder, engines):
+    """A guest that writes and verifies goes back and forth between two QEMUs, and two servers of each of its disks."""
+    kinds, servers = (("raw", False), ("qcow2", True)), []
+    names = [name_of(number) for number in range(len(kinds))]
+    arrived, over = threading.Barrier(len(kinds) + 1), threading.Event()
+
+    def arrive():
+        arrived.wait(BOOT_SECONDS_MAX)
+        over.wait(BOOT_SECONDS_MAX)
     try:
-        pauses = []
-        if migrating.is_ready.wait(BOOT_SECONDS_MAX):
-            for number in range(MIGRATIONS):
-                time.sleep(random.uniform(1, 3))
-                status = migrating.migrate()
-                pauses.append(status.get("downtime"))
-                report.check(f"{title}: number {number + 1} is completed", status.get("status") == "completed", status)
-        console, ended = migrating.finish()
-        report_guest(report, title, console, ended, 11)
-        logs = "\n".join(server.log.read_text() for server in servers)
-        print(f"# {title}: {len(pauses)} migrations, downtime {pauses} ms", file=sys.stderr, flush=True)
-        for server in servers:
-            report.check(f"{title}: server {server.socket.name} ends with status 0", server.stop() == 0, logs)
-        report.check(f"{title}: the disk was taken and given up each time",
-                     logs.count("is taken") == logs.count("is given up") > MIGRATIONS, logs)
+        for number, (form, packed) in enumerate(kinds):
+            create_image(folder / form, form, 192 * MIB)
+            arguments = [folder / form, "--format", form, "--aio", engines[-number], "--queues", 2, "--iothreads", 2,
+                         "--migration", "on"]
+            servers.append([Server(options.vblk, arguments, folder / f"{form}-{side}", folder / f"log-{form}-{side}")
+                            for side in "ab"])
+        disks = [[Disk(servers[number][side].socket, properties="packed=on" if packed else "")
+                  for number, (_, packed) in enumerate(kinds)] for side in range(2)]
+        parameters = {"disks": "+".join(names), "run": "rings,recovery"}
+        parameters |= {f"{name}.rings": rings_negotiated(packed) for name, (_, packed) in zip(names, kinds)}
+        with MigratingGuest(guest, disks, parameters, folder, {name: [arrive] for name in names}) as migrating:
+            pauses = []
+            with contextlib.suppress(threading.BrokenBarrierError):
+                arrived.wait(BOOT_SECONDS_MAX)
+                for number in range(MIGRATIONS):
+                    time.sleep(random.uniform(1, 2))
+                    status = migrating.migrate()
+                    pauses.append(status.get("downtime"))
+                    report.check(f"migration number {number + 1} is completed", status.get("status") == "completed", status)
+            over.set()
+            console, ended = migrating.finish()
+        report_guest(report, "migration", console, ended, 11 * len(kinds))
+        print(f"# migration: {len(pauses)} migrations, downtime {pauses} ms", file=sys.stderr, flush=True)
+        for (form, _), pair in zip(kinds, servers):
+            logs = "\n".join(server.log.read_text() for server in pair)
+            for server in pair:
+                report.check(f"migration on {form}: server {server.socket.name} ends with status 0", server.stop() == 0, logs)
+            report.check(f"migration on {form}: the disk was taken and given up each time",
+                         logs.count("is taken") == logs.count("is given up") > MIGRATIONS, logs)
     finally:
-        migrating.finish()
-        for server in servers:
+        over.set()
+        for server in itertools.chain(*servers):
             server.kill()
-    raw = image if form == "raw" else check_qcow2(report, title, folder, image, leaks_allowed=False)
-    status, output = run("e2fsck", "-fn", raw)
-    report.check(f"{title}: host's e2fsck finds nothing", status == 0, output)
+    for form, _ in kinds:
+        raw = folder / form if form == "raw" else check_qcow2(report, f"migration on {form}", folder, folder / form)
+        status, output = run("e2fsck", "-fn", raw)
+        report.check(f"migration on {form}: host's e2fsck finds nothing", status == 0, output)
 
 
-def test_migration_qcow2(report, guest, options, folder, engine):
-    test_migration(report, guest, options, folder, engine, "qcow2", "packed=on")
+RESTARTS = 10
+SWITCHES = 100
+PAUSES = 10
+PLUGS = 4
+# With a listening socket that is passed on; each takes what QEMU waits before it connects again, a second.
+RESTARTS_OF_RECONNECTING = 3
+# What an orderly restart, and a change of engines, may cost the guest. Held to the best of the former and the half of the
+# latter that are better: beside other tests a processor may be away for longer than that.
+PAUSE_MS_MAX = 100
+
+
+class ReplacedServer:
+    """A disk whose server is ended in an orderly way, again and again, and a next one started right after it."""
+
+    def __init__(self, vblk, arguments, folder):
+        self.vblk, self.arguments, self.folder, self.socket = vblk, arguments, folder, folder / "s"
+        folder.mkdir()
+        self.servers, self.statuses = [], []
+
+    def serve(self):
+        log = self.folder / f"log-{len(self.servers)}"
+        self.servers.append(self.start(log))
+
+    def end(self):
+        process = self.servers[-1].process
+        limit = threading.Timer(20, process.kill)
+        limit.start()
+        process.send_signal(signal.SIGTERM)
+        # Without a limit of its own, which would look only every 50 ms.
+        self.statuses.append(process.wait())
+        limit.cancel()
+
+    def replace(self, count, pause_seconds):
+        for _ in range(count):
+            time.sleep(random.uniform(*pause_seconds))
+            self.end()
+            self.serve()
+
+    def log(self):
+        return "\n".join(server.log.read_text() for server in self.servers)
+
+    def kill(self):
+        for server in self.servers:
+            server.kill()
+
+
+class ConnectingServer(ReplacedServer):
+    """QEMU listens, and each server is given a connection to it (--fd): QEMU waits for nobody."""
+
+    chardev = "server=on,wait=off"
+
+    def start(self, log):
+        with socket.socket(socket.AF_UNIX) as connection:
+            # The path is there a moment before somebody listens.
+            if not wait_until(lambda: connection.connect_ex(str(self.socket)) == 0, 30):
+                raise RuntimeError("QEMU does not listen")
+            return Server(self.vblk, self.arguments, self.socket, log, connection=connection)
+
+
+class ListeningServer(ReplacedServer):
+    """Each server is given the socket that listens, as systemd would pass it; QEMU connects again."""
+
+    chardev = "reconnect=1"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.socket))
+        self.listener.listen(4)
+
+    def start(self, log):
+        return Server(self.vblk, self.arguments, self.socket, log, listener=self.listener)
+
+
+def waits_ms(console, disk):
+    """What the guest has told of its longest waits, the longest first, each time that it was asked."""
+    return [[int(word) / 1000 for word in line.split()] for line in re.findall(rf"VBLK-GUEST: NOTE {disk} waits(.*)", console)]
+
+
+def test_changes(report, guest, options, folder, engine):
+    """What an operator does to a disk that is in use, all in one guest that writes and verifies: vda's server is replaced; vdb's
+    engines are changed, it is paused, resumed and resized; vdc's server is replaced, its socket kept; vdd is unplugged and
+    plugged in. What the guest has to wait is measured by it."""
+    images = [create_image(folder / f"disk-{number}", form, 192 * MIB)
+              for number, form in enumerate(("qcow2", "qcow2", "raw", "raw"))]
+    common = ["--aio", engine, "--queues", 2, "--iothreads", 2]
+    connecting = ConnectingServer(options.vblk, [images[0], "--format", "qcow2", *common], folder / "a")
+    listening = ListeningServer(options.vblk, [images[2], "--format", "raw", *common], folder / "c")
+    monitor, failures, paused_ms = folder / "m", [], []
+
+    def ctl(*words):
+        status, output = run(options.vblk, "ctl", monitor, *words)
+        if status != 0:
+            failures.append(f"{words}: {output}")
+
+    def switch():
+        for _ in range(SWITCHES):
+            kinds = random.sample(("read", "write", "flush"), random.randint(1, 3))
+            some = ",".join(f"{kind}={random.choice(ENGINES)}" for kind in kinds)
+            ctl("set-aio", random.choice((random.choice(ENGINES), some)))
+            time.sleep(random.uniform(0, 0.03))
+
+    def pause_and_resize():
+        for number in range(1, PAUSES + 1):
+            time.sleep(random.uniform(0, 0.2))
+            size = f"{192 + number}M"
+            if number % 2:
+                ctl("resize", size)
+            begun = time.monotonic()
+            ctl("pause")
+            time.sleep(random.uniform(0, 0.05))
+            if number % 2 == 0:
+                ctl("resize", size)
+            ctl("resume")
+            paused_ms.append((time.monotonic() - begun) * 1000)
+
+    def unplug():
+        time.sleep(random.uniform(0, 0.5))
+        qmp.must("device_del", id="d3")
+        qmp.wait_for("DEVICE_DELETED", device="d3")
+
+    def plug(is_new_connection):
+        if is_new_connection:
+            qmp.must("chardev-remove", id="c3")
+            address = {"type": "unix", "data": {"path": str(folder / "s3")}}
+            qmp.must("chardev-add", id="c3", backend={"type": "socket", "data": {"addr": address, "server": False}})
+        qmp.must("device_add", driver="vhost-user-blk-pci", id="d3", chardev="c3", bus="slot1", **{"num-queues": 2})
+
+    plugs = [action for number in range(PLUGS) for action in (unplug, lambda is_new=number % 2 == 1: plug(is_new))]
+    actions = {"vda": [lambda: time.sleep(1.5), lambda: connecting.replace(RESTARTS, (0.1, 0.5))],
+               "vdb": [switch, pause_and_resize],
+               "vdc": [lambda: listening.replace(RESTARTS_OF_RECONNECTING, (1.2, 1.5))], "vdd": plugs}
+    parameters = {"disks": "vda,vdb,vdc+vdd", "vda.run": "load,load,complaints", "vdb.run": "load,load,size,complaints",
+                  "vdc.run": "load,complaints", "vdd.run": "hotplug", "unplugged": "vdd", "rounds": PLUGS,
+                  "sectors": (192 + PAUSES) * MIB // 512}
+    # Linux counts what is behind a port last.
+    disks = [Disk(connecting.socket, chardev=connecting.chardev), Disk(folder / "s1"),
+             Disk(listening.socket, chardev=listening.chardev), Disk(folder / "s3", properties="bus=slot1")]
+    more = ("-device", "pcie-root-port,id=slot1,slot=1", "-qmp", f"unix:{folder}/qmp,server=on,wait=off")
+    with contextlib.ExitStack() as stack:
+        stack.callback(connecting.kill)
+        stack.callback(listening.kill)
+        changing = stack.enter_context(Server(options.vblk, [images[1], "--format", "qcow2", *common, "--monitor", monitor],
+                                              folder / "s1", folder / "log1"))
+        plugged = stack.enter_context(Server(options.vblk, [images[3], "--format", "raw", *common], folder / "s3",
+                                             folder / "log3"))
+        listening.serve()
+        running = stack.enter_context(RunningGuest(guest.command(disks, parameters, more), actions))
+        try:
+            connecting.serve()
+            qmp = Qmp(folder / "qmp")
+        except (OSError, RuntimeError) as error:
+            running.kill()
+            raise RuntimeError(f"QEMU does not start: {running.console.decode()}") from error
+        console, ended = running.finish()
+        report_guest(report, "changes", console, ended, 4 + 5 + 1 + 3 * PLUGS + 3)
+
+        calm, replaced = waits_ms(console, "vda")
+        switched, paused = waits_ms(console, "vdb")
+        (reconnected,) = waits_ms(console, "vdc")
+        print(f"# longest wait of the guest while nothing happens: {calm[0]:.0f} ms", file=sys.stderr)
+        for title, waits, count in (("a next server connects", replaced, RESTARTS),
+                                    ("QEMU connects to a next server", reconnected, RESTARTS_OF_RECONNECTING),
+                                    ("engines are changed", switched, SWITCHES), ("it is paused", paused, PAUSES)):
+            print(f"# longest waits while {title}, {count} times: {waits[count - 1]:.0f} to {waits[0]:.0f} ms, median "
+                  f"{statistics.median(waits[:count]):.0f}", file=sys.stderr)
+        print(f"# it was paused for {min(paused_ms):.0f} to {max(paused_ms):.0f} ms", file=sys.stderr, flush=True)
+
+        last = connecting.servers[-1].process.wait(20)
+        connecting.statuses.append(last)
+        listening.end()
+        for one, title in ((connecting, "connects"), (listening, "listens")):
+            report.check(f"a server that {title} is replaced: each ends with status 0", not any(one.statuses), one.statuses)
+            report.check(f"a server that {title} is replaced: nothing is left in flight, and nothing to complain of",
+                         is_clean(one.log()) and "were in flight" not in one.log(), one.log())
+        report.check(f"a restart takes less than {PAUSE_MS_MAX} ms for the guest", replaced[RESTARTS - 1] < PAUSE_MS_MAX,
+                     replaced)
+        report.check(f"half of the changes of engines take less than {PAUSE_MS_MAX} ms for the guest",
+                     switched[SWITCHES // 2] < PAUSE_MS_MAX, switched)
+        report.check("every change of engine and size, every pause and its end is carried out", not failures, failures)
+        for server, title in ((changing, "that is changed"), (plugged, "whose disk is unplugged")):
+            log = server.log.read_text()
+            report.check(f"the server {title} has nothing to complain of", is_clean(log), log)
+            report.check(f"the server {title} ends with status 0", server.stop() == 0, log)
+        connections = plugged.log.read_text().count("a frontend has connected")
+        report.check("it was found on the connection that it had, and on new ones", connections == 1 + PLUGS // 2, connections)
+    for number in range(2):
+        check_qcow2(report, f"changes, {name_of(number)}", folder, images[number])
 
 
 def test_two_guests(report, guest, options, folder, engine):
     """Two guests on two devices of one process, raw and qcow2, at the same time."""
-    make_sparse(folder / "disk-0", 128 * MIB)
-    run("qemu-img", "create", "-q", "-f", "qcow2", folder / "disk-1", "128M")
-    text = "".join(f"""
-        [[device]]
-        name = "guest-{i}"
-        image = "{folder}/disk-{i}"
-        format = "{form}"
-        socket-path = "{folder}/s{i}"
-        queues = 2
-        aio = "{engine}"
-        """ for i, form in enumerate(("raw", "qcow2")))
-    (folder / "vblk.toml").write_text(text)
-    log = folder / "log"
-    server = subprocess.Popen([options.vblk, "serve", "--config", folder / "vblk.toml"], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.DEVNULL, stderr=open(log, "wb"))
-    try:
-        wait_until(lambda: (folder / "s0").exists() and (folder / "s1").exists())
-        results = {}
-        threads = [threading.Thread(target=lambda i=i: results.update({i: guest.boot(folder / f"s{i}", 2, {"run": "files"})}))
-                   for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for i in range(2):
-            report_guest(report, f"{engine}, guest {i} of two on one process", *results[i], 9)
-        server.terminate()
-        report.check(f"{engine}: the server of both ends with 0", server.wait(20) == 0, log.read_text())
-    finally:
-        server.kill()
+    devices = [{"name": f"guest-{number}", "image": create_image(folder / f"disk-{number}", form, 128 * MIB), "format": form,
+                "socket-path": folder / f"s{number}", "queues": 2, "aio": engine} for number, form in enumerate(("raw", "qcow2"))]
+    with Devices(options.vblk, folder, as_toml(devices)) as server:
+        guests = [RunningGuest(guest.command([Disk(device["socket-path"])], {"run": "files"})) for device in devices]
+        for number, running in enumerate(guests):
+            report_guest(report, f"{engine}, guest {number} of two on one process", *running.finish(), 9)
+        report.check(f"{engine}: the server of both ends with 0", server.stop() == 0, server.log.read_text())
     run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", folder / "disk-1", folder / "raw-1")
     for image in ("disk-0", "raw-1"):
         status, output = run("e2fsck", "-fn", folder / image)
@@ -517,8 +702,7 @@ def test_full_disk(report, guest, options, folder, engine):
         def make_space():
             for _ in range(BOOT_SECONDS_MAX * 2):
                 time.sleep(0.5)
-                status, text = run(options.vblk, "ctl", folder / "m", "query-status")
-                if status == 0 and json.loads(text).get("state") == "paused":
+                if ask(folder / "m", "query-status").get("state") == "paused":
                     paused.set()
                     time.sleep(3)
                     run("nsenter", "-t", server.process.pid, "-m", "rm", folder / "small" / "filler")
@@ -528,7 +712,7 @@ def test_full_disk(report, guest, options, folder, engine):
 
         watcher = threading.Thread(target=make_space)
         watcher.start()
-        console, ended = guest.boot(server.socket, 2, {"run": "files"})
+        console, ended = guest.boot([Disk(server.socket)], {"run": "files"})
         report_guest(report, name, console, ended, 9)
         report.check(f"{name}: the device paused", paused.is_set(), server.log.read_text())
         report.check(f"{name}: the server ends with 0", server.stop() == 0, server.log.read_text())
@@ -541,33 +725,48 @@ def main():
     parser.add_argument("--cache", required=True, type=Path, help="folder that keeps the guest's kernel")
     parser.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
     parser.add_argument("--only", metavar="NAME", help="only the batches with this in their names: qcow2, overlay")
+    parser.add_argument("--beside", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="so many batches beside each other (default: one for each processor)")
     options = parser.parse_args()
     os.environ["PATH"] += ":/sbin:/usr/sbin"
 
-    report = Report()
-    guest = Guest(options.cache)
-    batches = [(test_engine, engine) for engine in options.engine or ENGINES]
-    batches += [(test_file_system_survives, engine) for engine in options.engine or ENGINES]
-    batches += [(test_durability, engine) for engine in options.engine or ENGINES]
-    # What happens in the device, on one engine each.
-    batches += zip((test_read_only, test_write_through, test_root_file_system), itertools.cycle(options.engine or ENGINES))
-    # The engines are below the format, which tests/interop runs on all of them: here one each will do.
-    batches += [(test_qcow2, (options.engine or ENGINES)[-1]), (test_root_on_overlay, (options.engine or ENGINES)[0]),
-                (test_resize, (options.engine or ENGINES)[-1]), (test_packed, (options.engine or ENGINES)[-1]),
-                (test_recovery, "threads"), (test_recovery_packed, "threads"),
-                (test_migration, (options.engine or ENGINES)[0]), (test_migration_qcow2, (options.engine or ENGINES)[-1]),
-                (test_two_guests, (options.engine or ENGINES)[-1]), (test_full_disk, (options.engine or ENGINES)[0])]
-    for test, engine in batches:
-        if options.only and options.only not in test.__name__:
-            continue
-        start = time.monotonic()
-        with Folder() as folder:
-            try:
-                test(report, guest, options, folder, engine)
-            except RuntimeError as error:
-                report.check(f"{engine}: {test.__name__} runs", False, error)
-        print(f"# {test.__name__} on {engine}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    report, guest, engines = Report(), GuestSystem(options.cache), options.engine or list(ENGINES)
+    # What happens in the device, and the formats above the engines, which tests/interop runs on all of them: on one engine each.
+    first, last = engines[0], engines[-1]
+    batches = [(test_recovery, None), (test_rings, engines), (test_migration, engines), (test_modes, engines)]
+    batches += [(test_engine, engine) for engine in engines]
+    batches += [(test_qcow2, last), (test_two_guests, last), (test_full_disk, first), (test_root_file_system, last),
+                (test_root_on_overlay, first)]
+    # What measures, alone.
+    for beside, chosen in ((options.beside, batches), (1, [(test_changes, last)])):
+        run_batches(report, guest, options, [batch for batch in chosen if (options.only or "") in batch[0].__name__], beside)
     report.exit()
+
+
+def run_batches(report, guest, options, batches, beside):
+    """All of them, so many beside each other, those first that stand first."""
+    waiting = iter(batches)
+
+    def run_next():
+        with contextlib.suppress(StopIteration):
+            while True:
+                run_batch(report, guest, options, *next(waiting))
+    threads = [threading.Thread(target=run_next) for _ in range(beside)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def run_batch(report, guest, options, test, about):
+    title = f"{test.__name__} on {about if isinstance(about, str) else 'several engines'}"
+    start = time.monotonic()
+    with Folder() as folder:
+        try:
+            test(report, guest, options, folder, about)
+        except Exception as error:  # a lane that ends would take the batches behind it along
+            report.check(f"{title} runs", False, "".join(traceback.format_exception(error)))
+    print(f"# {title}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ Rates are counted on the server's side, between two looks at `vblk ctl query-sta
 device's queues full, each on an I/O thread of its own.
 """
 
-import argparse
 import json
-import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-from harness import ENGINES, Folder, Poke, Report, Script, Server, make_sparse, refused, run, test_seed  # noqa: E402
+from harness import ENGINES, Folder, Poke, Script, Server, make_sparse, refused, run, run_tests  # noqa: E402
 
 KIB, MIB = 1 << 10, 1 << 20
 SECONDS = 5
@@ -228,26 +226,7 @@ def test_refusals(report, options):
             server.stop()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
-    parser.add_argument("--poke", required=True, type=Path, help="tests/interop/poke")
-    parser.add_argument("--churn", required=True, type=Path, help="tests/interop/churn")
-    options = parser.parse_args()
-    options.random = random.Random(test_seed())
-    for name in ("vblk", "poke", "churn"):
-        setattr(options, name, getattr(options, name).resolve())
-    report = Report()
-    tests = [(test_refusals,), (test_rates,), (test_bench_agrees,), (test_burst,), (test_changes,), (test_end_while_waiting,)]
-    for engine in ENGINES:
-        tests += [(test_real_disk, engine), (test_kills_and_changes, engine)]
-    for test, *arguments in tests:
-        try:
-            test(report, options, *arguments)
-        except (RuntimeError, OSError) as error:
-            report.check(f"{test.__name__} {arguments} runs", False, error)
-    report.exit()
-
-
 if __name__ == "__main__":
-    main()
+    run_tests(__doc__, ("poke", "churn"), [
+        (test_refusals,), (test_rates,), (test_bench_agrees,), (test_burst,), (test_changes,), (test_end_while_waiting,),
+        *((test, engine) for engine in ENGINES for test in (test_real_disk, test_kills_and_changes))])

@@ -5,11 +5,9 @@ The full disk is a small ext4 file system with a file beside the image that take
 again (root, for loop devices). Other failures come from strace's fault injection.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 import qcow2_images as qcow2  # noqa: E402
-from harness import ENGINES, Folder, Poke, Report, Script, Server, make_sparse, run, test_seed, wait_until  # noqa: E402
+from harness import ENGINES, Folder, Poke, Script, Server, make_sparse, run, run_tests, wait_until  # noqa: E402
 from qcow2_images import qemu_img  # noqa: E402
 
 MIB = 1 << 20
@@ -351,31 +349,16 @@ def test_pause_of_a_slow_disk(report, options):
             report.check("one resume ends both", poke.answer().get("status") == STATUS_OK)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
-    parser.add_argument("--poke", required=True, type=Path, help="tests/interop/poke")
-    parser.add_argument("--churn", required=True, type=Path, help="tests/interop/churn")
-    options = parser.parse_args()
-    options.random = random.Random(test_seed())
-    for name in ("vblk", "poke", "churn"):
-        setattr(options, name, getattr(options, name).resolve())
-    report = Report()
-    tests = [(test_policies,), (test_paused_image_is_whole,), (test_next_driver_of_a_paused_device,),
-             (test_pause_of_a_slow_disk,)]
+def all_tests():
+    yield from ((test_policies,), (test_paused_image_is_whole,), (test_next_driver_of_a_paused_device,),
+                (test_pause_of_a_slow_disk,))
     for form in ("raw", "qcow2"):
         for engine in ENGINES:
-            tests += [(test_full_disk, form, engine, "none"), (test_pause_under_load, form, engine)]
-        tests += [(test_full_disk, form, "threads", "writeback"), (test_end_of_a_full_disk, form)]
+            yield from ((test_full_disk, form, engine, "none"), (test_pause_under_load, form, engine))
+        yield from ((test_full_disk, form, "threads", "writeback"), (test_end_of_a_full_disk, form))
     for engine in ENGINES:
-        tests += [(test_full_disk, "qcow2", engine, "writeback", "")]
-    for test, *arguments in tests:
-        try:
-            test(report, options, *arguments)
-        except (RuntimeError, OSError) as error:
-            report.check(f"{test.__name__} {arguments} runs", False, error)
-    report.exit()
+        yield test_full_disk, "qcow2", engine, "writeback", ""
 
 
 if __name__ == "__main__":
-    main()
+    run_tests(__doc__, ("poke", "churn"), all_tests())

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,24 +27,25 @@ def test_seed():
 
 
 class Report:
-    """Prints TAP as checks finish; `exit()` ends the program with the right status."""
+    """Prints TAP as checks finish, on any thread; `exit()` ends the program with the right status."""
 
     def __init__(self):
         self.count = 0
         self.failed = 0
+        self.lock = threading.Lock()
 
     def check(self, name, passed, detail=""):
-        self.count += 1
-        self.failed += not passed
-        print(f"{'ok' if passed else 'not ok'} {self.count} - {name}", flush=True)
-        if not passed:
-            for line in str(detail).splitlines():
-                print(f"# {line}", flush=True)
+        about = "" if passed else "".join(f"\n# {line}" for line in str(detail).splitlines())
+        with self.lock:
+            self.count += 1
+            self.failed += not passed
+            print(f"{'ok' if passed else 'not ok'} {self.count} - {name}{about}", flush=True)
         return passed
 
     def skip(self, name, reason):
-        self.count += 1
-        print(f"ok {self.count} - {name} # SKIP {reason}", flush=True)
+        with self.lock:
+            self.count += 1
+            print(f"ok {self.count} - {name} # SKIP {reason}", flush=True)
 
     def exit(self):
         print(f"1..{self.count}", flush=True)
@@ -70,16 +72,20 @@ class Server:
     """A running `vblk serve`. `wrapper` is a command that runs it, such as strace with its options.
 
     A wrapper either stays as the server's parent or becomes the server itself. With `listener`, a socket that listens at
-    `socket` already, the server gets it as systemd would pass it.
+    `socket` already, the server gets it as systemd would pass it; with `connection`, one that is connected to a frontend, by
+    --fd. Both remain the caller's.
     """
 
-    def __init__(self, vblk, arguments, socket, log, wrapper=(), wrapper_stays=True, listener=None):
+    def __init__(self, vblk, arguments, socket, log, wrapper=(), wrapper_stays=True, listener=None, connection=None):
         self.socket = Path(socket)
         self.log = Path(log)
         self.wrapped = bool(wrapper) and wrapper_stays
         command = [*wrapper, str(vblk), "serve", *map(str, arguments)]
         passed = ()
-        if listener is None:
+        if connection is not None:
+            passed = (connection.fileno(),)
+            command += ["--fd", str(connection.fileno())]
+        elif listener is None:
             command += ["--socket-path", str(socket)]
         else:
             passed = (listener.fileno(),)
@@ -122,6 +128,37 @@ class Server:
 
     def __exit__(self, *_):
         self.kill()
+
+
+class Devices:
+    """A running `vblk serve --config` of a file that says `text`. Its log is in `folder`. `prefix` is a command that runs it."""
+
+    def __init__(self, vblk, folder, text, prefix=()):
+        (folder / "vblk.toml").write_text(text)
+        self.log = folder / "log"
+        with open(self.log, "wb") as log:
+            command = [*map(str, prefix), str(vblk), "serve", "--config", str(folder / "vblk.toml")]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, bufsize=0)
+        for _ in range(text.count("[[device]]")):
+            readable, _, _ = select.select([self.process.stdout], [], [], 20)
+            line = self.process.stdout.readline().decode() if readable else ""
+            if not line.startswith("vblk: ready on "):
+                self.process.kill()
+                raise RuntimeError(f"no ready line but {line!r}\n{self.log.read_text()}")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
 
 
 class Script:
@@ -258,18 +295,32 @@ def refused(report, vblk, title, folder, arguments, names, prefix=()):
                  f"status {done.returncode}, expected '{names}' in\n" + "\n".join(lines))
 
 
-def run_on_each_engine(description, *tests):
-    """A script's main program: each `test(report, options, engine)` on each engine, in turn."""
+TOOLS = {"poke": "the driver for scripts (tests/interop/poke)",
+         "churn": "the driver for scripts with a model (tests/interop/churn)"}
+
+
+def run_tests(description, tools, tests):
+    """A script's main program: each of `tests`, a tuple of a function and its arguments behind (report, options), in turn.
+
+    `tools` are what it needs besides --vblk, of TOOLS. The options have their paths, and `random`, seeded and told.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--vblk", required=True, type=Path, help="the program under test")
-    parser.add_argument("--poke", required=True, type=Path, help="the driver for scripts")
+    for tool in tools:
+        parser.add_argument(f"--{tool}", required=True, type=Path, help=TOOLS[tool])
     options = parser.parse_args()
-    options.vblk, options.poke = options.vblk.resolve(), options.poke.resolve()
+    for name in ("vblk", *tools):
+        setattr(options, name, getattr(options, name).resolve())
+    options.random = random.Random(test_seed())
     report = Report()
-    for engine in ENGINES:
-        for test in tests:
-            try:
-                test(report, options, engine)
-            except (RuntimeError, OSError) as error:
-                report.check(f"{test.__name__} {engine} runs", False, error)
+    for test, *arguments in tests:
+        try:
+            test(report, options, *arguments)
+        except (RuntimeError, OSError) as error:
+            report.check(" ".join(map(str, (test.__name__, *arguments, "runs"))), False, error)
     report.exit()
+
+
+def run_on_each_engine(description, *tests):
+    """run_tests() for each `test(report, options, engine)` on each engine."""
+    run_tests(description, ("poke",), [(test, engine) for engine in ENGINES for test in tests])

@@ -149,6 +149,16 @@ TEST_F(Messages, adds_and_removes_memory_regions) {
   EXPECT_EQ(frontend.acknowledged(Request::kRemMemReg, second), 1U) << "there is none any more";
 }
 
+// QEMU on unplug and plug: it forgets its regions, and does not remove them.
+TEST_F(Messages, a_second_owner_begins_without_the_memory_of_the_first) {
+  RawFrontend frontend = connect();
+  const std::array fds{memory->regions()[0].fd};
+  EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(region()), fds), 1U)
+      << "it is there already";
+  EXPECT_EQ(frontend.acknowledged(Request::kSetOwner, {}), 0U);
+  EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(region()), fds), 0U);
+}
+
 TEST_F(Messages, takes_as_many_regions_as_it_says_and_keeps_no_descriptor_of_them) {
   RawFrontend frontend = connect();
   const std::size_t before = settled_fds();
@@ -409,6 +419,17 @@ TEST_F(Messages, refuses_to_start_a_ring_before_its_memory_size_and_addresses) {
   ASSERT_TRUE(frontend.polite().set_memory(*memory).has_value());
   EXPECT_TRUE(frontend.polite().start_ring(0, *queue).has_value());
   EXPECT_TRUE(served.server().status()->rings[0].running);
+}
+
+TEST_F(Messages, an_owner_while_rings_run_changes_nothing) {
+  RawFrontend frontend = connect();
+  auto queue = driver::DriverQueue::create(*memory, {.size = 16}).value();
+  ASSERT_TRUE(frontend.polite().start_ring(0, *queue).has_value());
+  EXPECT_EQ(frontend.acknowledged(Request::kSetOwner, {}), 0U);
+  EXPECT_TRUE(served.server().status()->rings[0].running);
+  const std::array fds{memory->regions()[0].fd};
+  EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(region()), fds), 1U)
+      << "its memory is there";
 }
 
 TEST_F(Messages, refuses_a_started_ring_whose_addresses_are_nowhere) {

@@ -65,7 +65,7 @@ class PackedTestRing {
   // Whatever the test says, at the next place; flags of availability are the test's, too.
   void put_raw(const Raw& raw) { store(descriptor(next_avail_++), raw); }
   // A legal chain: the first becomes available last.
-  void put(const std::vector<Rig::Piece>& pieces, std::uint16_t id, bool is_table = false) {
+  void put(const std::vector<QueueRig::Piece>& pieces, std::uint16_t id, bool is_table = false) {
     const std::uint64_t first = next_avail_;
     for (std::size_t i = 0; i < pieces.size(); ++i) {
       const std::uint64_t number = first + i;
@@ -145,75 +145,27 @@ struct PackedRigOptions {
   InterruptOptions interrupts;  // of the device, at its making
 };
 
-// Device, queue and packed ring together.
-class PackedRig {
+// With a packed ring.
+class PackedRig : public QueueRig {
  public:
-  using Piece = Rig::Piece;
-
-  explicit PackedRig(const PackedRigOptions& options = {}) : node(Rig::kDiskBytes) {
-    log::set_level(log::Level::kOff);
-    context = std::make_unique<blockdev::IoContext>(
-        loop, std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
-    device =
-        BlkDevice::create(node, {.queue_size_max = 1024, .interrupts = options.interrupts}).value();
-    EXPECT_TRUE(device->set_features(options.features).has_value());
+  explicit PackedRig(const PackedRigOptions& options = {})
+      : QueueRig({.queue_size_max = 1024, .interrupts = options.interrupts}, options.features) {
     ring = std::make_unique<PackedTestRing>(memory, options.size, options.start);
     start(options.inflight);
   }
-  ~PackedRig() {
-    node.hold = false;
-    node.release(*context);
-    run();
-    if (queue != nullptr) {
-      EXPECT_EQ(queue->in_flight(), 0U) << "a slot leaked";
-    }
-    queue.reset();
-  }
-  PackedRig(const PackedRig&) = delete;
-  PackedRig& operator=(const PackedRig&) = delete;
 
   void start(std::shared_ptr<const InflightArea> inflight = nullptr) {
     start(ring->setup(), std::move(inflight));
   }
   void start(BlkQueueSetup setup, std::shared_ptr<const InflightArea> inflight = nullptr) {
     setup.kick_fd = kick.fd();
-    setup.call_fd = call.fd();
-    setup.error_fd = error.fd();
     setup.inflight = std::move(inflight);
-    auto started = BlkQueue::start(*device, *context, memory.shared(), setup);
-    ASSERT_TRUE(started.has_value()) << started.error().message;
-    queue = std::move(*started);
+    start_queue(std::move(setup));
   }
-
-  bool cycle() {
-    if (queue == nullptr) return false;
-    bool progress = queue->poll() != 0;
-    progress |= context->poll() != 0;
-    queue->settle();
-    return progress;
-  }
-  void run() {
-    for (int cycles = 0; cycle(); ++cycles) ASSERT_LT(cycles, 100000) << "it never comes to rest";
-  }
-
-  // Guest memory for a buffer, filled; used again when nothing is in flight.
-  std::uint64_t allocate(std::size_t bytes, std::byte fill = kUntouched) {
-    const std::uint64_t address = next_buffer_;
-    next_buffer_ += bytes;
-    for (std::size_t i = 0; i < bytes; ++i) *memory.at(address + i) = fill;
-    return address;
-  }
-  std::uint64_t place(std::span<const std::byte> bytes) {
-    const std::uint64_t address = allocate(bytes.size());
-    memory.write(address, bytes);
-    return address;
-  }
-  void forget_buffers() { next_buffer_ = Rig::kBuffers; }
 
   // The guest address of an indirect table of these pieces.
   std::uint64_t table(const std::vector<Piece>& pieces, std::uint16_t extra_flags = 0) {
-    next_buffer_ = (next_buffer_ + 15) & ~std::uint64_t{15};
-    const std::uint64_t address = allocate(pieces.size() * 16);
+    const std::uint64_t address = allocate_table(pieces.size());
     for (std::size_t i = 0; i < pieces.size(); ++i) {
       PackedTestRing::store(memory.at(address + 16 * i),
                             {.address = pieces[i].address,
@@ -235,20 +187,7 @@ class PackedRig {
     return status;
   }
 
-  TestMemory memory;
-  blockdev::IoLoop loop;
-  aio::SimulatedDisk disk{{}};
-  MemoryNode node;
-  EventFd kick;
-  EventFd call;
-  EventFd error;
-  std::unique_ptr<blockdev::IoContext> context;
-  std::unique_ptr<BlkDevice> device;
   std::unique_ptr<PackedTestRing> ring;
-  std::unique_ptr<BlkQueue> queue;
-
- private:
-  std::uint64_t next_buffer_{Rig::kBuffers};
 };
 
 }  // namespace vblk::virtio::testing

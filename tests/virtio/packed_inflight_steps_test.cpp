@@ -8,7 +8,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -25,56 +24,21 @@
 #include "blockdev/virtio/packed_inflight_region.h"
 #include "blockdev/virtio/packed_virtqueue.h"
 #include "tests/support/seed.h"
+#include "tests/virtio/observed_stores.h"
 
 namespace vblk::virtio {
 
 namespace {
 
-// NOLINTNEXTLINE(cppcoreguidelines-avoid-non-const-global-variables): the seam has no argument.
-const std::function<void()>* on_store{nullptr};
-
-}  // namespace
-
-void observe_store() {
-  if (on_store != nullptr) (*on_store)();
-}
-
-namespace {
-
-// Thrown out of a store, in place of SIGKILL.
-struct Killed {};
-
-// While it lives, `function` is called behind each store; without a function, nothing is.
-class Watching {
- public:
-  explicit Watching(std::function<void()> function = nullptr)
-      : function_(std::move(function)),
-        before_(std::exchange(on_store, function_ ? &function_ : nullptr)) {}
-  ~Watching() { on_store = before_; }
-  Watching(const Watching&) = delete;
-  Watching& operator=(const Watching&) = delete;
-
- private:
-  const std::function<void()> function_;
-  const std::function<void()>* const before_;
-};
+using testing::Killed;
+using testing::Memory;
+using testing::Watching;
 
 constexpr std::uint64_t kGuestBase = 0x10000;
 constexpr std::uint64_t kUserBase = 0x7000'0000'0000;
 // Addresses in descriptors: nobody looks at the memory, but each says which buffer it belongs to.
 constexpr std::uint64_t kBufferBase = 0x1000'0000;
 constexpr std::size_t kChainMax = 4;
-
-// Words, so that all in it is aligned as counters must be.
-class Memory {
- public:
-  explicit Memory(std::size_t bytes) : words_((bytes + 7) / 8) {}
-  [[nodiscard]] std::byte* data() { return reinterpret_cast<std::byte*>(words_.data()); }
-  [[nodiscard]] std::size_t size() const { return words_.size() * 8; }
-
- private:
-  std::vector<std::uint64_t> words_;
-};
 
 struct Options {
   std::uint16_t ring_size{8};

@@ -329,54 +329,21 @@ struct RigOptions {
   InterruptOptions interrupts;
 };
 
-// Device, queue and ring together.
-class Rig {
+// Device and queue together, with buffers in guest memory: all that does not depend on the kind of
+// ring. Who derives from it has the ring, and starts the queue.
+class QueueRig {
  public:
   static constexpr std::size_t kDiskBytes = std::size_t{4} << 20;
   static constexpr std::uint64_t kBuffers = kGuestBase + 0x40000;  // behind any ring
 
-  explicit Rig(const RigOptions& options = {})
-      : memory(options.more_memory), node(kDiskBytes, options.read_only) {
-    log::set_level(log::Level::kOff);
-    context = std::make_unique<blockdev::IoContext>(
-        loop, std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
-    device = BlkDevice::create(node, {.queue_size_max = 1024,
-                                      .serial = options.serial,
-                                      .write_cache = options.write_cache,
-                                      .on_error = options.on_error,
-                                      .limits = options.limits,
-                                      .interrupts = options.interrupts})
-                 .value();
-    EXPECT_TRUE(device->set_features(options.features).has_value());
-    ring = std::make_unique<TestRing>(memory, options.size);
-    ring->set_avail_index(options.start_index);
-    ring->set_used_index(options.start_index);
-    start(options);
-  }
-  ~Rig() {
-    node.hold = false;
-    node.release(*context);
-    run();
-    if (queue != nullptr) {
-      EXPECT_EQ(queue->in_flight(), 0U) << "a slot leaked";
-    }
-    queue.reset();
-  }
-  Rig(const Rig&) = delete;
-  Rig& operator=(const Rig&) = delete;
+  struct Piece {
+    std::uint64_t address;
+    std::uint32_t length;
+    bool writable{false};
+  };
 
-  void start(const RigOptions& options) {
-    BlkQueueSetup setup = ring->setup();
-    setup.next_avail = options.start_index;
-    if (options.with_kick) setup.kick_fd = kick.fd();
-    setup.call_fd = call.fd();
-    setup.error_fd = error.fd();
-    setup.inflight = options.inflight;
-    setup.left = options.left;
-    auto started = BlkQueue::start(*device, *context, memory.shared(), setup);
-    ASSERT_TRUE(started.has_value()) << started.error().message;
-    queue = std::move(*started);
-  }
+  QueueRig(const QueueRig&) = delete;
+  QueueRig& operator=(const QueueRig&) = delete;
 
   // One cycle of the loop. True if something was done.
   bool cycle() {
@@ -389,7 +356,7 @@ class Rig {
     for (int cycles = 0; cycle(); ++cycles) ASSERT_LT(cycles, 100000) << "it never comes to rest";
   }
 
-  // Guest memory for a buffer, filled.
+  // Guest memory for a buffer, filled; used again when nothing is in flight.
   std::uint64_t allocate(std::size_t bytes, std::byte fill = kUntouched) {
     const std::uint64_t address = next_buffer_;
     next_buffer_ += bytes;
@@ -404,19 +371,87 @@ class Rig {
 
   void forget_buffers() { next_buffer_ = kBuffers; }
 
-  struct Piece {
-    std::uint64_t address;
-    std::uint32_t length;
-    bool writable{false};
-  };
+  TestMemory memory;
+  blockdev::IoLoop loop;
+  aio::SimulatedDisk disk{{}};
+  MemoryNode node;
+  EventFd kick;
+  EventFd call;
+  EventFd error;
+  std::unique_ptr<blockdev::IoContext> context;
+  std::unique_ptr<BlkDevice> device;
+  std::unique_ptr<BlkQueue> queue;
+
+ protected:
+  QueueRig(const BlkDeviceOptions& options, std::uint64_t features, bool read_only = false,
+           std::shared_ptr<const MemoryRegion> more_memory = nullptr)
+      : memory(std::move(more_memory)), node(kDiskBytes, read_only) {
+    log::set_level(log::Level::kOff);
+    context = std::make_unique<blockdev::IoContext>(
+        loop, std::make_unique<aio::EngineSet>(aio::SimulatedEngine::create(disk).value()));
+    device = BlkDevice::create(node, options).value();
+    EXPECT_TRUE(device->set_features(features).has_value());
+  }
+  ~QueueRig() {
+    node.hold = false;
+    node.release(*context);
+    run();
+    if (queue != nullptr) {
+      EXPECT_EQ(queue->in_flight(), 0U) << "a slot leaked";
+    }
+    queue.reset();
+  }
+
+  void start_queue(BlkQueueSetup setup) {
+    setup.call_fd = call.fd();
+    setup.error_fd = error.fd();
+    auto started = BlkQueue::start(*device, *context, memory.shared(), setup);
+    ASSERT_TRUE(started.has_value()) << started.error().message;
+    queue = std::move(*started);
+  }
+  // Guest memory for an indirect table of so many descriptors, aligned as it must be.
+  std::uint64_t allocate_table(std::size_t descriptors) {
+    next_buffer_ = (next_buffer_ + 15) & ~std::uint64_t{15};
+    return allocate(descriptors * kDescriptorBytes);
+  }
+
+ private:
+  std::uint64_t next_buffer_{kBuffers};
+};
+
+// With a split ring.
+class Rig : public QueueRig {
+ public:
+  explicit Rig(const RigOptions& options = {})
+      : QueueRig({.queue_size_max = 1024,
+                  .serial = options.serial,
+                  .write_cache = options.write_cache,
+                  .on_error = options.on_error,
+                  .limits = options.limits,
+                  .interrupts = options.interrupts},
+                 options.features, options.read_only, options.more_memory) {
+    ring = std::make_unique<TestRing>(memory, options.size);
+    ring->set_avail_index(options.start_index);
+    ring->set_used_index(options.start_index);
+    start(options);
+  }
+
+  void start(const RigOptions& options) {
+    BlkQueueSetup setup = ring->setup();
+    setup.next_avail = options.start_index;
+    if (options.with_kick) setup.kick_fd = kick.fd();
+    setup.inflight = options.inflight;
+    setup.left = options.left;
+    start_queue(std::move(setup));
+  }
+
   // Chains the pieces from descriptor `head` on and makes them available.
   void submit(const std::vector<Piece>& pieces, std::uint16_t head = 0) {
     write_chain(pieces, [&](std::size_t i) { return ring->descriptor_pointer(i); }, head);
     ring->make_available(head);
   }
   void submit_indirect(const std::vector<Piece>& pieces, std::uint16_t head = 0) {
-    next_buffer_ = (next_buffer_ + 15) & ~std::uint64_t{15};
-    const std::uint64_t table = allocate(pieces.size() * kDescriptorBytes);
+    const std::uint64_t table = allocate_table(pieces.size());
     write_chain(pieces, [&](std::size_t i) { return memory.at(table + i * kDescriptorBytes); }, 0);
     ring->set_descriptor(
         head, {.guest_address = table,
@@ -447,8 +482,7 @@ class Rig {
                               std::span<const std::byte> readable = {},
                               std::size_t writable_bytes = 0, std::uint16_t head = 0) {
     // Nobody uses what was placed before.
-    if (queue->in_flight() == 0 && queue->next_avail() == ring->avail_index())
-      next_buffer_ = kBuffers;
+    if (queue->in_flight() == 0 && queue->next_avail() == ring->avail_index()) forget_buffers();
     std::vector<Piece> pieces{{place(header(type, sector)), kBlkRequestHeaderBytes}};
     if (!readable.empty())
       pieces.push_back({place(readable), static_cast<std::uint32_t>(readable.size())});
@@ -460,17 +494,7 @@ class Rig {
     return data;
   }
 
-  TestMemory memory;
-  blockdev::IoLoop loop;
-  aio::SimulatedDisk disk{{}};
-  MemoryNode node;
-  EventFd kick;
-  EventFd call;
-  EventFd error;
-  std::unique_ptr<blockdev::IoContext> context;
-  std::unique_ptr<BlkDevice> device;
   std::unique_ptr<TestRing> ring;
-  std::unique_ptr<BlkQueue> queue;
 
  private:
   void write_chain(const std::vector<Piece>& pieces,
@@ -486,7 +510,6 @@ class Rig {
                                   .next = static_cast<std::uint16_t>(first + i + 1)});
     }
   }
-  std::uint64_t next_buffer_{kBuffers};
 };
 
 inline std::vector<std::byte> pattern(std::size_t bytes, unsigned seed = 1) {
