@@ -40,14 +40,6 @@ struct Base {
   unsigned depth{0};
 };
 
-Expected<qcow2::Header> header_of(const std::string& path, bool lock) {
-  const auto file = open_file({.path = path, .format = "qcow2", .lock = lock});
-  if (!file) return std::unexpected(file.error());
-  if (!*file)
-    return make_error(ErrorKind::kInvalidArgument, fmt::format("'{}' is no qcow2 image", path));
-  return read_header(**file);
-}
-
 Expected<Base> find_base(const CommitOptions& options) {
   Base base{.path = options.path, .format = "qcow2"};
   // As long as opening such a chain allows.
@@ -64,16 +56,6 @@ Expected<Base> find_base(const CommitOptions& options) {
                     options.base
                         ? fmt::format("'{}' is not based on '{}'", options.path, *options.base)
                         : fmt::format("'{}' has no backing file", options.path));
-}
-
-Expected<void> has_no_bitmaps(const std::string& path, const std::string& format) {
-  if (format != "qcow2") return {};
-  const auto header = header_of(path, false);
-  if (!header) return std::unexpected(header.error());
-  if (!header->bitmap_directory) return {};
-  return make_error(
-      ErrorKind::kNotSupported,
-      fmt::format("'{}' has persistent bitmaps, which are not kept up to date here", path));
 }
 
 Task<int> flush(BlockNode& node, IoContext& context) {

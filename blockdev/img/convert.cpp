@@ -219,6 +219,8 @@ Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, blockdev::RawNode& fil
 }
 
 Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {
+  if (auto checked = has_no_bitmaps(options.target, options.target_format); !checked)
+    return checked;
   auto target = open_source({.path = options.target,
                              .format = options.target_format,
                              .cache = file_cache(options.target_cache),
@@ -263,6 +265,7 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
       return make_error(backing.error().kind,
                         "the backing file cannot be used: " + backing.error().message);
     }
+    if (auto apart = check_target_is_apart(*backing, options.target); !apart) return apart;
   }
   std::optional<StoredBitmaps> bitmaps;
   if (options.copies_bitmaps) {

@@ -44,6 +44,8 @@ Expected<std::uint64_t> size_of_backing(const std::string& path, const CreateOpt
     return make_error(backing.error().kind,
                       "the backing file cannot be used: " + backing.error().message);
   }
+  if (auto apart = check_target_is_apart(*backing, path); !apart)
+    return std::unexpected(std::move(apart.error()));
   return backing->size_bytes();
 }
 
@@ -93,6 +95,8 @@ int create_command(std::span<const std::string> words) {
   if (arguments->has("F")) create->backing_format = *arguments->value("F");
   if (auto checked = check_create_options(*create); !checked)
     return fail(fmt::format("{}: {}", path, checked.error().message));
+  if (!create->backing_file.empty() && is_same_file(resolve_name(path, create->backing_file), path))
+    return fail(fmt::format("{}: it cannot be its own backing file", path));
   const bool looks_at_backing = !create->backing_file.empty() && !arguments->has("u");
   if (looks_at_backing) {
     const auto backing_bytes = size_of_backing(path, *create);

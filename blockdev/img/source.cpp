@@ -103,6 +103,24 @@ Expected<qcow2::Header> read_header(blockdev::RawNode& file) {
   return qcow2::read_header(file, make_context);
 }
 
+Expected<qcow2::Header> header_of(const std::string& path, bool lock) {
+  const auto file = open_file({.path = path, .format = "qcow2", .lock = lock});
+  if (!file) return std::unexpected(file.error());
+  if (!*file)
+    return make_error(ErrorKind::kInvalidArgument, fmt::format("'{}' is no qcow2 image", path));
+  return read_header(**file);
+}
+
+Expected<void> has_no_bitmaps(const std::string& path, const std::string& format) {
+  if (format != "qcow2") return {};
+  const auto header = header_of(path, false);
+  if (!header) return std::unexpected(header.error());
+  if (!header->bitmap_directory) return {};
+  return make_error(
+      ErrorKind::kNotSupported,
+      fmt::format("'{}' has persistent bitmaps, which are not kept up to date here", path));
+}
+
 Expected<Source> open_source(const SourceOptions& options) {
   const auto format = decide_format(options.path, options.format);
   if (!format) return std::unexpected(format.error());

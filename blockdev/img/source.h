@@ -50,6 +50,9 @@ Expected<std::unique_ptr<blockdev::RawNode>> open_file(const SourceOptions& opti
 
 // Its header. Errors: as qcow2::read_header().
 Expected<qcow2::Header> read_header(blockdev::RawNode& file);
+Expected<qcow2::Header> header_of(const std::string& path, bool lock);
+// For commands that do not keep bitmaps up to date. Error: kNotSupported, and as header_of().
+Expected<void> has_no_bitmaps(const std::string& path, const std::string& format);
 
 // Whether two names are of one file.
 [[nodiscard]] bool is_same_file(const std::string& one, const std::string& other);

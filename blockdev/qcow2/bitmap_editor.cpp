@@ -20,6 +20,7 @@ using blockdev::Task;
 namespace {
 
 constexpr std::uint64_t kDefaultGranularityMin = 4096;
+constexpr std::uint64_t kDefaultGranularityMax = 65536;
 // "Bitmap directory": the flags, in an entry, and what is before them.
 constexpr std::size_t kFlagsWordAt = 8;
 
@@ -87,8 +88,8 @@ int BitmapEditor::add(std::string_view name, std::optional<std::uint64_t> granul
   if (name.empty()) return refuse(EINVAL, "a bitmap needs a name");
   if (name.size() > kBitmapNameBytesMax)
     return refuse(EINVAL, fmt::format("a name has {} bytes at most", kBitmapNameBytesMax));
-  const std::uint64_t granularity =
-      granularity_bytes.value_or(std::max(kDefaultGranularityMin, geometry_.cluster_bytes()));
+  const std::uint64_t granularity = granularity_bytes.value_or(
+      std::clamp(geometry_.cluster_bytes(), kDefaultGranularityMin, kDefaultGranularityMax));
   const auto bits = static_cast<unsigned>(std::countr_zero(granularity));
   if (!std::has_single_bit(granularity) || bits < kBitmapGranularityBitsMin ||
       bits > kBitmapGranularityBitsMax)

@@ -363,6 +363,9 @@ def converts_overlays(report, vblk, folder, rng):
     vblk.works("convert", "-n", "-O", "qcow2", top, target)
     found = QEMU("compare", "-f", "qcow2", "-F", "qcow2", top, target)
     report.check("-n writes over what a target has", found[0] == 0 and is_clean(check(target)), found)
+    QEMU.works("bitmap", "--add", target, "b")
+    status, _, errors = vblk("convert", "-n", "-O", "qcow2", top, target)
+    report.check("-n does not write over what a bitmap knows", status == 1 and "bitmaps" in errors, errors)
     for path in folder.iterdir():
         path.unlink()
 
@@ -389,6 +392,13 @@ def refuses_to_convert(report, vblk, folder, options):
         ["convert", "-O", "qcow2", "-o", "cluster_size=3", image, folder / "x"]], folder)
     status, _, errors = vblk("convert", "-O", "qcow2", over, image)
     report.check("the backing file of the source is no target", status == 1 and "based on it" in errors, errors)
+    for what, *arguments in (
+            ("create onto its backing file", "create", "-f", "qcow2", "-b", image, "-F", "qcow2", image),
+            ("create onto what its backing file is based on", "create", "-f", "qcow2", "-b", over, "-F", "qcow2", image),
+            ("convert onto the backing file that is named", "convert", "-f", "raw", "-O", "qcow2", "-B", image, "-F", "qcow2",
+             raw, image)):
+        status, _, errors = vblk(*arguments)
+        report.check(f"{what} is refused", status == 1 and errors.count("\n") == 1, errors)
     report.check("nothing is lost by that", before == {path: path.read_bytes() for path in folder.iterdir()})
     over.unlink()
     socket = folder / "s"
