@@ -41,7 +41,9 @@ Expected<void> HandoverNode::take() {
 
 Expected<void> HandoverNode::give_up(std::span<const std::unique_ptr<IoThread>> threads) {
   if (!is_taken()) return {};
-  auto flushed = flush_now(*this, *threads.front());
+  // What the kernel could not write it forgets, and so would whoever opens the disk next: the node
+  // that knows of it stays, and with it the lock.
+  if (auto flushed = flush_now(*this, *threads.front()); !flushed) return flushed;
   disk_.store(nullptr);
   // Whoever found it there before is seen by its thread to be at work. A flush may have a format
   // put in order what it had kept for later.
@@ -50,7 +52,7 @@ Expected<void> HandoverNode::give_up(std::span<const std::unique_ptr<IoThread>> 
     thread->loop().run_and_wait([&thread] { thread->context().forget_nodes(); });
   const std::lock_guard lock(mutex_);
   owned_.reset();
-  return flushed;
+  return {};
 }
 
 FlushStatistics HandoverNode::flush_statistics() const {

@@ -44,8 +44,7 @@ class HandoverNode final : public BlockNode {
   // has been told. Its size may be another. Nothing happens if it is taken.
   Expected<void> take();
   // Flushes, waits until nothing is done on the image any more, and closes it. `threads`: all that
-  // have used it. Nothing happens if it is given up. Error: the flush failed; it is given up all
-  // the same.
+  // have used it. Nothing happens if it is given up. Error: the flush failed, and it stays taken.
   Expected<void> give_up(std::span<const std::unique_ptr<IoThread>> threads);
 
   [[nodiscard]] FlushStatistics flush_statistics() const override;
