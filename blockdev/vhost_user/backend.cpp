@@ -15,8 +15,10 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/flush_now.h"
 #include "blockdev/log.h"
 #include "blockdev/virtio/blk_wire.h"
+#include "blockdev/virtio/packed_ring.h"
 
 namespace vblk::vhost_user {
 
@@ -145,7 +147,7 @@ Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
 }
 
 Backend::~Backend() {
-  for (Ring& ring : rings_) stop(ring, Afterwards::kUnknown);
+  for (Ring& ring : rings_) stop(ring, Afterwards::kConnectionEnds);
   give_up_unused_disk();
   device_.reset();
 }
@@ -220,6 +222,10 @@ bool Backend::negotiated_protocol(unsigned number) const {
   return (protocol_features_ & bit(number)) != 0;
 }
 
+std::uint32_t Backend::base_of(const Ring& ring) const {
+  return ring.next_avail.value_or(has_packed_rings() ? virtio::kPackedBaseInitial : 0);
+}
+
 bool Backend::has_packed_rings() const { return (features_ & bit(virtio::kFRingPacked)) != 0; }
 
 // ---- Features and config space
@@ -252,14 +258,20 @@ Expected<void> Backend::accept_silently(Message& /*message*/) { return {}; }
 
 // "This can be used on the back-end as a "session start" flag." A second one begins another session
 // on the same connection: QEMU does that when a device is unplugged and another one is plugged in
-// for the same chardev, and takes nothing back that belonged to the first.
+// for the same chardev, and takes nothing back that belonged to the first. What it says before this
+// message, protocol features and the back-end channel, is the new session's already.
 Expected<void> Backend::set_owner(Message& /*message*/) {
   const bool is_first = !std::exchange(has_owner_, true);
   const bool is_used =
       std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; });
   if (is_first || is_used) return {};
+  reset();
+  for (Ring& ring : rings_) ring.base_before_reset.reset();
   memory_.reset();
   inflight_.reset();
+  inflight_is_of_before_reset_ = false;
+  log_.reset();
+  log_event_.reset();
   return {};
 }
 
@@ -319,16 +331,23 @@ Expected<void> Backend::get_config(Message& message) {
 Expected<void> Backend::set_config(Message& message) {
   const auto head = payload_of<ConfigHead>(message);
   constexpr std::uint32_t kForMigration = 1;
-  if (head.flags == kForMigration) return refused("live migration is not supported");
+  if (head.flags == kForMigration)
+    return refused("a configuration that comes with a migration is not taken over");
   if (head.flags != 0) return refused(fmt::format("flags {:#x} are unknown", head.flags));
   const auto bytes = std::span<const std::byte>(message.payload).subspan(sizeof(ConfigHead));
   if (head.size_bytes != bytes.size()) {
     return refused(fmt::format("announces {} bytes and brings {}", head.size_bytes, bytes.size()));
   }
+  const bool was_writeback = !device_.write_through();
   auto written = device_.write_config(head.offset, bytes);
+  if (!written) return written;
   // Only `writeback` can be written.
-  if (written && inflight_ != nullptr) inflight_->keep_writeback(!device_.write_through());
-  return written;
+  if (inflight_ != nullptr) inflight_->keep_writeback(!device_.write_through());
+  if (!was_writeback || !device_.write_through()) return {};
+  // From here on the driver sends no flush: what it has written before must be stable as well, and
+  // so must what is still on its way and was begun without write-through.
+  return while_quiesced(
+      [this] { return blockdev::flush_now(device_.node(), *io_threads_.front()); });
 }
 
 // ---- Memory
@@ -534,7 +553,7 @@ void Backend::give_up_unused_disk() {
   if (options_.handover == nullptr || !options_.handover->is_taken()) return;
   if (std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; })) return;
   if (const auto given = options_.handover->give_up(io_threads_); !given)
-    log::error("{}", given.error().message);
+    return log::error("{}; '{}' is not given up", given.error().message, device_.node().name());
   log::info("'{}' is given up: no guest runs on it here", device_.node().name());
 }
 
@@ -543,13 +562,14 @@ void Backend::give_up_unused_disk() {
 void Backend::reset() {
   for (Ring& ring : rings_) {
     stop(ring, Afterwards::kUnknown);
-    if (!ring.base_before_reset) ring.base_before_reset = ring.next_avail;
+    if (!ring.base_before_reset) ring.base_before_reset = base_of(ring);
     ring.size = 0;
-    ring.next_avail = 0;
+    ring.next_avail.reset();
     ring.left = {};
     ring.has_addresses = false;
     ring.started = false;
     ring.enabled = false;
+    ring.waits_for_memory = false;
     ring.kick.reset();
   }
   give_up_unused_disk();
@@ -616,7 +636,7 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
   if (std::exchange(inflight_is_of_before_reset_, false)) inflight_->clear();
   const virtio::BlkQueueSetup setup{.index = ring.index,
                                     .size = ring.size,
-                                    .next_avail = ring.next_avail,
+                                    .next_avail = base_of(ring),
                                     .descriptor_address = ring.addresses.descriptor_user_address,
                                     .avail_address = ring.addresses.avail_user_address,
                                     .used_address = ring.addresses.used_user_address,
@@ -624,7 +644,7 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .call_fd = ring.call.get(),
                                     .error_fd = ring.error.get(),
                                     .inflight = inflight_,
-                                    .left = std::exchange(ring.left, {}),
+                                    .left = ring.left,
                                     .logging = logging_of(ring),
                                     .on_broken = [this] {
                                       needs_reset_.store(true, std::memory_order_relaxed);
@@ -642,6 +662,8 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
   });
   if (outcome) {
     ring.base_before_reset.reset();
+    ring.left = {};
+    ring.waits_for_memory = false;
   } else {
     ring.started = false;
   }
@@ -652,8 +674,11 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
 void Backend::stop(Ring& ring, Afterwards afterwards) {
   if (ring.queue == nullptr) return;
   using enum virtio::BlkQueue::Unfinished;
-  // The in-flight area does not go where a guest is migrated to.
-  const bool has_successor = inflight_ != nullptr && (features_ & bit(kFLogAll)) == 0;
+  // The in-flight area does not go where a guest is migrated to. A frontend that has stopped the
+  // guest before it migrates it says nothing of that here.
+  const bool may_migrate = (features_ & bit(kFLogAll)) != 0 ||
+                           (options_.handover != nullptr && afterwards == Afterwards::kUnknown);
+  const bool has_successor = inflight_ != nullptr && !may_migrate;
   const bool is_left = has_successor || afterwards == Afterwards::kRunsAgain;
   const auto unfinished = is_left ? kLeave : kFail;
   blockdev::IoThread& thread = thread_of(ring);
@@ -674,8 +699,13 @@ Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()>
   for (Ring& ring : rings_) stop(ring, Afterwards::kRunsAgain);
   auto outcome = change();
   for (Ring& ring : rings_) {
+    const bool was_started = ring.started;
+    const bool has_waited = ring.waits_for_memory;
     auto started = start_if_ready(ring);
-    if (outcome && !started) outcome = std::move(started);
+    if (started) continue;
+    // A frontend may take a region away to bring it back larger: then the ring goes on.
+    ring.started = ring.waits_for_memory = was_started;
+    if (outcome && !has_waited) outcome = std::move(started);
   }
   return outcome;
 }
@@ -725,10 +755,11 @@ Expected<void> Backend::get_vring_base(Message& message) {
   if (!ring) return std::unexpected(ring.error());
   stop(**ring, Afterwards::kUnknown);
   (*ring)->started = false;
+  (*ring)->waits_for_memory = false;
   (*ring)->kick.reset();
   give_up_unused_disk();
   std::vector<std::byte> payload;
-  const std::uint32_t base = (*ring)->base_before_reset.value_or((*ring)->next_avail);
+  const std::uint32_t base = (*ring)->base_before_reset.value_or(base_of(**ring));
   append(payload, VringState{.index = state.index, .value = base});
   return reply(message, payload);
 }

@@ -116,13 +116,14 @@ class Backend {
   struct Ring {
     std::uint16_t index{0};
     std::uint16_t size{0};
-    std::uint32_t next_avail{0};                     // as BlkQueueSetup::next_avail
+    std::optional<std::uint32_t> next_avail;         // as BlkQueueSetup's; none: at the beginning
     std::optional<std::uint32_t> base_before_reset;  // still told by GET_VRING_BASE
     virtio::LeftRequests left;                       // as BlkQueueSetup
     bool has_addresses{false};
     VringAddress addresses{};
     bool started{false};
     bool enabled{false};
+    bool waits_for_memory{false};  // started, but its memory was taken away from under it
     UniqueFd kick;
     UniqueFd call;
     UniqueFd error;
@@ -174,15 +175,16 @@ class Backend {
   Expected<Ring*> ring_at(std::uint64_t index);
   [[nodiscard]] blockdev::IoThread& thread_of(const Ring& ring) const;
   Expected<void> start_if_ready(Ring& ring);
-  // Whether the driver's requests in a ring that stops will be served by another one of this
-  // connection, come what may.
-  enum class Afterwards : std::uint8_t { kRunsAgain, kUnknown };
+  // What becomes of a ring that stops: it runs again on this connection, come what may; or the
+  // connection has ended, and another one may come; or that is the frontend's to say.
+  enum class Afterwards : std::uint8_t { kRunsAgain, kConnectionEnds, kUnknown };
   void stop(Ring& ring, Afterwards afterwards);
   // Runs `change` while no ring is processed; rings that ran go on afterwards.
   Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
   [[nodiscard]] bool has_packed_rings() const;
+  [[nodiscard]] std::uint32_t base_of(const Ring& ring) const;
   [[nodiscard]] virtio::DirtyLogging logging_of(const Ring& ring) const;
   Expected<void> take_disk();
   void give_up_unused_disk();

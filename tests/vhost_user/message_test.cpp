@@ -432,6 +432,23 @@ TEST_F(Messages, an_owner_while_rings_run_changes_nothing) {
       << "its memory is there";
 }
 
+TEST_F(Messages, a_ring_whose_memory_is_taken_away_goes_on_when_it_is_back) {
+  const std::array fds{memory->regions()[0].fd};
+  RawFrontend frontend = connect();
+  auto queue = driver::DriverQueue::create(*memory, {.size = 16}).value();
+  ASSERT_TRUE(frontend.polite().start_ring(0, *queue).has_value());
+  EXPECT_EQ(frontend.acknowledged(Request::kRemMemReg, payload_of(region())), 1U);
+  EXPECT_FALSE(served.server().status()->rings[0].running);
+  const auto more = driver::DriverMemory::create({kRegionBytes}).value();
+  SingleMemoryRegion elsewhere{.padding = 0, .region = more->regions()[0].description};
+  elsewhere.region.guest_address += std::uint64_t{1} << 30;
+  const std::array more_fds{more->regions()[0].fd};
+  EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(elsewhere), more_fds), 0U)
+      << "no change of memory fails for a ring that waits";
+  EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(region()), fds), 0U);
+  EXPECT_TRUE(served.server().status()->rings[0].running);
+}
+
 TEST_F(Messages, refuses_a_started_ring_whose_addresses_are_nowhere) {
   const std::array kick{event.get()};
   RawFrontend frontend = connect();

@@ -110,6 +110,14 @@ TEST_F(PackedRings, are_refused_with_a_base_that_says_something_is_in_flight) {
   EXPECT_EQ(frontend->stop_ring(0).value(), 0x8063'8063U);
 }
 
+TEST_F(PackedRings, begin_at_their_beginning_where_no_base_is_told) {
+  auto frontend =
+      Frontend::connect(served.path(), {.timeout = kPatience, .features_mask = kAllFeatures})
+          .value();
+  ASSERT_TRUE(frontend->negotiate().has_value());
+  EXPECT_EQ(frontend->stop_ring(0).value(), 0x8000'8000U);
+}
+
 TEST_F(PackedRings, stop_after_what_is_in_flight_and_go_on_at_their_base) {
   for (const bool indirect : {false, true}) {
     auto chosen = options();

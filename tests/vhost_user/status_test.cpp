@@ -480,6 +480,21 @@ TEST_F(Status, of_a_reset_keeps_write_through_for_drivers_that_have_chosen_it) {
   EXPECT_EQ(drive()->config().writeback, true) << "the next frontend's device is a fresh one";
 }
 
+TEST_F(Status, of_a_cache_that_is_turned_off_has_what_was_written_before_flushed) {
+  const auto driver = drive();
+  const Writes before(*driver, 4);
+  before.wait();
+  ASSERT_EQ(before.done, 4U);
+  EXPECT_FALSE(disk.flushed()) << "that is what a cache is";
+  constexpr std::array kOff{std::byte{0}};
+  ASSERT_TRUE(driver->frontend().write_config(virtio::kBlkConfigWriteback, kOff).has_value());
+  EXPECT_TRUE(eventually([this] { return disk.flushed(); }));
+  const Writes after(*driver, 4);
+  after.wait();
+  EXPECT_EQ(after.done, 4U) << "the rings go on";
+  EXPECT_EQ(after.failed, 0U);
+}
+
 TEST_F(Status, of_a_reset_keeps_what_belongs_to_the_connection) {
   const auto driver = drive();
   driver::Frontend& frontend = driver->frontend();
