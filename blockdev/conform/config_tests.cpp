@@ -28,10 +28,19 @@ constexpr std::uint32_t kUnused1 = 57;
 constexpr std::size_t kUnused1Bytes = 3;
 constexpr std::uint64_t kResizeStepBytes = std::uint64_t{16} << 20;
 
+// Up to the last field that a feature on offer brings, and as QEMU asks for at least. Fields of
+// features that are not there need not be there.
+std::uint32_t config_bytes_of(std::uint64_t offered) {
+  if ((offered & bit(kBlkFWriteZeroes)) != 0) return kBlkConfigBytes;
+  if ((offered & bit(kBlkFDiscard)) != 0) return kBlkConfigMaxWriteZeroesSectors;
+  return kBlkConfigMaxDiscardSectors;
+}
+
 Bytes whole_config(Channel& channel) {
   if (!channel.has_protocol(kProtocolFConfig)) Probe::skip("the backend offers no CONFIG");
-  auto config = channel.read_config(0, kBlkConfigBytes);
-  if (!config) Probe::fail("GET_CONFIG of the whole config space is refused");
+  const std::uint32_t bytes = config_bytes_of(channel.offered());
+  auto config = channel.read_config(0, bytes);
+  if (!config) Probe::fail(fmt::format("GET_CONFIG of the first {} bytes is refused", bytes));
   return std::move(*config);
 }
 
@@ -58,7 +67,7 @@ void reads_beyond_are_answered(Probe& probe) {
   const std::array<std::pair<std::uint32_t, std::uint32_t>, 7> ranges{
       {{59, 2}, {60, 4}, {200, 8}, {256, 1}, {4096, 4}, {0x7fff'fffcU, 8}, {0xffff'fffcU, 8}}};
   for (const auto& [offset, size] : ranges) channel.read_config(offset, size);
-  Probe::expect(whole_config(channel).size() == kBlkConfigBytes, "");
+  whole_config(channel);
 }
 
 void config_reads_before_features(Probe& probe) {
@@ -68,10 +77,10 @@ void config_reads_before_features(Probe& probe) {
   const std::uint64_t protocol = channel.call_u64(Request::kGetProtocolFeatures);
   if ((protocol & bit(kProtocolFConfig)) == 0) Probe::skip("the backend offers no CONFIG");
   channel.send(Request::kSetProtocolFeatures, payload_of(protocol & kPlainProtocol));
-  const auto before = channel.read_config(0, kBlkConfigBytes);
+  const auto before = channel.read_config(0, config_bytes_of(offered));
   if (!before) Probe::fail("GET_CONFIG before SET_FEATURES is refused");
   channel.send(Request::kSetFeatures, payload_of(offered & kPlainFeatures));
-  const auto after = channel.read_config(0, kBlkConfigBytes);
+  const auto after = channel.read_config(0, config_bytes_of(offered));
   if (!after) Probe::fail("GET_CONFIG after SET_FEATURES is refused");
   const auto field = [](const Bytes& bytes, std::uint32_t offset, std::size_t size) {
     return Bytes(bytes.begin() + offset, bytes.begin() + offset + static_cast<long>(size));
@@ -87,7 +96,7 @@ void padding_is_zero(Probe& probe) {
   const Bytes config = whole_config(channel);
   Probe::expect(config[kUnused0] == std::byte{0},
                 fmt::format("unused0 is {}", std::to_integer<int>(config[kUnused0])));
-  for (std::size_t i = 0; i < kUnused1Bytes; ++i)
+  for (std::size_t i = 0; i < kUnused1Bytes && kUnused1 + i < config.size(); ++i)
     Probe::expect(config[kUnused1 + i] == std::byte{0},
                   fmt::format("byte {} of unused1 is not 0", i));
 }
@@ -251,6 +260,7 @@ void num_queues_agree(Probe& probe) {
   Guest guest(probe);
   if (!guest.has(kBlkFMq)) Probe::skip("no VIRTIO_BLK_F_MQ is offered");
   const std::uint64_t told = guest.config_field(kBlkConfigNumQueues, 2);
+  if (!guest.channel().has_protocol(kProtocolFMq)) Probe::skip("no protocol feature MQ is offered");
   const std::uint64_t count = guest.channel().call_u64(Request::kGetQueueNum);
   Probe::expect(told == count && told > 0,
                 fmt::format("num_queues is {}, GET_QUEUE_NUM {}", told, count));
@@ -447,7 +457,7 @@ constexpr std::array kTests{
          {kVhostUser, kMessages, Force::kMust, "the flags of SET_CONFIG are checked"},
          set_config_flags_are_checked},
     Test{"config/num-queues",
-         {kVirtio, kLayout, Force::kMust,
+         {kVirtio, kLayout, Force::kRobust,
           "num_queues is the number of queues, the same that GET_QUEUE_NUM tells"},
          num_queues_agree},
     Test{"config/discard-limits",

@@ -124,6 +124,7 @@ void flush_alone_reaches_the_disk(Probe& probe) {
 }
 
 void flush_is_for_all_queues(Probe& probe) {
+  need_queues(probe, 2);
   Observed observed(probe, {.queue_count = 2});
   Guest& guest = observed.guest();
   if (!guest.has(kBlkFFlush)) Probe::skip("no FLUSH is offered");

@@ -217,13 +217,27 @@ std::optional<std::size_t> Guest::differs(std::size_t bytes, std::uint64_t stamp
 
 std::uint64_t Guest::config_field(std::uint32_t offset, std::size_t bytes) {
   if (!channel_.has_protocol(kProtocolFConfig)) Probe::skip("the backend offers no CONFIG");
-  // From the start, as most frontends read it.
-  const auto config = channel_.read_config(0, kBlkConfigBytes);
-  if (!config) Probe::fail("GET_CONFIG of the whole config space is refused");
+  // From the start, as most frontends read it; no further, for a device may have no more.
+  const auto size_bytes = static_cast<std::uint32_t>(offset + bytes);
+  const auto config = channel_.read_config(0, size_bytes);
+  if (!config) Probe::fail(fmt::format("GET_CONFIG of the first {} bytes is refused", size_bytes));
   std::uint64_t value = 0;
   for (std::size_t i = bytes; i > 0; --i)
     value = value << 8 | std::to_integer<std::uint64_t>((*config)[offset + i - 1]);
   return value;
+}
+
+std::uint16_t queues_of(Probe& probe) {
+  Guest guest(probe, {.starts_rings = false});
+  if (!guest.channel().has_protocol(kProtocolFMq)) return 1;
+  return static_cast<std::uint16_t>(
+      std::min<std::uint64_t>(guest.channel().call_u64(Request::kGetQueueNum), 64));
+}
+
+void need_queues(Probe& probe, std::uint16_t count) {
+  const std::uint16_t there = queues_of(probe);
+  if (there < count)
+    Probe::skip(fmt::format("takes {} queues, and the backend has {}", count, there));
 }
 
 std::uint64_t Guest::capacity_sectors() { return config_field(kBlkConfigCapacity, 8); }

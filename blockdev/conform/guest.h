@@ -128,4 +128,9 @@ class Guest {
   std::span<std::byte> segments_;
 };
 
+// How many queues the backend has, of which no more than 64 are of interest. Connects.
+[[nodiscard]] std::uint16_t queues_of(Probe& probe);
+// Skips the test if they are fewer.
+void need_queues(Probe& probe, std::uint16_t count);
+
 }  // namespace vblk::conform

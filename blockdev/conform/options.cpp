@@ -1,10 +1,12 @@
 #include "blockdev/conform/options.h"
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <filesystem>
 #include <random>
 #include <sstream>
+#include <string_view>
 
 #include <boost/program_options.hpp>
 #include <fmt/core.h>
@@ -102,9 +104,23 @@ Expected<std::chrono::seconds> parse_duration(std::string text) {
   return std::chrono::seconds(*number * factor);
 }
 
+// What a shell takes for itself, besides letters and digits.
+constexpr std::string_view kPlainMarks = "_-./:=,@%+";
+
 std::string quoted(const std::string& word) {
-  if (word.find_first_of(" \t'\"{}*?$&|;<>()") == std::string::npos && !word.empty()) return word;
-  return "'" + word + "'";
+  const auto is_plain = [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) != 0 || kPlainMarks.contains(c);
+  };
+  if (!word.empty() && std::ranges::all_of(word, is_plain)) return word;
+  std::string text = "'";
+  for (const char c : word) {
+    if (c == '\'') {
+      text += "'\\''";
+    } else {
+      text += c;
+    }
+  }
+  return text + "'";
 }
 
 using Map = program_options::variables_map;

@@ -129,18 +129,8 @@ void queue_num_is_told(Probe& probe) {
   Probe::expect(count >= 1 && count <= 65535, fmt::format("{} queues", count));
 }
 
-std::uint16_t queues_of(Guest& guest) {
-  if (!guest.channel().has_protocol(kProtocolFMq)) return 1;
-  return static_cast<std::uint16_t>(
-      std::min<std::uint64_t>(guest.channel().call_u64(Request::kGetQueueNum), 64));
-}
-
 void every_queue_works(Probe& probe) {
-  std::uint16_t count = 0;
-  {
-    Guest guest(probe, {.starts_rings = false});
-    count = queues_of(guest);
-  }
+  const std::uint16_t count = queues_of(probe);
   Guest guest(probe, {.queue_count = count});
   for (std::uint16_t i = 0; i < count; ++i) guest.must_read(0, kDefaultBlock, i);
   for (std::uint16_t i = count; i > 0; --i) guest.must_read(8, kDefaultBlock, i - 1U);

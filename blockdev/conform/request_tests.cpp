@@ -62,6 +62,7 @@ void reads_what_was_written(Probe& probe) {
 }
 
 void queues_see_one_disk(Probe& probe) {
+  need_queues(probe, 2);
   Guest guest(probe, {.queue_count = 2});
   for (std::uint64_t i = 0; i < 50; ++i) {
     guest.fill(kDefaultBlock, i);
@@ -143,7 +144,7 @@ void odd_lengths_fail(Probe& probe) {
 
 void unknown_types_are_unsupported(Probe& probe) {
   Guest guest(probe);
-  for (const std::uint32_t type : {5U, 6U, 7U, 9U, 12U, 29U, 100U, 0x1000U, 0x7fff'fffeU}) {
+  for (const std::uint32_t type : {6U, 7U, 9U, 12U, 29U, 100U, 0x1000U, 0x7fff'fffeU}) {
     expect_status(guest.request(type, 0, {}, guest.data().first(kDefaultBlock)), kBlkSUnsupp,
                   fmt::format("a request of type {} with data to be written", type));
     expect_status(guest.request(type, 0, guest.data().first(kDefaultBlock), {}), kBlkSUnsupp,
@@ -176,7 +177,9 @@ void id_is_told(Probe& probe) {
   Guest guest(probe);
   const auto data = guest.data().first(kBlkIdBytes + 12);
   std::ranges::fill(data, std::byte{0xa7});
-  expect_status(guest.request(kBlkTGetId, 0, {}, data.first(kBlkIdBytes)), kBlkSOk, "GET_ID");
+  const Answer answer = guest.request(kBlkTGetId, 0, {}, data.first(kBlkIdBytes));
+  if (answer.status == kBlkSUnsupp) Probe::skip("the backend has no GET_ID");
+  expect_status(answer, kBlkSOk, "GET_ID");
   bool ended = false;
   for (std::size_t i = 0; i < kBlkIdBytes; ++i) {
     const auto c = std::to_integer<unsigned>(data[i]);
@@ -458,10 +461,12 @@ constexpr std::array kTests{
          empty_transfers_are_answered},
     Test{"request/unknown-type",
          {kVirtio, kOperation, Force::kMust, "a request that is not supported has status UNSUPP"},
-         unknown_types_are_unsupported},
+         unknown_types_are_unsupported,
+         true},
     Test{"request/zone-types",
          {kVirtio13, kOperation, Force::kMust, "without ZONED, zone requests have status UNSUPP"},
-         zone_requests_are_unsupported},
+         zone_requests_are_unsupported,
+         true},
     Test{"request/erase-and-lifetime",
          {kVirtio, kOperation, Force::kMust,
           "GET_LIFETIME and SECURE_ERASE that are not offered have status UNSUPP"},

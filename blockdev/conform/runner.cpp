@@ -79,8 +79,11 @@ Verdict verdict_of(const Test& test, const ProbeOptions& options, const std::str
 }
 
 [[noreturn]] void be_test(const Test& test, const ProbeOptions& options, const std::string& folder,
-                          int pipe) {
+                          int pipe, pid_t runner) {
   ::setpgid(0, 0);
+  // A soak may be meant for a week: it ends with who asked for it, however that ends.
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != runner) ::_exit(0);
   ::signal(SIGINT, SIG_IGN);
   const Verdict verdict = verdict_of(test, options, folder);
   std::string text = kLetters[static_cast<std::size_t>(verdict.outcome)] + verdict.text;
@@ -126,8 +129,9 @@ Result Runner::run(const Test& test, const std::atomic<bool>& interrupted,
     return result(Outcome::kFailed, "the suite itself: " + describe_errno(errno));
   const UniqueFd read_end(ends[0]);
   UniqueFd write_end(ends[1]);
+  const pid_t runner = ::getpid();
   const pid_t child = ::fork();
-  if (child == 0) be_test(test, options_, folder, write_end.get());
+  if (child == 0) be_test(test, options_, folder, write_end.get(), runner);
   write_end.reset();
   ::setpgid(child, child);
 
