@@ -444,13 +444,19 @@ def test_verify(report, vblk):
         report.check("verify: a byte that was changed is found, and where", status == 1 and str(3 * MIB) in output, output)
 
 
+def is_listened_on(path):
+    """The path is there some time before."""
+    with socket.socket(socket.AF_UNIX) as one:
+        return one.connect_ex(str(path)) == 0
+
+
 def test_storage_daemon(report, vblk):
     with Folder() as folder:
         make_sparse(folder / "disk.img", 4 * MIB)
         command = [QSD, "--blockdev", f"driver=file,node-name=d,filename={folder / 'disk.img'}", "--export",
                    f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={folder / 's'},writable=on,num-queues=2"]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as daemon:
-            wait_until((folder / "s").exists)
+            wait_until(lambda: is_listened_on(folder / "s"))
             status, output = run(vblk, "bench", "--socket-path", folder / "s", "--pid", daemon.pid, "--rw", "randwrite",
                                  "--numjobs", 2, "--iodepth", 8, "--io_size", "4M", "--verify")
             report.check("bench drives and verifies qemu-storage-daemon", status == 0 and "0 wrong" in output, output)
