@@ -35,7 +35,6 @@ EXPECTED_SKIPS = {
     "durability/claimed-write-through": "writeback is 1",
     "durability/": "takes root" if os.geteuid() else "does not lie on",
     "migration/": "no LOG_SHMFD is offered",  # but with --migration on, see below
-    "status/": "is offered",
 }
 # Defects that Debian 12's qemu-storage-daemon (7.2) is known to have, found by hand before this suite was written.
 QSD_DEFECTS = ("durability/claimed-write-through", "durability/no-flush-no-wce", "reconnect/writeback", "config/size-max",
@@ -104,6 +103,20 @@ def test_vblk_migration(report, options):
     results = tap_of(output)
     report.check(f"vblk, --migration on: passes what is about the log, {len(results)} tests, and skips nothing",
                  status == 0 and set(results.values()) == {"ok"} and len(results) > 10, output)
+
+
+def test_vblk_with_one_queue(report, options):
+    """As it serves by default. What takes two queues is no demand on a backend that has one."""
+    with Folder() as folder:
+        tests = ("request/two-queues", "durability/flush-all-queues", "reconnect/inflight-sigkill", "config/num-queues",
+                 "protocol/every-queue")
+        status, output, _ = conform(options.vblk, "--backend-command",
+                                    f"{options.vblk} serve {{image}} --socket-path {{socket}} --log-level warning",
+                                    *(word for name in tests for word in ("--test", name)), "--output", "tap", folder=folder)
+    results = tap_of(output)
+    report.check("vblk with one queue: nothing fails, and what takes two is skipped",
+                 status == 0 and len(results) == len(tests) and "takes 2 queues" in results["request/two-queues"] and
+                 results["reconnect/inflight-sigkill"] == "ok", output)
 
 
 def test_vblk_cache_modes(report, options):
@@ -253,13 +266,21 @@ def test_misbehaving_backends(report, options):
 
 def test_programs(report, options):
     """A program that breaks each convention: says nothing of itself, ends well without its disk, and goes into the background."""
-    script = f"test -e {{image}} || exit 0; {options.vblk} serve {{image}} --socket-path {{socket}} --log-level off & wait"
+    script = f'test -e "$1" || exit 0; {options.vblk} serve "$1" --socket-path "$2" --log-level off & wait'
     with Folder() as folder:
-        status, output, _ = conform(options.vblk, "--backend-command", f"sh -c '{script}'", "--group", "program", "--output",
-                                    "tap", folder=folder)
+        program = folder / "program"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        status, output, _ = conform(options.vblk, "--backend-command", f"{program} {{image}} {{socket}}", "--group", "program",
+                                    "--output", "tap", folder=folder)
+        started_by_others = tap_of(conform(options.vblk, "--backend-command", f"sh {program} {{image}} {{socket}}", "--group",
+                                           "program", "--output", "tap", folder=folder)[1])
     results = tap_of(output)
     report.check("a program that keeps no convention fails each test of its group",
                  status == 1 and len(results) == 3 and set(results.values()) == {"not ok"}, output)
+    report.check("a program that starts another one is not held to the conventions of that",
+                 all("begins with 'sh'" in started_by_others[f"program/{name}"] for name in ("print-capabilities", "foreground")),
+                 started_by_others)
 
 
 SPDK = """import json, os, sys
@@ -553,7 +574,8 @@ def main():
     report = Report()
     for test in (test_options, test_listing, test_formats, test_duration, test_interrupt, test_destructive_is_asked_for,
                  test_programs, test_spdk_profile, test_backends_that_do_not_start, test_misbehaving_backends,
-                 test_backend_that_dies, test_mutants, test_vblk, test_vblk_migration, test_vblk_cache_modes, test_qemu):
+                 test_backend_that_dies, test_mutants, test_vblk, test_vblk_with_one_queue, test_vblk_migration,
+                 test_vblk_cache_modes, test_qemu):
         if options.only and options.only not in test.__name__:
             continue
         try:
