@@ -301,9 +301,11 @@ MUTANTS = (
            ("  (*ring)->next_avail = state.value;",
             '  if (!mutant("vring-base-is-ignored")) (*ring)->next_avail = state.value;')),
     mutant("stop-is-answered-and-not-done", "protocol/stopped-ring", BACKEND,
-           ("  stop(**ring, Afterwards::kUnknown);\n  (*ring)->started = false;\n  (*ring)->kick.reset();",
+           ("  stop(**ring, Afterwards::kUnknown);\n  (*ring)->started = false;\n  (*ring)->waits_for_memory = false;\n"
+            "  (*ring)->kick.reset();",
             '  const bool lazy = mutant("stop-is-answered-and-not-done");\n'
-            "  if (!lazy) stop(**ring, Afterwards::kUnknown);\n  if (!lazy) (*ring)->started = false;\n  if (!lazy) (*ring)->kick.reset();")),
+            "  if (!lazy) stop(**ring, Afterwards::kUnknown);\n  if (!lazy) (*ring)->started = false;\n"
+            "  (*ring)->waits_for_memory = false;\n  if (!lazy) (*ring)->kick.reset();")),
     mutant("rings-start-enabled", "protocol/ring-starts-disabled", BACKEND,
            ("  if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};",
             '  if (ring.queue != nullptr || !ring.started || (!ring.enabled && !mutant("rings-start-enabled"))) return {};')),

@@ -44,7 +44,7 @@ QSD_DEFECTS = ("durability/claimed-write-through", "durability/no-flush-no-wce",
 # Runs beside each other, on two processors; single tests wait for more of their time than whole runs do.
 AT_ONCE = 3
 SINGLE_TESTS_AT_ONCE = 6
-TRIES = 3
+TRIES = 10
 
 
 def conform(vblk, *arguments, folder, limit=RUN_LIMIT_SECONDS, **environment):

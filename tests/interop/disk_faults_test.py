@@ -180,7 +180,8 @@ def test_injected_errors(report, options):
             image = folder / "disk.img"
             make_sparse(image, MIB)
             wrapper = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + fault.split(":")[0], "-e", "inject=" + fault]
-            arguments = [image, "--aio", "threads", "--cache", "writeback"]
+            # strace counts for each thread by itself, so there is one for all requests.
+            arguments = [image, "--aio", "threads", "--thread-pool-max", "1", "--cache", "writeback"]
             with Server(options.vblk, arguments, folder / "s", folder / "log", wrapper) as server, \
                     Poke(options.poke, server.socket) as poke:
                 for step, (command, status) in enumerate(steps, 1):
