@@ -598,6 +598,8 @@ def test_changes(report, guest, options, folder, engine):
         qmp.wait_for("DEVICE_DELETED", device="d3")
 
     def plug(is_new_connection):
+        # Linux ignores what comes into a slot for a second after it has turned its power off (pciehp, remove_board()).
+        time.sleep(2.5)
         if is_new_connection:
             qmp.must("chardev-remove", id="c3")
             address = {"type": "unix", "data": {"path": str(folder / "s3")}}
