@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include <fmt/core.h>
@@ -183,6 +184,19 @@ void areas_end_where_they_end(Probe& probe) {
 
 // ---- Buffers
 
+// Each of these buffers is used once, and the requests of as many slots have succeeded.
+void must_all_come_back(PackedGuest& guest, std::set<std::uint16_t> in_flight) {
+  const auto count = static_cast<std::uint16_t>(in_flight.size());
+  for (std::uint16_t i = 0; i < count; ++i) {
+    const std::uint16_t id = guest.must_take().id;
+    Probe::expect(in_flight.erase(id) == 1,
+                  fmt::format("buffer {} comes back, which is not in flight", id));
+  }
+  for (std::uint16_t i = 0; i < count; ++i)
+    Probe::expect(guest.status_of(i) == kBlkSOk,
+                  fmt::format("request {} has status {}", i, guest.status_of(i)));
+}
+
 // Ids in an order that has nothing to do with the ring's; only the last of a list has the right
 // one.
 void ids_come_back(Probe& probe) {
@@ -200,14 +214,7 @@ void ids_come_back(Probe& probe) {
       in_flight.insert(ids[i]);
     }
     ring.kick_if_wanted();
-    for (std::uint16_t i = 0; i < count; ++i) {
-      const std::uint16_t id = guest.must_take().id;
-      Probe::expect(in_flight.erase(id) == 1,
-                    fmt::format("buffer {} comes back, which is not in flight", id));
-    }
-    for (std::uint16_t i = 0; i < count; ++i)
-      Probe::expect(guest.status_of(i) == kBlkSOk,
-                    fmt::format("request {} has status {}", i, guest.status_of(i)));
+    must_all_come_back(guest, std::move(in_flight));
   }
 }
 
@@ -240,14 +247,7 @@ void full_ring_comes_back(Probe& probe, bool indirect) {
                  guest.id_of(i));
     }
     ring.kick_if_wanted();
-    for (std::uint16_t i = 0; i < count; ++i) {
-      const std::uint16_t id = guest.must_take().id;
-      Probe::expect(in_flight.erase(id) == 1,
-                    fmt::format("buffer {} comes back, which is not in flight", id));
-    }
-    for (std::uint16_t i = 0; i < count; ++i)
-      Probe::expect(guest.status_of(i) == kBlkSOk,
-                    fmt::format("request {} has status {}", i, guest.status_of(i)));
+    must_all_come_back(guest, std::move(in_flight));
   }
 }
 

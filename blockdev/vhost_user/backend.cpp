@@ -222,6 +222,10 @@ bool Backend::negotiated_protocol(unsigned number) const {
   return (protocol_features_ & bit(number)) != 0;
 }
 
+bool Backend::any_ring_runs() const {
+  return std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; });
+}
+
 std::uint32_t Backend::base_of(const Ring& ring) const {
   return ring.next_avail.value_or(has_packed_rings() ? virtio::kPackedBaseInitial : 0);
 }
@@ -262,9 +266,7 @@ Expected<void> Backend::accept_silently(Message& /*message*/) { return {}; }
 // message, protocol features and the back-end channel, is the new session's already.
 Expected<void> Backend::set_owner(Message& /*message*/) {
   const bool is_first = !std::exchange(has_owner_, true);
-  const bool is_used =
-      std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; });
-  if (is_first || is_used) return {};
+  if (is_first || any_ring_runs()) return {};
   reset();
   for (Ring& ring : rings_) ring.base_before_reset.reset();
   memory_.reset();
@@ -551,7 +553,7 @@ Expected<void> Backend::take_disk() {
 
 void Backend::give_up_unused_disk() {
   if (options_.handover == nullptr || !options_.handover->is_taken()) return;
-  if (std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; })) return;
+  if (any_ring_runs()) return;
   if (const auto given = options_.handover->give_up(io_threads_); !given)
     return log::error("{}; '{}' is not given up", given.error().message, device_.node().name());
   log::info("'{}' is given up: no guest runs on it here", device_.node().name());

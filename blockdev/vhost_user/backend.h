@@ -184,6 +184,7 @@ class Backend {
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
   [[nodiscard]] bool negotiated_protocol(unsigned bit) const;
   [[nodiscard]] bool has_packed_rings() const;
+  [[nodiscard]] bool any_ring_runs() const;
   [[nodiscard]] std::uint32_t base_of(const Ring& ring) const;
   [[nodiscard]] virtio::DirtyLogging logging_of(const Ring& ring) const;
   Expected<void> take_disk();
