@@ -145,6 +145,7 @@ Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options
   if (auto locked = lock_image(file->fd_, options.path, options.read_only); !locked) {
     return std::unexpected(std::move(locked.error()));
   }
+  file->locked_ = true;
   return file;
 }
 
@@ -164,6 +165,7 @@ std::unique_ptr<ImageFile> ImageFile::wrap(int fd, int buffered_fd, std::uint64_
 
 ImageFile::~ImageFile() {
   if (!owned_) return;
+  if (locked_) unlock_image(fd_);
   if (direct() && fd_ >= 0) ::close(fd_);
   if (buffered_fd_ >= 0) ::close(buffered_fd_);
 }

@@ -62,6 +62,7 @@ class ImageFile {
   bool is_block_device_{false};
   bool read_only_{false};
   bool owned_{false};
+  bool locked_{false};
   SetSize set_size_;
 };
 

@@ -48,13 +48,6 @@ bool is_held_by_others(int fd, off_t offset) {
   return ::fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-void release_all(int fd) {
-  for (const Permission permission : kAllPermissions) {
-    set_byte(fd, F_UNLCK, kPermissionBase + permission);
-    set_byte(fd, F_UNLCK, kUnsharedBase + permission);
-  }
-}
-
 int take_bytes(int fd, unsigned used, unsigned unshared) {
   for (const Permission permission : kAllPermissions) {
     if ((used & bit(permission)) != 0) {
@@ -94,7 +87,7 @@ Expected<void> lock_image(int fd, const std::string& path, bool read_only) {
       return {};
     }
     if (error == 0 && !conflicts(fd, used, unshared)) return {};
-    release_all(fd);
+    unlock_image(fd);
     if (attempt == kLockAttempts) break;
     std::this_thread::sleep_for(std::chrono::milliseconds(kLockRetryMilliseconds));
   }
@@ -107,6 +100,13 @@ Expected<void> lock_image(int fd, const std::string& path, bool read_only) {
                 "--read-only if that one only reads",
                 path),
       EAGAIN);
+}
+
+void unlock_image(int fd) {
+  for (const Permission permission : kAllPermissions) {
+    set_byte(fd, F_UNLCK, kPermissionBase + permission);
+    set_byte(fd, F_UNLCK, kUnsharedBase + permission);
+  }
 }
 
 }  // namespace vblk::blockdev

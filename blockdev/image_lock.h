@@ -12,7 +12,9 @@
 //   2   write unchanged (data that does not change what is read)
 //   3   resize
 //
-// The locks live as long as the open file description: closing the descriptor releases them.
+// The locks live as long as the open file description, which a ring of io_uring keeps for a while
+// after the last descriptor is closed, and even after the process has ended: so they are given back
+// by unlock_image(). Those of a killed process are not.
 #pragma once
 
 #include <string>
@@ -31,5 +33,8 @@ inline constexpr int kLockRetryMilliseconds = 50;  // 20 x 50 ms: one second
 // resize it. Errors: kBusy, naming `path` and what to do. A file system without OFD locks is logged
 // and accepted.
 Expected<void> lock_image(int fd, const std::string& path, bool read_only);
+
+// Gives back what lock_image() took for `fd`.
+void unlock_image(int fd);
 
 }  // namespace vblk::blockdev

@@ -104,7 +104,7 @@ def add_qcow2_cells(add, quick):
                         beside_raw=True)
         add_one(engine, "empty, 4k random write, depth 32", "empty", rw="randwrite", bs=4096, iodepth=32, io_size="32M")
         add_one(engine, "over a backing file, 4k random write, depth 32", "overlay", rw="randwrite", bs=4096, iodepth=32,
-                io_size="12M")
+                io_size="24M")
         if quick:
             continue
         add_one(engine, "empty, 64k random write, depth 32", "empty", rw="randwrite", bs=65536, iodepth=32,

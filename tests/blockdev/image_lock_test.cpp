@@ -100,6 +100,25 @@ TEST_F(ImageLock, waits_a_moment_for_a_predecessor_to_be_gone) {
   leaver.join();
 }
 
+// As a ring of io_uring keeps it.
+TEST_F(ImageLock, is_given_back_though_the_open_file_lives_on) {
+  for (const bool is_direct : {false, true}) {
+    auto predecessor = is_direct ? open_image({.path = path_, .cache = CacheMode::kNone})
+                                 : open_writer();
+    if (!predecessor && predecessor.error().kind == ErrorKind::kNotSupported) continue;
+    ASSERT_TRUE(predecessor) << predecessor.error().message;
+    const pid_t child = ::fork();
+    if (child == 0) {
+      for (;;) ::pause();
+    }
+    predecessor->reset();
+    const auto next = open_writer();
+    ::kill(child, SIGKILL);
+    ::waitpid(child, nullptr, 0);
+    EXPECT_TRUE(next) << next.error().message;
+  }
+}
+
 TEST_F(ImageLock, is_released_when_the_process_is_killed) {
   int ready[2];
   ASSERT_EQ(::pipe2(ready, O_CLOEXEC), 0);

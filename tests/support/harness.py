@@ -4,6 +4,7 @@ Every check is one TAP line, so that each counts as a case of its own.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import select
@@ -138,7 +139,9 @@ class Devices:
         self.log = folder / "log"
         with open(self.log, "wb") as log:
             command = [*map(str, prefix), str(vblk), "serve", "--config", str(folder / "vblk.toml")]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, bufsize=0)
+            # A session of its own, so that what strace runs is killed with it.
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, bufsize=0,
+                                            start_new_session=True)
         for _ in range(text.count("[[device]]")):
             readable, _, _ = select.select([self.process.stdout], [], [], 20)
             line = self.process.stdout.readline().decode() if readable else ""
@@ -157,7 +160,8 @@ class Devices:
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
