@@ -107,6 +107,11 @@ Expected<void> take_image(const program_options::variables_map& map, FlushOption
                             [&options](const std::string& word) -> Expected<void> {
                               const auto aio = aio::AioSelection::parse(word);
                               if (!aio) return std::unexpected(aio.error());
+                              if (word.contains('='))
+                                return usage_error(fmt::format(
+                                    "--aio {}: each engine is tried for everything; name engines "
+                                    "alone",
+                                    word));
                               options.suite.engines.push_back(aio->engine_of_kind.front());
                               return {};
                             });
@@ -200,6 +205,7 @@ int report_all(const FlushOptions& options, const FlushReport& report) {
   for (const FlushRow& row : report.rows) {
     if (row.passed == false) status = kExitFailure;
   }
+  if (!report.unjudged.empty()) status = kExitFailure;
   if (report.power_cuts.lost != 0 || !report.power_cuts.canary_noticed) status = kExitFailure;
   return status;
 }

@@ -83,6 +83,8 @@ std::string flush_text(const FlushReport& report) {
   }
   fmt::format_to(out, "\npower-cut model: {}\n", power_cut_line(report.power_cuts));
   for (const std::string& warning : report.warnings) fmt::format_to(out, "warning: {}\n", warning);
+  for (const std::string& target : report.unjudged)
+    fmt::format_to(out, "NO VERDICT: {}: no write with a flush was measured\n", target);
   return text;
 }
 
@@ -123,7 +125,8 @@ std::string flush_json(const FlushReport& report) {
        {{"cuts", report.power_cuts.cuts},
         {"lost", report.power_cuts.lost},
         {"canary_noticed", report.power_cuts.canary_noticed}}},
-      {"warnings", json::array(report.warnings.begin(), report.warnings.end())}};
+      {"warnings", json::array(report.warnings.begin(), report.warnings.end())},
+      {"unjudged", json::array(report.unjudged.begin(), report.unjudged.end())}};
   return json::serialize(document) + "\n";
 }
 

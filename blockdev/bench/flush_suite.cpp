@@ -45,6 +45,7 @@ class Suite {
 
   void run() {
     write_and_flush();
+    if (goes_on() && !is_judged_) report_.unjudged.push_back(name_);
     concurrency();
     background_load();
     streaming();
@@ -139,7 +140,8 @@ class Suite {
     }
     FlushRow& both = add(FlushTest::kOneByOne, "with its write", 1, *run, kWriteAndFlush);
     // A slow disk has few samples, and needs a verdict all the same.
-    if (both.latencies.total() > 0)
+    is_judged_ = both.latencies.total() > 0;
+    if (is_judged_)
       both.passed =
           both.latencies.quantile_ns(0.99) <= static_cast<double>(options_.p99_limit.count());
   }
@@ -193,6 +195,8 @@ class Suite {
       FlushRow& row =
           add(FlushTest::kBackgroundLoad, fmt::format("{} % load", percent), percent, *run, kFlush);
       row.sharing.reset();
+      // What could not write that much is no such load.
+      if (percent != 0) row.saturated = row.saturated || run->result.jobs[1].is_saturated();
     }
   }
 
@@ -263,6 +267,7 @@ class Suite {
   const TargetOptions target_;
   const std::string name_;
   FlushReport& report_;
+  bool is_judged_{false};
 };
 
 // A small disk that is written and flushed at random; then its power is cut. Returns how many

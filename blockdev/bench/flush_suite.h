@@ -72,6 +72,8 @@ struct FlushReport {
   std::vector<FlushRow> rows;
   PowerCutCheck power_cuts;
   std::vector<std::string> warnings;
+  // Targets of which nobody knows whether they pass.
+  std::vector<std::string> unjudged;
   bool interrupted{false};
   std::optional<Error> error;  // the rest holds up to then
 };

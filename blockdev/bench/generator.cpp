@@ -15,7 +15,10 @@ namespace {
 
 // How often a sleeper looks whether it is to stop.
 constexpr std::chrono::milliseconds kPhaseCheck{50};
-constexpr std::chrono::milliseconds kInterval{1000};
+// How often it is told what was counted.
+constexpr std::chrono::milliseconds kInterval{100};
+// What a disk that completes nothing gets once somebody wants the run to end.
+constexpr std::chrono::seconds kPatience{2};
 // Requests that are made visible together, so that a backend which is awake can start on them while
 // the next are prepared.
 constexpr unsigned kRequestsPerKick = 8;
@@ -86,14 +89,14 @@ GeneratorResult Generator::run() {
     arrivals_.emplace(workload_.arrival == Arrival::kPoisson,
                       workload_.rate_per_second / workload_.queue_count, begin, seed_of(setup_, 2));
   }
-  if (setup_.phase->load() == Phase::kMeasured) enter_measured_phase(begin);
+  note_phase(begin);
   while (is_running() || in_flight_ > 0) {
     if (is_running()) start_free_lanes();
     kick();
     if (!wait_for_progress()) break;
-    if (!measured_ && setup_.phase->load(std::memory_order_relaxed) == Phase::kMeasured)
-      enter_measured_phase(Clock::now());
+    note_phase(Clock::now());
   }
+  leave_measured_phase();
   publish(Clock::now());
   result_.in_flight = in_flight_;
   result_.backlog_grew = backlog_.grows();
@@ -121,12 +124,16 @@ bool Generator::wait_for_progress() {
   }
   if (completions) {
     if (in_flight_ == 0) last_progress_ = Clock::now();
-    if (Clock::now() - last_progress_ > setup_.stall_timeout) {
+    const bool is_unwanted = setup_.interrupted != nullptr && *setup_.interrupted;
+    const auto limit = is_unwanted
+                           ? std::min<std::chrono::nanoseconds>(kPatience, setup_.stall_timeout)
+                           : setup_.stall_timeout;
+    if (Clock::now() - last_progress_ > limit) {
       fail(ErrorKind::kBusy,
            fmt::format("queue {}: the disk completes nothing for {:g} s, {} requests "
                        "in flight",
-                       setup_.queue_index,
-                       std::chrono::duration<double>(setup_.stall_timeout).count(), in_flight_));
+                       setup_.queue_index, std::chrono::duration<double>(limit).count(),
+                       in_flight_));
       return false;
     }
     const auto time = time_to_sleep();
@@ -147,11 +154,28 @@ std::chrono::nanoseconds Generator::time_to_sleep() const {
   return time;
 }
 
+// Also from a completion: where the disk answers within a submission, one poll may last as long as
+// the run.
+void Generator::note_phase(Clock::time_point now) {
+  const Phase phase = setup_.phase->load(std::memory_order_relaxed);
+  if (!measured_ && phase == Phase::kMeasured) enter_measured_phase(now);
+  // An amount is done when its last request is.
+  if (phase == Phase::kStopped && setup_.operations_left == nullptr) leave_measured_phase();
+}
+
 void Generator::enter_measured_phase(Clock::time_point now) {
   measured_ = true;
+  measured_from_ = now;
+  measured_from_statistics_ = port_.statistics();
   for (LatencyHistogram& latencies : interval_) latencies.clear();
   interval_end_ = now + kInterval;
   measured_from_cpu_time_ = cpu_time_of_this_thread();
+}
+
+void Generator::leave_measured_phase() {
+  if (!measured_ || std::exchange(is_over_, true)) return;
+  result_.cpu_time = cpu_time_of_this_thread() - measured_from_cpu_time_;
+  result_.port = port_.statistics().since(measured_from_statistics_);
 }
 
 void Generator::start_free_lanes() {
@@ -187,7 +211,7 @@ void Generator::note_backlog(Clock::time_point now) {
 }
 
 bool Generator::take_operation() {
-  if (setup_.operations_left == nullptr) return true;
+  if (setup_.operations_left == nullptr || !measured_) return true;
   if (setup_.operations_left->fetch_sub(1, std::memory_order_relaxed) > 0) return true;
   finished_ = true;
   return false;
@@ -226,6 +250,7 @@ void Generator::completed(Lane& lane) {
   --in_flight_;
   Io& io = *lane.io;
   const auto now = Clock::now();
+  note_phase(now);
   if (io.error != 0) {
     ++result_.failed;
     fail(ErrorKind::kIo,
@@ -257,20 +282,21 @@ void Generator::completed(Lane& lane) {
 }
 
 void Generator::count(std::size_t timed, Clock::time_point begin, Clock::time_point end) {
-  if (!is_running() && setup_.operations_left == nullptr) return;
+  if (setup_.operations_left != nullptr ? begin < measured_from_ : !is_running()) return;
   interval_[timed].add(static_cast<std::uint64_t>(std::chrono::nanoseconds(end - begin).count()));
   if (end >= interval_end_) publish(end);
 }
 
 // Ends an interval. What was counted before the measured phase is thrown away.
 void Generator::publish(Clock::time_point now) {
-  if (measured_) {
-    const std::lock_guard lock(setup_.live->mutex_);
-    for (std::size_t i = 0; i < interval_.size(); ++i)
+  for (std::size_t i = 0; i < interval_.size(); ++i) {
+    if (interval_[i].total() == 0) continue;
+    if (measured_) {
+      const std::lock_guard lock(setup_.live->mutex_);
       setup_.live->latencies_[i].merge(interval_[i]);
-    result_.cpu_time = cpu_time_of_this_thread() - measured_from_cpu_time_;
+    }
+    interval_[i].clear();
   }
-  for (LatencyHistogram& latencies : interval_) latencies.clear();
   interval_end_ = now + kInterval;
 }
 

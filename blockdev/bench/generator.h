@@ -54,9 +54,12 @@ struct GeneratorSetup {
   unsigned queue_index{0};         // of workload.queue_count
   BlockContent* content{nullptr};  // none: nothing is checked
   std::atomic<Phase>* phase{nullptr};
-  std::atomic<std::int64_t>* operations_left{nullptr};  // of all queues; nullptr: no end
+  // Of all queues, those of the ramp not counted; nullptr: no end.
+  std::atomic<std::int64_t>* operations_left{nullptr};
   LiveFigures* live{nullptr};
   std::chrono::nanoseconds stall_timeout{0};
+  // Somebody wants the run to end: a stalled disk is waited for no longer than kPatience.
+  const std::atomic<bool>* interrupted{nullptr};
 };
 
 struct GeneratorResult {
@@ -66,6 +69,7 @@ struct GeneratorResult {
   bool backlog_grew{false};              // open loop: more and more requests were due and not done
   LatencyHistogram lateness;             // open loop: of starts that had a free lane in time
   std::chrono::nanoseconds cpu_time{0};  // of this thread while it was measured
+  TargetStatistics port;                 // of the port meanwhile
   std::optional<Error> error;            // the first one; the rest holds up to then
 };
 
@@ -101,7 +105,9 @@ class Generator {
   void completed(Lane& lane);
   void count(std::size_t timed, Clock::time_point begin, Clock::time_point end);
   void publish(Clock::time_point now);
+  void note_phase(Clock::time_point now);
   void enter_measured_phase(Clock::time_point now);
+  void leave_measured_phase();
   [[nodiscard]] bool is_running() const;
   [[nodiscard]] bool take_operation();
   [[nodiscard]] std::chrono::nanoseconds time_to_sleep() const;
@@ -123,10 +129,13 @@ class Generator {
   Latencies interval_;
   Clock::time_point interval_end_;
   Clock::time_point last_progress_;
+  Clock::time_point measured_from_;
   std::chrono::nanoseconds measured_from_cpu_time_{0};
+  TargetStatistics measured_from_statistics_;
   std::size_t in_flight_{0};
   unsigned submitted_since_kick_{0};
   bool measured_{false};
+  bool is_over_{false};  // the measured phase
   bool finished_{false};
   GeneratorResult result_;
 };

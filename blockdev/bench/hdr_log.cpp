@@ -121,6 +121,7 @@ std::string hdr_log(std::span<const NamedRun> runs) {
     for (const JobResult& job : run.result.jobs) {
       const double seconds = std::chrono::duration<double>(job.elapsed).count();
       longest = std::max(longest, seconds);
+      if (job.is_saturated()) continue;
       for (std::size_t timed = 0; timed < kTimedCount; ++timed) {
         const LatencyHistogram& latencies = job.latencies[timed];
         if (latencies.total() == 0) continue;

@@ -1,10 +1,8 @@
 #include "blockdev/bench/image_target.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <deque>
-#include <mutex>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -22,31 +20,17 @@ namespace {
 
 constexpr std::size_t kBufferAlignmentBytes = 4096;
 
-// What ports leave behind when they close.
-struct SharedStatistics {
-  std::mutex mutex;
-  TargetStatistics sum;
-};
-
 class ImagePort final : public Port {
  public:
-  ImagePort(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines, bool write_through,
-            SharedStatistics& statistics)
+  ImagePort(blockdev::BlockNode& node, std::unique_ptr<aio::EngineSet> engines, bool write_through)
       : node_(node),
         write_through_(write_through),
-        statistics_(statistics),
         context_(std::make_unique<blockdev::IoContext>(loop_, std::move(engines))) {
     node_.attach(*context_);
   }
   ~ImagePort() override {
     context_->drain();
     node_.detach(*context_);
-    const std::lock_guard lock(statistics_.mutex);
-    for (const auto& engine : context_->engines().engines()) {
-      statistics_.sum.submit_calls += engine->statistics().submit_calls;
-      statistics_.sum.submitted += engine->statistics().submitted;
-    }
-    statistics_.sum.wake_ups += wake_ups_;
   }
 
   Expected<Io*> make_io(std::size_t buffer_bytes) override {
@@ -89,6 +73,14 @@ class ImagePort final : public Port {
     context_->wait(timeout);
     return {};
   }
+  [[nodiscard]] TargetStatistics statistics() const override {
+    TargetStatistics sum{.wake_ups = wake_ups_};
+    for (const auto& engine : context_->engines().engines()) {
+      sum.submit_calls += engine->statistics().submit_calls;
+      sum.submitted += engine->statistics().submitted;
+    }
+    return sum;
+  }
 
  private:
   struct ImageIo;
@@ -106,7 +98,6 @@ class ImagePort final : public Port {
 
   blockdev::BlockNode& node_;
   const bool write_through_;
-  SharedStatistics& statistics_;
   blockdev::IoLoop loop_;  // never runs: the port's caller looks for itself
   std::unique_ptr<blockdev::IoContext> context_;
   std::deque<ImageIo> ios_;
@@ -147,21 +138,17 @@ class ImageTarget final : public Target {
   Expected<std::unique_ptr<Port>> open_port(unsigned /*index*/) override {
     auto engines = aio::EngineSet::create(options_.aio, options_.engine);
     if (!engines) return std::unexpected(std::move(engines.error()));
-    return std::make_unique<ImagePort>(*node_, std::move(*engines), write_through_, statistics_);
+    return std::make_unique<ImagePort>(*node_, std::move(*engines), write_through_);
   }
   [[nodiscard]] TargetStatistics statistics() const override {
-    const std::lock_guard lock(statistics_.mutex);
-    TargetStatistics sum = statistics_.sum;
-    sum.flushes = node_->flush_statistics().submitted;
-    sum.flushes_issued = node_->flush_statistics().begun;
-    return sum;
+    const auto flushes = node_->flush_statistics();
+    return {.flushes = flushes.submitted, .flushes_issued = flushes.begun};
   }
 
  private:
   std::unique_ptr<blockdev::BlockNode> node_;
   const ImageTargetOptions options_;
   bool write_through_;
-  mutable SharedStatistics statistics_;
 };
 
 }  // namespace

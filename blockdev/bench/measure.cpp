@@ -60,7 +60,10 @@ Expected<NamedRun> measure(const TargetOptions& target_options, const JobGroup& 
                            const MeasureOptions& options) {
   auto target = open_target(target_options, group);
   if (!target) return std::unexpected(std::move(target.error()));
-  return measure_on(**target, group, options);
+  auto run = measure_on(**target, group, options);
+  const auto has_died = [](const JobResult& job) { return job.in_flight > 0; };
+  if (run && std::ranges::any_of(run->result.jobs, has_died)) static_cast<void>(target->release());
+  return run;
 }
 
 Expected<NamedRun> measure_on(Target& target, const JobGroup& group,
@@ -87,12 +90,19 @@ Expected<NamedRun> measure_on(Target& target, const JobGroup& group,
   auto result = run_jobs(target, setup);
   if (!result) return std::unexpected(std::move(result.error()));
   for (std::size_t i = 0; i < setup.jobs.size(); ++i) {
-    if (!patterns[i] || !setup.jobs[i].writes() || result->error || result->interrupted) continue;
+    if (!patterns[i] || !setup.jobs[i].writes()) continue;
+    result->unverified_blocks += patterns[i]->written_blocks();
+    if (result->error || result->interrupted) continue;
     auto reading = read_back(target, setup.jobs[i], *patterns[i], options);
-    if (!reading) return std::unexpected(std::move(reading.error()));
+    if (!reading) {
+      result->error = std::move(reading.error());
+      continue;
+    }
     result->error = std::move(reading->error);
     result->interrupted = reading->interrupted;
     result->failed_verification += reading->jobs.front().failed;
+    if (result->error || result->interrupted) continue;
+    result->unverified_blocks -= patterns[i]->written_blocks();
     result->verified_blocks += patterns[i]->written_blocks();
   }
   return NamedRun{

@@ -3,6 +3,7 @@
 #include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 #include <string>
 
 #include <fmt/core.h>
@@ -24,6 +25,20 @@ ContextSwitches context_switches_of(const std::filesystem::path& status_file) {
   return switches;
 }
 
+// proc(5), /proc/pid/stat: utime and stime are the 12th and 13th fields after the name, which may
+// hold anything, and ends with the last parenthesis.
+void add_ticks(pid_t process, ProcessUsage& usage) {
+  std::ifstream file(fmt::format("/proc/{}/stat", process));
+  std::string text;
+  std::getline(file, text);
+  const std::size_t end_of_name = text.rfind(')');
+  if (end_of_name == std::string::npos) return;
+  std::istringstream fields(text.substr(end_of_name + 1));
+  std::string field;
+  for (int i = 0; i < 11; ++i) fields >> field;
+  fields >> usage.user_ticks >> usage.system_ticks;
+}
+
 }  // namespace
 
 ProcessUsage usage_of(pid_t process) {
@@ -32,6 +47,7 @@ ProcessUsage usage_of(pid_t process) {
   timespec time{};
   if (::clock_getcpuclockid(process, &clock) == 0 && ::clock_gettime(clock, &time) == 0)
     usage.cpu_time = std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+  add_ticks(process, usage);
   std::error_code ignored;  // a thread or process that ends meanwhile
   for (const auto& task :
        std::filesystem::directory_iterator(fmt::format("/proc/{}/task", process), ignored)) {

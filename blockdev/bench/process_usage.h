@@ -18,6 +18,9 @@ struct ContextSwitches {
 // kernel's workers that belong to it (io-wq). Not what the kernel does in threads of its own.
 struct ProcessUsage {
   std::chrono::nanoseconds cpu_time{0};
+  // The same in the kernel's ticks, told apart; coarse.
+  std::uint64_t user_ticks{0};
+  std::uint64_t system_ticks{0};
   std::map<pid_t, ContextSwitches> context_switches;  // by thread, of those that are alive
 };
 

@@ -113,10 +113,8 @@ void print_usage(std::back_insert_iterator<std::string> out, const NamedRun& run
                    static_cast<double>(usage.target.wake_ups) / operations);
   }
   if (usage.target.flushes != 0) {
-    fmt::format_to(out,
-                   "  flushes, those before the measured part included: {} asked for, {} issued to "
-                   "the kernel\n",
-                   usage.target.flushes, usage.target.flushes_issued);
+    fmt::format_to(out, "  flushes: {} asked for, {} issued to the kernel\n", usage.target.flushes,
+                   usage.target.flushes_issued);
   }
   if (usage.device_flushes)
     fmt::format_to(out, "  flushes that reached the device: {}\n", *usage.device_flushes);
@@ -151,6 +149,11 @@ json::object latency_object(const LatencyHistogram& latencies) {
   return object;
 }
 
+// The latencies of a load that the disk could not follow would say how long it ran.
+LatencyHistogram told(const JobResult& job, const LatencyHistogram& latencies) {
+  return job.is_saturated() ? LatencyHistogram{} : latencies;
+}
+
 // fio's "read", "write" and "trim". What is not known of a direction is zero there as well.
 json::object direction_object(const JobResult& job, const LatencyHistogram& latencies) {
   const double iops = job.per_second(latencies.total());
@@ -169,8 +172,8 @@ json::object direction_object(const JobResult& job, const LatencyHistogram& late
       {"short_ios", 0},
       {"drop_ios", 0},
       {"slat_ns", latency_object(none)},
-      {"clat_ns", latency_object(latencies)},
-      {"lat_ns", latency_object(latencies)}};
+      {"clat_ns", latency_object(told(job, latencies))},
+      {"lat_ns", latency_object(told(job, latencies))}};
 }
 
 json::array interval_array(std::span<const Interval> intervals) {
@@ -250,9 +253,10 @@ json::object job_object(const NamedRun& run, const JobResult& job, std::size_t g
                    {"failed", job.failed},
                    {"in_flight_at_end", job.in_flight},
                    {"verified_blocks", run.result.verified_blocks},
+                   {"unverified_blocks", run.result.unverified_blocks},
                    {"intervals", interval_array(job.intervals)},
                    {"flush_intervals", interval_array(job.flush_intervals)},
-                   {"write_and_flush_ns", latency_object(latencies[kWriteAndFlush])}};
+                   {"write_and_flush_ns", latency_object(told(job, latencies[kWriteAndFlush]))}};
   if (job.workload.arrival != Arrival::kClosed)
     own["start_lateness_ns"] = latency_object(job.lateness);
   return {
@@ -267,10 +271,10 @@ json::object job_object(const NamedRun& run, const JobResult& job, std::size_t g
       {"trim", direction_object(job, trims)},
       {"sync",
        {{"total_ios", of(Operation::kFlush).total()},
-        {"lat_ns", latency_object(of(Operation::kFlush))}}},
+        {"lat_ns", latency_object(told(job, of(Operation::kFlush)))}}},
       {"job_runtime", std::chrono::duration_cast<std::chrono::milliseconds>(job.elapsed).count()},
-      {"usr_cpu", cpu_percent},
-      {"sys_cpu", 0.0},
+      {"usr_cpu", cpu_percent * (1 - run.result.usage.system_share)},
+      {"sys_cpu", cpu_percent * run.result.usage.system_share},
       {"ctx", run.result.usage.context_switches.sum()},
       {"vblk", std::move(own)}};
 }
@@ -320,14 +324,20 @@ std::string text_report(const NamedRun& run) {
           microseconds(job.lateness.mean_ns()),
           microseconds(known_quantile_ns(job.lateness, 0.99)));
     }
+    if (workload.verify) {
+      fmt::format_to(out, "  to verify it in a later run: --randseed {}\n", workload.seed);
+    }
     if (job.failed != 0 || job.in_flight != 0) {
       fmt::format_to(out, "  FAILED: {} requests with errors, {} in flight at the end\n",
                      job.failed, job.in_flight);
     }
   }
-  if (run.result.verified_blocks != 0) {
-    fmt::format_to(out, "  verify: {} blocks written, read back, {} wrong\n",
-                   run.result.verified_blocks, run.result.failed_verification);
+  if (run.result.verified_blocks != 0)
+    fmt::format_to(out, "  verify: {} blocks written, read back, 0 wrong\n",
+                   run.result.verified_blocks);
+  if (run.result.unverified_blocks != 0) {
+    fmt::format_to(out, "  verify: {} blocks written and NOT all of them read back, {} wrong\n",
+                   run.result.unverified_blocks, run.result.failed_verification);
   }
   print_usage(out, run);
   return text;

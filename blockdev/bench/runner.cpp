@@ -33,6 +33,8 @@ class Counters {
       : process_(target.process()),
         punts_(process_, "io_uring/io_uring_queue_async_work"),
         before_(usage_of(process_)),
+        target_(target),
+        target_before_(target.statistics()),
         machine_before_(machine_usage()) {
     if (setup.count_system_calls) system_calls_.emplace(process_, "raw_syscalls/sys_enter");
     if (!setup.flush_device.empty()) {
@@ -47,6 +49,9 @@ class Counters {
     RunUsage usage;
     usage.has_process = process_ != 0;
     usage.cpu_time = after.cpu_time - before_.cpu_time;
+    const auto system_ticks = static_cast<double>(after.system_ticks - before_.system_ticks);
+    const auto user_ticks = static_cast<double>(after.user_ticks - before_.user_ticks);
+    if (system_ticks > 0) usage.system_share = system_ticks / (system_ticks + user_ticks);
     usage.context_switches = context_switches_between(before_, after);
     if (system_calls_) usage.system_calls = system_calls_->count();
     usage.punts = punts_.count();
@@ -57,6 +62,7 @@ class Counters {
     if (const auto flushes = flushes_ ? flushes_->count() : std::nullopt;
         flushes && flushes_before_)
       usage.device_flushes = *flushes - *flushes_before_;
+    usage.target = target_.statistics().since(target_before_);
     return usage;
   }
 
@@ -67,6 +73,8 @@ class Counters {
   std::optional<FlushCounter> flushes_;
   std::optional<std::uint64_t> flushes_before_;
   const ProcessUsage before_;
+  const Target& target_;
+  const TargetStatistics target_before_;
   const MachineUsage machine_before_;
 };
 
@@ -78,6 +86,7 @@ struct Job {
   std::vector<std::unique_ptr<LiveFigures>> live;  // by queue
   JobResult result;
   Clock::time_point measured_from;
+  unsigned queues_finished{0};
   std::optional<Clock::time_point> stopped;
 };
 
@@ -111,11 +120,11 @@ class Conductor {
       for (unsigned i = 0; i < workload.queue_count; ++i)
         job->live.push_back(std::make_unique<LiveFigures>());
       jobs_.push_back(std::move(job));
+      ramp_time_ = std::max(ramp_time_, workload.ramp_time);
     }
   }
 
   Expected<RunResult> run() {
-    const TargetStatistics before = target_.statistics();
     start_threads();
     if (wait_until_ready()) conduct();
     // From here on no thread touches another's port; they may go.
@@ -126,13 +135,7 @@ class Conductor {
     changed_.notify_all();
     for (std::thread& thread : threads_) thread.join();
     if (set_up_error_) return std::unexpected(std::move(*set_up_error_));
-    const TargetStatistics after = target_.statistics();
-    result_.usage.target = {.kicks = after.kicks - before.kicks,
-                            .wake_ups = after.wake_ups - before.wake_ups,
-                            .submit_calls = after.submit_calls - before.submit_calls,
-                            .submitted = after.submitted - before.submitted,
-                            .flushes = after.flushes - before.flushes,
-                            .flushes_issued = after.flushes_issued - before.flushes_issued};
+    result_.usage.target += ports_;
     for (auto& job : jobs_) result_.jobs.push_back(std::move(job->result));
     return std::move(result_);
   }
@@ -169,7 +172,8 @@ class Conductor {
                    .phase = &job.phase,
                    .operations_left = job.operations_planned != 0 ? &job.operations_left : nullptr,
                    .live = job.live[queue_of_job].get(),
-                   .stall_timeout = setup_.stall_timeout});
+                   .stall_timeout = setup_.stall_timeout,
+                   .interrupted = setup_.interrupted});
     } else {
       generator = std::unexpected(std::move(port.error()));
     }
@@ -182,7 +186,12 @@ class Conductor {
       job.result.backlog_grew = job.result.backlog_grew || result.backlog_grew;
       job.result.lateness.merge(result.lateness);
       job.result.generator_cpu_time += result.cpu_time;
+      ports_ += result.port;
+      if (++job.queues_finished == job.workload.queue_count && !job.stopped)
+        job.stopped = Clock::now();
       if (result.error && !result_.error) result_.error = std::move(result.error);
+      // The kernel may still write to its buffers, and closing it would wait for that.
+      if (result.in_flight > 0 && target_.is_in_process()) static_cast<void>(port->release());
     }
     std::unique_lock lock(mutex_);
     ++finished_count_;
@@ -204,19 +213,28 @@ class Conductor {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return ready_count_ == threads_.size(); });
     if (set_up_error_) return false;
-    begin_ = Clock::now();
-    for (auto& job : jobs_) {
-      if (job->workload.ramp_time.count() == 0) begin_measuring(*job, begin_);
-    }
+    begin_ = last_interval_ = Clock::now();
+    if (ramp_time_.count() == 0) begin_measuring(begin_);
     begun_ = true;
     changed_.notify_all();
     return true;
   }
 
-  void begin_measuring(Job& job, Clock::time_point now) {
-    if (!counters_) counters_.emplace(target_, setup_);
-    job.measured_from = now;
-    job.phase = Phase::kMeasured;
+  // All jobs at once, so that what is counted is divided by what was done meanwhile.
+  void begin_measuring(Clock::time_point now) {
+    counters_.emplace(target_, setup_);
+    for (auto& job : jobs_) {
+      job->measured_from = now;
+      // Unless it has failed.
+      auto ramp = Phase::kRamp;
+      job->phase.compare_exchange_strong(ramp, Phase::kMeasured);
+    }
+  }
+  // To the end of the last job.
+  void end_measuring() {
+    if (!counters_ || usage_taken_) return;
+    result_.usage = counters_->difference();
+    usage_taken_ = true;
   }
 
   void conduct() {
@@ -230,7 +248,10 @@ class Conductor {
         stop_all(now);
       }
       if (result_.error) stop_all(now);
+      if (!counters_ && now >= begin_ + ramp_time_) begin_measuring(now);
       for (auto& job : jobs_) direct(*job, now);
+      if (std::ranges::all_of(jobs_, [](const auto& job) { return job->stopped.has_value(); }))
+        end_measuring();
       if (now >= next_interval) {
         next_interval = now + kInterval;
         lock.unlock();
@@ -239,7 +260,7 @@ class Conductor {
       }
     }
     const auto now = Clock::now();
-    if (counters_ && !usage_taken_) result_.usage = counters_->difference();
+    end_measuring();
     for (auto& job : jobs_) {
       if (!job->stopped) job->stopped = now;
       job->result.elapsed = job->measured_from == Clock::time_point{}
@@ -249,20 +270,13 @@ class Conductor {
     end_interval(now);
   }
 
-  // Moves a job to its next phase when it is time.
+  // Ends a job when it is time.
   void direct(Job& job, Clock::time_point now) {
-    if (job.phase == Phase::kRamp && now >= begin_ + job.workload.ramp_time)
-      begin_measuring(job, now);
     if (job.phase == Phase::kMeasured && job.workload.run_time.count() != 0 &&
         now >= job.measured_from + job.workload.run_time)
       stop(job, now);
   }
-  void stop(Job& job, Clock::time_point now) {
-    // What is counted ends with the first job that ends by time: the others then have less company.
-    if (counters_ && !usage_taken_) {
-      result_.usage = counters_->difference();
-      usage_taken_ = true;
-    }
+  static void stop(Job& job, Clock::time_point now) {
     if (!job.stopped) job.stopped = now;
     job.phase = Phase::kStopped;
   }
@@ -287,10 +301,9 @@ class Conductor {
       if (flushes.total() > 0) job->result.flush_intervals.push_back(interval_of(flushes, seconds));
       shown.merge(all);
       progress.ramping = progress.ramping || job->phase == Phase::kRamp;
-      progress.planned =
-          std::max(progress.planned, job->workload.run_time.count() == 0
-                                         ? std::chrono::nanoseconds{}
-                                         : job->workload.ramp_time + job->workload.run_time);
+      progress.planned = std::max(progress.planned, job->workload.run_time.count() == 0
+                                                        ? std::chrono::nanoseconds{}
+                                                        : ramp_time_ + job->workload.run_time);
       if (job->operations_planned != 0) {
         const auto left = std::max<std::int64_t>(0, job->operations_left);
         progress.done_fraction =
@@ -298,7 +311,9 @@ class Conductor {
                      1 - static_cast<double>(left) / static_cast<double>(job->operations_planned));
       }
     }
-    progress.operations_per_second = static_cast<double>(shown.total());
+    progress.operations_per_second =
+        static_cast<double>(shown.total()) /
+        std::chrono::duration<double>(now - std::exchange(last_interval_, now)).count();
     progress.p99_ns = shown.quantile_ns(0.99);
     if (setup_.show) setup_.show(progress);
   }
@@ -314,8 +329,11 @@ class Conductor {
   bool begun_{false};
   bool may_leave_{false};
   std::optional<Error> set_up_error_;
+  std::chrono::nanoseconds ramp_time_{0};
   Clock::time_point begin_;
+  Clock::time_point last_interval_;
   std::optional<Counters> counters_;
+  TargetStatistics ports_;
   bool usage_taken_{false};
   RunResult result_;
 };

@@ -55,6 +55,7 @@ struct JobResult {
 // Differences over the measured part. What the kernel does not tell is not there.
 struct RunUsage {
   std::chrono::nanoseconds cpu_time{0};  // of the target's process
+  double system_share{0};                // of that, in the kernel; coarse
   ContextSwitches context_switches;
   bool has_process{false};
   std::optional<std::uint64_t> system_calls;
@@ -63,15 +64,16 @@ struct RunUsage {
   std::chrono::nanoseconds machine_steal{0};
   std::chrono::nanoseconds machine_time{0};  // of all processors
   std::optional<std::uint64_t> device_flushes;
-  TargetStatistics target;  // of the whole run, ramp included
+  TargetStatistics target;
 };
 
 struct RunResult {
   std::vector<JobResult> jobs;
   RunUsage usage;
   bool interrupted{false};
-  std::optional<Error> error;        // the first; the rest holds up to then
-  std::uint64_t verified_blocks{0};  // read back after they were written
+  std::optional<Error> error;          // the first; the rest holds up to then
+  std::uint64_t verified_blocks{0};    // written, and all of them read back
+  std::uint64_t unverified_blocks{0};  // written, and not all of them read back
   std::uint64_t failed_verification{0};
 
   [[nodiscard]] std::uint64_t operations() const;
@@ -87,7 +89,8 @@ struct Progress {
 };
 
 struct RunSetup {
-  std::vector<Workload> jobs;  // at the same time, on queues of their own
+  // At the same time, on queues of their own. The longest ramp is that of all.
+  std::vector<Workload> jobs;
   bool count_system_calls{false};
   std::string flush_device;  // path whose device's flushes are counted; empty: none
   const std::atomic<bool>* interrupted{nullptr};
@@ -106,6 +109,8 @@ struct RunSetup {
 Expected<Workload> fit_to(const Target& target, const Workload& workload);
 
 // Errors only where nothing was measured: those of Target::open_port() and Port::make_io().
+// Where requests are in flight in the end, and the disk is in this process, ports are left open for
+// ever, and `target` must not go either.
 Expected<RunResult> run_jobs(Target& target, const RunSetup& setup);
 
 }  // namespace vblk::bench

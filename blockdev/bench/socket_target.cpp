@@ -98,6 +98,10 @@ class SocketPort final : public Port {
   Expected<void> sleep(std::chrono::nanoseconds timeout) override {
     return driver_.sleep(queue_, timeout);
   }
+  [[nodiscard]] TargetStatistics statistics() const override {
+    const auto& queue = driver_.queue(queue_);
+    return {.kicks = queue.kicks(), .wake_ups = queue.wake_ups()};
+  }
 
  private:
   struct SocketIo : Io {
@@ -159,16 +163,6 @@ class SocketTarget final : public Target {
 
   Expected<std::unique_ptr<Port>> open_port(unsigned index) override {
     return std::make_unique<SocketPort>(shared_, static_cast<std::uint16_t>(index));
-  }
-
-  [[nodiscard]] TargetStatistics statistics() const override {
-    TargetStatistics sum;
-    for (unsigned i = 0; i < options_.queue_count; ++i) {
-      const auto& queue = shared_.driver->queue(static_cast<std::uint16_t>(i));
-      sum.kicks += queue.kicks();
-      sum.wake_ups += queue.wake_ups();
-    }
-    return sum;
   }
 
  private:

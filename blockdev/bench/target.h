@@ -16,6 +16,34 @@
 
 namespace vblk::bench {
 
+// Counters of what lies between the ports and the disk, where there is a way to know.
+struct TargetStatistics {
+  std::uint64_t kicks{0};           // of the device by the driver
+  std::uint64_t wake_ups{0};        // of the driver by the device
+  std::uint64_t submit_calls{0};    // of the engines to the kernel (or their pool)
+  std::uint64_t submitted{0};       // kernel I/Os in these
+  std::uint64_t flushes{0};         // asked for
+  std::uint64_t flushes_issued{0};  // of the kernel
+
+  TargetStatistics& operator+=(const TargetStatistics& other) {
+    kicks += other.kicks;
+    wake_ups += other.wake_ups;
+    submit_calls += other.submit_calls;
+    submitted += other.submitted;
+    flushes += other.flushes;
+    flushes_issued += other.flushes_issued;
+    return *this;
+  }
+  [[nodiscard]] TargetStatistics since(const TargetStatistics& earlier) const {
+    return {.kicks = kicks - earlier.kicks,
+            .wake_ups = wake_ups - earlier.wake_ups,
+            .submit_calls = submit_calls - earlier.submit_calls,
+            .submitted = submitted - earlier.submitted,
+            .flushes = flushes - earlier.flushes,
+            .flushes_issued = flushes_issued - earlier.flushes_issued};
+  }
+};
+
 // One request. Made by a port, and its until the port goes; in between of whoever asked for it.
 struct Io {
   using Completion = void (*)(Io& io);
@@ -47,16 +75,8 @@ class Port {
   virtual Expected<std::size_t> poll() = 0;
   // Sleeps until poll() may have something to do, at most `timeout`.
   virtual Expected<void> sleep(std::chrono::nanoseconds timeout) = 0;
-};
-
-// Counters of what lies between the ports and the disk, where there is a way to know.
-struct TargetStatistics {
-  std::uint64_t kicks{0};           // of the device by the driver
-  std::uint64_t wake_ups{0};        // of the driver by the device
-  std::uint64_t submit_calls{0};    // of the engines to the kernel (or their pool)
-  std::uint64_t submitted{0};       // kernel I/Os in these
-  std::uint64_t flushes{0};         // asked for
-  std::uint64_t flushes_issued{0};  // of the kernel
+  // What this port has counted so far; of the flushes nothing.
+  [[nodiscard]] virtual TargetStatistics statistics() const { return {}; }
 };
 
 class Target {
@@ -81,8 +101,8 @@ class Target {
   virtual Expected<void> set_write_through(bool write_through) = 0;
   // Opens queue `index`, on the thread that will use it; several threads may at once.
   virtual Expected<std::unique_ptr<Port>> open_port(unsigned index) = 0;
-  // With no port open. Members that cannot be known stay 0.
-  [[nodiscard]] virtual TargetStatistics statistics() const = 0;
+  // The flushes, of all ports. Any thread; a moment old. 0 where they cannot be known.
+  [[nodiscard]] virtual TargetStatistics statistics() const { return {}; }
 };
 
 struct SocketTargetOptions {

@@ -251,7 +251,6 @@ class CallTarget final : public bench::Target {
     if (!engine) return std::unexpected(std::move(engine.error()));
     return std::make_unique<CallPort>(std::move(*engine), preparation_);
   }
-  [[nodiscard]] bench::TargetStatistics statistics() const override { return {}; }
 
  private:
   const aio::EngineName engine_;

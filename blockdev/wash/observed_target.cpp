@@ -41,6 +41,7 @@ class ObservedPort final : public bench::Port {
   }
   Expected<std::size_t> poll() override { return port_->poll(); }
   Expected<void> sleep(std::chrono::nanoseconds timeout) override { return port_->sleep(timeout); }
+  [[nodiscard]] bench::TargetStatistics statistics() const override { return port_->statistics(); }
 
  private:
   const std::unique_ptr<bench::Port> port_;

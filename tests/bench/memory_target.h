@@ -29,6 +29,8 @@ struct MemoryDisk {
   Clock::time_point stall_end{Clock::time_point::max()};
   std::atomic<std::int64_t> fail_after{-1};  // requests; -1: never
   bool loses_writes{false};
+  // As one that answers within a submission: a poll ends when nothing new comes.
+  bool answers_at_once{false};
   std::atomic<std::uint64_t> flushes{0};
   std::atomic<std::uint64_t> writes{0};
 };
@@ -48,11 +50,15 @@ class MemoryPort final : public Port {
     const auto now = MemoryDisk::Clock::now();
     busy_until_ = std::max(busy_until_, now) + disk_.service_time.load();
     queue_.emplace_back(busy_until_, &io);
+    is_kicked_ = false;
     return true;
   }
-  void kick() override {}
+  void kick() override {
+    if (!std::exchange(is_kicked_, true)) ++kicks_;
+  }
+  [[nodiscard]] TargetStatistics statistics() const override { return {.kicks = kicks_}; }
   Expected<std::size_t> poll() override {
-    const auto now = MemoryDisk::Clock::now();
+    auto now = MemoryDisk::Clock::now();
     if (now >= disk_.stall_begin && now < disk_.stall_end) return 0;
     std::size_t count = 0;
     while (!queue_.empty() && queue_.front().first <= now) {
@@ -61,7 +67,11 @@ class MemoryPort final : public Port {
       carry_out(io);
       ++count;
       io.complete(io);
-      if (count == 64) break;
+      if (disk_.answers_at_once) {
+        now = MemoryDisk::Clock::now();
+      } else if (count == 64) {
+        break;
+      }
     }
     return count;
   }
@@ -93,6 +103,8 @@ class MemoryPort final : public Port {
   std::deque<Memory> ios_;
   std::deque<std::pair<MemoryDisk::Clock::time_point, Io*>> queue_;
   MemoryDisk::Clock::time_point busy_until_;
+  bool is_kicked_{true};
+  std::uint64_t kicks_{0};
 };
 
 class MemoryTarget final : public Target {
@@ -111,7 +123,6 @@ class MemoryTarget final : public Target {
   Expected<std::unique_ptr<Port>> open_port(unsigned /*index*/) override {
     return std::make_unique<MemoryPort>(disk);
   }
-  [[nodiscard]] TargetStatistics statistics() const override { return {}; }
 
   MemoryDisk disk;
   bool read_only{false};

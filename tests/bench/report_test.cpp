@@ -56,6 +56,18 @@ TEST(TextReport, tells_no_latency_of_a_saturated_run) {
   EXPECT_EQ(text.find("mean us"), std::string::npos);
 }
 
+TEST(JsonReport, tells_no_latency_of_a_saturated_run_and_the_log_neither) {
+  NamedRun run = a_run();
+  run.result.jobs[0].workload.arrival = Arrival::kFixed;
+  run.result.jobs[0].lag = std::chrono::seconds(1);
+  const auto document = boost::json::parse(json_report(std::vector{run})).as_object();
+  const auto& job = document.at("jobs").as_array().at(0).as_object();
+  EXPECT_TRUE(job.at("vblk").at("saturated").as_bool());
+  EXPECT_EQ(job.at("read").at("lat_ns").at("N").to_number<int>(), 0);
+  EXPECT_EQ(job.at("read").at("total_ios").to_number<int>(), 2000);
+  EXPECT_EQ(hdr_log(std::vector{run}).find("Tag="), std::string::npos);
+}
+
 TEST(JsonReport, has_the_keys_of_fio) {
   const auto document = boost::json::parse(json_report(std::vector{a_run()})).as_object();
   const auto& job = document.at("jobs").as_array().at(0).as_object();

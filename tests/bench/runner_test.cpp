@@ -10,6 +10,7 @@
 
 #include "blockdev/bench/measure.h"
 #include "blockdev/bench/pattern.h"
+#include "blockdev/bench/report.h"
 #include "tests/bench/memory_target.h"
 
 namespace vblk::bench {
@@ -74,6 +75,37 @@ TEST(Runner, counts_nothing_of_the_ramp) {
   const JobResult job = run(target, workload);
   EXPECT_LE(job.operations(), 101U);
   EXPECT_LT(job.elapsed, milliseconds(400));
+}
+
+TEST(Runner, counts_no_part_of_an_amount_in_the_ramp) {
+  MemoryTarget target;
+  target.disk.service_time = milliseconds(1);
+  Workload workload = by_amount(50);
+  workload.depth = 4;
+  workload.ramp_time = milliseconds(200);
+  EXPECT_EQ(run(target, workload).operations(), 50U);
+}
+
+TEST(Runner, measures_a_disk_that_answers_within_the_submission) {
+  MemoryTarget target;
+  target.disk.answers_at_once = true;
+  Workload workload = by_time(milliseconds(200));
+  workload.depth = 8;
+  workload.ramp_time = milliseconds(50);
+  const JobResult job = run(target, workload);
+  EXPECT_GT(job.operations(), 100U);
+  EXPECT_GT(job.intervals.size(), 0U);
+}
+
+TEST(Runner, counts_the_port_as_long_as_the_requests) {
+  MemoryTarget target;
+  target.disk.service_time = milliseconds(1);
+  Workload workload = by_time(milliseconds(100));
+  workload.ramp_time = milliseconds(400);
+  const NamedRun done = run(target, JobGroup{workload});
+  // One request at a time, each with its kick.
+  EXPECT_GT(done.result.usage.target.kicks, 0U);
+  EXPECT_LE(done.result.usage.target.kicks, done.result.operations() + 2);
 }
 
 TEST(Runner, flushes_after_every_so_many_writes_of_a_lane) {
@@ -207,6 +239,32 @@ TEST(Runner, ends_when_it_is_interrupted_and_keeps_what_it_has) {
   EXPECT_GT(done->result.jobs.front().operations(), 0U);
 }
 
+TEST(Runner, does_not_wait_for_a_stalled_disk_when_it_is_interrupted) {
+  MemoryTarget target;
+  target.disk.stall_begin = MemoryDisk::Clock::now() + milliseconds(100);
+  std::atomic<bool> interrupted{false};
+  std::thread user([&interrupted] {
+    std::this_thread::sleep_for(milliseconds(300));
+    interrupted = true;
+  });
+  const auto begin = MemoryDisk::Clock::now();
+  const auto done =
+      measure_on(target, {by_time(milliseconds(60'000))}, {.interrupted = &interrupted});
+  user.join();
+  ASSERT_TRUE(done.has_value());
+  EXPECT_TRUE(done->result.interrupted);
+  EXPECT_GT(done->result.jobs.front().operations(), 0U);
+  EXPECT_EQ(done->result.jobs.front().in_flight, 1U);
+  EXPECT_LT(MemoryDisk::Clock::now() - begin, milliseconds(20'000)) << "30 s is for a disk alone";
+}
+
+TEST(Runner, ends_the_time_of_a_job_with_its_amount) {
+  MemoryTarget target;
+  const NamedRun done = run(target, JobGroup{by_amount(10), by_time(milliseconds(1000))});
+  EXPECT_LT(done.result.jobs[0].elapsed, milliseconds(900));
+  EXPECT_GE(done.result.jobs[1].elapsed, milliseconds(1000));
+}
+
 TEST(Runner, runs_jobs_at_the_same_time_and_tells_them_apart) {
   MemoryTarget target;
   const NamedRun done = run(target, JobGroup{by_amount(300), by_amount(200, 0)});
@@ -222,12 +280,36 @@ TEST(Runner, reads_back_what_it_has_written) {
   const NamedRun good = run(target, JobGroup{workload});
   EXPECT_FALSE(good.result.error);
   EXPECT_GT(good.result.verified_blocks, 100U);
+  EXPECT_EQ(good.result.unverified_blocks, 0U);
 
   MemoryTarget bad;
   bad.disk.loses_writes = true;
   const NamedRun lost = run(bad, JobGroup{workload});
   ASSERT_TRUE(lost.result.error);
   EXPECT_EQ(lost.result.error->kind, ErrorKind::kCorrupt);
+  EXPECT_EQ(lost.result.verified_blocks, 0U);
+  EXPECT_GT(lost.result.unverified_blocks, 100U);
+}
+
+TEST(Runner, does_not_call_verified_what_it_was_kept_from_reading_back) {
+  MemoryTarget target;
+  target.disk.service_time = milliseconds(1);
+  Workload workload = by_time(milliseconds(100));
+  workload.read_percent = 0;
+  workload.verify = true;
+  std::atomic<bool> interrupted{false};
+  // The reading back takes seconds, and is what is shown when an amount is known.
+  const auto show = [&](const Progress& progress) {
+    target.disk.service_time = milliseconds(20);
+    if (progress.done_fraction > 0) interrupted = true;
+  };
+  const auto done = measure_on(target, {workload}, {.interrupted = &interrupted, .show = show});
+  ASSERT_TRUE(done.has_value());
+  ASSERT_FALSE(done->result.error);
+  EXPECT_TRUE(done->result.interrupted);
+  EXPECT_EQ(done->result.verified_blocks, 0U);
+  EXPECT_GT(done->result.unverified_blocks, 10U);
+  EXPECT_NE(text_report(*done).find("NOT all of them read back"), std::string::npos);
 }
 
 TEST(Runner, verifies_in_a_later_run_with_the_same_seed) {

@@ -103,8 +103,8 @@ TEST_F(ImageLock, waits_a_moment_for_a_predecessor_to_be_gone) {
 // As a ring of io_uring keeps it.
 TEST_F(ImageLock, is_given_back_though_the_open_file_lives_on) {
   for (const bool is_direct : {false, true}) {
-    auto predecessor = is_direct ? open_image({.path = path_, .cache = CacheMode::kNone})
-                                 : open_writer();
+    auto predecessor =
+        is_direct ? open_image({.path = path_, .cache = CacheMode::kNone}) : open_writer();
     if (!predecessor && predecessor.error().kind == ErrorKind::kNotSupported) continue;
     ASSERT_TRUE(predecessor) << predecessor.error().message;
     const pid_t child = ::fork();

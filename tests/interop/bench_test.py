@@ -79,6 +79,7 @@ def test_bad_options(report, vblk):
                 ("flushes of no device", ["--socket-path", folder / "s", "--flush-device", "/proc/version"], "/proc/version"),
                 ("flush tests without a target", ["flush"], "--socket-path"),
                 ("flush tests of an unknown engine", ["flush", "--image", image, "--aio", "warp"], "warp"),
+                ("flush tests of an engine for flushes alone", ["flush", "--image", image, "--aio", "flush=native"], "flush=native"),
         ):
             refused(report, vblk, f"bench, {title}", arguments, names)
         with Server(vblk, [image], folder / "s", folder / "log"):
@@ -519,6 +520,30 @@ def test_flush(report, vblk):
                      status == 0 and "PASS (of few samples)" in output, output)
 
 
+def test_stalled_image(report, vblk):
+    """Ctrl-C ends a run on a disk that answers nothing any more, and what was measured is told."""
+    with Folder() as folder:
+        make_sparse(folder / "disk.img", 32 * MIB)
+        stalling = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=preadv2", "-e",
+                    "inject=preadv2:delay_enter=100000000:when=200+"]
+        command = [*stalling, vblk, "bench", "--image", folder / "disk.img", "--aio", "threads", "--runtime", "300", "--iodepth", "2",
+                   "--ramp_time", "0", "--eta", "never"]
+        output, errors = folder / "output", folder / "errors"
+        with open(output, "w") as out, open(errors, "w") as err:
+            strace = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                      start_new_session=True)
+        time.sleep(5)
+        children = Path(f"/proc/{strace.pid}/task/{strace.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGINT)
+        # strace itself stays as long as its delays.
+        has_ended = wait_until(lambda: "2 requests in flight" in errors.read_text(), 25)
+        os.killpg(strace.pid, signal.SIGKILL)
+        strace.wait()
+        report.check("bench of an image that stalls, Ctrl-C: results so far, and what is in flight",
+                     has_ended and "FAILED: 0 requests with errors, 2 in flight" in output.read_text() and
+                     re.search(r"read +[1-9]", output.read_text()), f"{output.read_text()}\n{errors.read_text()}")
+
+
 def test_flush_of_a_backend(report, vblk):
     with Folder() as folder:
         make_sparse(folder / "disk.img", 32 * MIB)
@@ -536,6 +561,10 @@ def test_flush_of_a_backend(report, vblk):
                 output, errors = bench.communicate(timeout=20)
             report.check("bench flush, Ctrl-C: results so far, and status 130",
                          bench.returncode == 130 and json.loads(output)["rows"] and "interrupted" in errors, f"{output}\n{errors}")
+        with Server(vblk, [folder / "disk.img", "--queues", "4", "--read-only"], folder / "s", folder / "log"):
+            status, output = run(vblk, "bench", *at, "--runtime", "0.1", timeout=120)
+            report.check("bench flush of a disk that cannot be written: no verdict, and status 1",
+                         status == 1 and json.loads(output)["unjudged"] == [str(folder / "s")], output[:2000])
         with Server(vblk, [folder / "disk.img", "--queues", "4"], folder / "s", folder / "log") as server:
             timer = threading.Timer(3, server.kill)
             timer.start()
@@ -554,7 +583,7 @@ def main():
     meanwhile = StalledRun(vblk), BadBackends(vblk)
     for test in (test_bad_options, test_end_of_backend, test_interrupt, test_progress, test_full_output,
                  test_report, test_workloads, test_qcow2, test_open_loop, test_counters, test_formats, test_job_file,
-                 test_verify, test_storage_daemon, test_flush, test_flush_of_a_backend):
+                 test_verify, test_storage_daemon, test_stalled_image, test_flush, test_flush_of_a_backend):
         try:
             test(report, vblk)
         except (RuntimeError, OSError, subprocess.TimeoutExpired, KeyError, IndexError, ValueError) as error:
