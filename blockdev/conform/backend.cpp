@@ -8,9 +8,7 @@
 #include <fcntl.h>
 #include <filesystem>
 #include <fstream>
-#include <span>
 #include <string_view>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -39,8 +37,8 @@ std::string fill_in(std::string word, std::string_view name, const std::string& 
   return word;
 }
 
-// Starts a program in a process group of its own, with its outputs in `output`.
-Expected<pid_t> spawn(const std::vector<std::string>& words, int output) {
+// Starts a program in a process group of its own, with `output` for what it says.
+Expected<pid_t> spawn(const std::vector<std::string>& words, ProgramOutput& output) {
   std::vector<char*> pointers;
   for (const std::string& word : words) pointers.push_back(const_cast<char*>(word.c_str()));
   pointers.push_back(nullptr);
@@ -55,17 +53,17 @@ Expected<pid_t> spawn(const std::vector<std::string>& words, int output) {
     ::setpgid(0, 0);
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(kExecFailed);
-    ::signal(SIGPIPE, SIG_DFL);
-    ::signal(SIGXFSZ, SIG_DFL);
+    for (const int number : {SIGPIPE, SIGXFSZ, SIGINT, SIGHUP}) ::signal(number, SIG_DFL);
     const int null = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
     ::dup2(null, STDIN_FILENO);
-    ::dup2(output, STDOUT_FILENO);
-    ::dup2(output, STDERR_FILENO);
+    ::dup2(output.write_end(), STDOUT_FILENO);
+    ::dup2(output.write_end(), STDERR_FILENO);
     ::execvp(pointers[0], pointers.data());
     ::dprintf(STDERR_FILENO, "cannot run '%s': %s\n", pointers[0], std::strerror(errno));
     ::_exit(kExecFailed);
   }
   ::setpgid(pid, pid);  // whoever of the two comes first
+  output.close_write_end();
   return pid;
 }
 
@@ -76,16 +74,15 @@ std::string describe_end(int status) {
 
 // Runs a program to its end.
 Expected<void> run(const std::vector<std::string>& words) {
-  const UniqueFd output(::memfd_create("vblk-conform-output", MFD_CLOEXEC));
-  const auto pid = spawn(words, output.get());
+  ProgramOutput output;
+  const auto pid = spawn(words, output);
   if (!pid) return std::unexpected(pid.error());
   int status = 0;
   while (::waitpid(*pid, &status, 0) < 0 && errno == EINTR) {
   }
   if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return {};
-  std::array<char, 500> text{};
-  const ssize_t length = ::pread(output.get(), text.data(), text.size(), 0);
-  std::string said(text.data(), length > 0 ? static_cast<std::size_t>(length) : 0);
+  constexpr std::size_t kSaidMax = 500;
+  std::string said = output.text().substr(0, kSaidMax);
   std::ranges::replace(said, '\n', ' ');
   return make_error(ErrorKind::kIo,
                     fmt::format("'{}' {}: {}", words[0], describe_end(status), said));
@@ -203,8 +200,8 @@ Expected<std::vector<std::string>> split_command(const std::string& text) {
 
 Expected<ProgramEnd> run_program(const std::vector<std::string>& words,
                                  std::chrono::milliseconds patience) {
-  const UniqueFd output(::memfd_create("vblk-conform-output", MFD_CLOEXEC));
-  const auto pid = spawn(words, output.get());
+  ProgramOutput output;
+  const auto pid = spawn(words, output);
   if (!pid) return std::unexpected(pid.error());
   const auto deadline = Clock::now() + patience;
   ProgramEnd end;
@@ -217,9 +214,7 @@ Expected<ProgramEnd> run_program(const std::vector<std::string>& words,
   if (end.in_time && WIFEXITED(status)) end.exit_status = WEXITSTATUS(status);
   while (!end.in_time && ::waitpid(*pid, &status, 0) < 0 && errno == EINTR) {
   }
-  end.output.resize(std::size_t{1} << 16);
-  const ssize_t length = ::pread(output.get(), end.output.data(), end.output.size(), 0);
-  end.output.resize(length > 0 ? static_cast<std::size_t>(length) : 0);
+  end.output = output.text();
   return end;
 }
 
@@ -260,9 +255,10 @@ Expected<void> Backend::launch() {
   const std::vector<std::string> words =
       fill_in_paths(read_only_ ? target_.read_only_command : target_.command, socket_path_,
                     image_path_, monitor_path_);
-  standard_error_.reset(::memfd_create("vblk-conform-backend", MFD_CLOEXEC));
-  const auto pid = spawn(words, standard_error_.get());
+  output_ = std::make_unique<ProgramOutput>();
+  const auto pid = spawn(words, *output_);
   if (!pid) return std::unexpected(pid.error());
+  ++launches_;
   pid_ = *pid;
   end_.clear();
   return wait_until_it_accepts();
@@ -299,11 +295,7 @@ std::string Backend::end() {
 }
 
 std::string Backend::last_words() const {
-  std::array<char, 2048> text{};
-  const off_t size = ::lseek(standard_error_.get(), 0, SEEK_END);
-  const off_t begin = std::max<off_t>(0, size - static_cast<off_t>(text.size()));
-  const ssize_t length = ::pread(standard_error_.get(), text.data(), text.size(), begin);
-  std::string words(text.data(), length > 0 ? static_cast<std::size_t>(length) : 0);
+  std::string words = output_->text();
   while (words.ends_with('\n')) words.pop_back();
   const auto line_end = words.rfind('\n');
   return line_end == std::string::npos ? words : words.substr(line_end + 1);

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "aio/error.h"
-#include "blockdev/vhost_user/socket.h"
+#include "blockdev/conform/program_output.h"
 
 namespace vblk::conform {
 
@@ -31,6 +31,9 @@ struct Target {
   ImageFormat format{ImageFormat::kRaw};
   std::uint64_t image_bytes{std::uint64_t{64} << 20};
   bool may_write{false};
+  // The program serves one frontend and ends with it, with status 0: it is started again for the
+  // next one.
+  bool ends_with_frontend{false};
 
   [[nodiscard]] bool starts_itself() const { return !command.empty(); }
 };
@@ -42,7 +45,7 @@ Expected<std::vector<std::string>> split_command(const std::string& text);
 struct ProgramEnd {
   bool in_time{false};
   int exit_status{-1};  // -1: killed by a signal, or not in time
-  std::string output;   // what it has said, its errors included; the first 64 KiB
+  std::string output;   // what it has said, its errors included; the last 64 KiB
 };
 // Runs a program for so long at most; then it is killed. Error: there is no process.
 Expected<ProgramEnd> run_program(const std::vector<std::string>& words,
@@ -72,15 +75,17 @@ class Backend {
                                                               const std::string& monitor_path);
   // "killed by signal 11 (Segmentation fault)", or empty while it runs.
   [[nodiscard]] std::string end();
-  // What it said last on its standard error; may be empty.
+  // The last line of what it said; may be empty.
   [[nodiscard]] std::string last_words() const;
 
   // SIGKILL, waited for.
   void kill();
   // SIGTERM; whether it ended in time, and with status 0.
   [[nodiscard]] std::string terminate(std::chrono::milliseconds patience);
-  // The same command on the same image and socket, after kill() or terminate().
+  // The same command on the same image and socket, after it has ended.
   Expected<void> restart();
+  // How often it has been started.
+  [[nodiscard]] unsigned launches() const { return launches_; }
   // Has the served disk become `bytes` long. Error: kNotSupported where no way is known.
   Expected<void> resize(std::uint64_t bytes);
 
@@ -97,7 +102,8 @@ class Backend {
   std::string monitor_path_;
   pid_t pid_{-1};
   std::string end_;  // once it has been waited for
-  vhost_user::UniqueFd standard_error_;
+  unsigned launches_{0};
+  std::unique_ptr<ProgramOutput> output_;
 };
 
 }  // namespace vblk::conform

@@ -53,8 +53,10 @@ const char* to_string(Channel::Taken taken) {
 
 Channel::Channel(Probe& probe) {
   // The driver's frontend knows how to connect; it is not used for more, for it has manners.
-  const auto frontend = Probe::value(
-      driver::Frontend::connect(probe.socket_path(), {.timeout = kPatience}), "connecting");
+  auto connected = driver::Frontend::connect(probe.socket_path(), {.timeout = kPatience});
+  if (!connected && probe.ends_in_order_soon())
+    connected = driver::Frontend::connect(probe.socket_path(), {.timeout = kPatience});
+  const auto frontend = Probe::value(std::move(connected), "connecting");
   socket_.reset(::fcntl(frontend->socket(), F_DUPFD_CLOEXEC, 3));
 }
 

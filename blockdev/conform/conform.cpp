@@ -1,7 +1,6 @@
 #include "blockdev/conform/conform.h"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -29,25 +28,33 @@ constexpr int kExitIncomplete = 4;
 // the soak of 4 s that each integrity test has by itself, it ends within 2 minutes.
 constexpr std::chrono::seconds kRunLimit{105};
 
-std::atomic<bool> interrupted{false};  // by SIGINT or SIGTERM
+Interruption& interruption() {
+  static Interruption by_signal;
+  return by_signal;
+}
 
 void watch_for_interrupts() {
+  interruption();  // made before a handler needs it
   struct sigaction action{};
-  action.sa_handler = [](int) { interrupted = true; };
+  action.sa_handler = [](int) { interruption().ask(); };
   ::sigemptyset(&action.sa_mask);
-  ::sigaction(SIGINT, &action, nullptr);
-  ::sigaction(SIGTERM, &action, nullptr);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(number, &action, nullptr);
+  // Who reads the report has gone: what is under way is ended all the same.
+  ::signal(SIGPIPE, SIG_IGN);
 }
 
 int run_tests(const ConformOptions& options) {
   watch_for_interrupts();
-  Runner runner(options.probe);
-  if (auto checked = runner.check_backend(interrupted); !checked) {
-    if (interrupted) return 128 + SIGINT;
-    fmt::print(stderr, "vblk: conform: {}\n", checked.error().message);
-    return kExitNoBackend;
-  }
+  Runner runner(options.probe, interruption());
   Report report(options.format, options.repeat);
+  if (auto checked = runner.check_backend(); !checked) {
+    const bool interrupted = interruption().is_asked();
+    const std::string why = interrupted ? "interrupted" : checked.error().message;
+    if (!interrupted) fmt::print(stderr, "vblk: conform: {}\n", why);
+    // Who reads the terminal has been told.
+    if (interrupted || options.format != ReportFormat::kHuman) report.finish(options.tests, why);
+    return interrupted ? 128 + SIGINT : kExitNoBackend;
+  }
   std::string why_incomplete;
   const auto begin = std::chrono::steady_clock::now();
   std::chrono::steady_clock::duration soaked{0};
@@ -62,22 +69,20 @@ int run_tests(const ConformOptions& options) {
     const auto test_begin = std::chrono::steady_clock::now();
     const std::chrono::seconds soak = is_soak(*test) ? options.probe.soak : std::chrono::seconds(0);
     const auto left = kRunLimit - (test_begin - begin - soaked);
-    Result result = runner.run(*test, interrupted,
-                               std::chrono::duration_cast<std::chrono::milliseconds>(left + soak));
-    if (interrupted) {
-      why_incomplete = "interrupted";
-      break;
-    }
+    Result result =
+        runner.run(*test, std::chrono::duration_cast<std::chrono::milliseconds>(left + soak));
     if (result.cut_short) {
-      why_incomplete = fmt::format("the run has taken {} s", kRunLimit.count());
+      why_incomplete = interruption().is_asked()
+                           ? "interrupted"
+                           : fmt::format("the run has taken {} s", kRunLimit.count());
       break;
     }
     soaked += std::min<std::chrono::steady_clock::duration>(
         std::chrono::steady_clock::now() - test_begin, soak);
     report.add(std::move(result));
   }
-  report.finish(options.tests.size(), why_incomplete);
-  if (interrupted) return 128 + SIGINT;
+  report.finish(options.tests, why_incomplete);
+  if (interruption().is_asked()) return 128 + SIGINT;
   if (report.totals().failed > 0) return kExitFailed;
   return why_incomplete.empty() ? 0 : kExitIncomplete;
 }

@@ -26,6 +26,11 @@ std::byte byte_of(std::uint64_t stamp, std::size_t offset) {
   return static_cast<std::byte>(mixed >> (8 * (offset % 8)));
 }
 
+void need(std::uint64_t wanted, std::uint64_t most, const char* what) {
+  if (wanted > most)
+    Probe::skip(fmt::format("takes {} {}, and the backend takes {}", wanted, what, most));
+}
+
 }  // namespace
 
 Guest::Guest(Probe& probe, const GuestOptions& options)
@@ -43,6 +48,7 @@ Guest::Guest(Probe& probe, const GuestOptions& options)
   }
   if (options.memory_bytes[0] >= 4 * kDataBytes) data_ = allocate(kDataBytes);
   segments_ = allocate(kSegmentsMax * kBlkDiscardSegmentBytes, 16);
+  limits();  // here nothing is on its way that could be taken for the answer
   if (!options.starts_rings) return;
   share_memory();
   for (std::uint16_t i = 0; i < options.queue_count; ++i) start_ring(i);
@@ -115,8 +121,54 @@ std::uint8_t Guest::status_of(std::size_t ring, std::uint16_t slot) const {
   return std::to_integer<std::uint8_t>(*status_byte(ring, slot));
 }
 
+const RequestLimits& Guest::limits() {
+  auto& known = probe_.request_limits();
+  if (known) return *known;
+  // A backend that says 0 has not thought of a limit: config/size-max and the like tell it so.
+  const auto limit = [this](unsigned feature, std::uint32_t offset) {
+    const bool is_told =
+        (channel_.offered() & bit(feature)) != 0 && channel_.has_protocol(kProtocolFConfig);
+    const std::uint64_t value = is_told ? config_field(offset, 4) : 0;
+    return value != 0 ? value : RequestLimits::kNone;
+  };
+  known = RequestLimits{
+      .segment_bytes = limit(kBlkFSizeMax, kBlkConfigSizeMax),
+      .segments = limit(kBlkFSegMax, kBlkConfigSegMax),
+      .discard_sectors = limit(kBlkFDiscard, kBlkConfigMaxDiscardSectors),
+      .discard_segments = limit(kBlkFDiscard, kBlkConfigMaxDiscardSeg),
+      .write_zeroes_sectors = limit(kBlkFWriteZeroes, kBlkConfigMaxWriteZeroesSectors),
+      .write_zeroes_segments = limit(kBlkFWriteZeroes, kBlkConfigMaxWriteZeroesSeg)};
+  return *known;
+}
+
+void Guest::need_segment_bytes(std::size_t bytes) {
+  need(bytes, limits().segment_bytes, "bytes in a segment");
+}
+
+void Guest::need_segments(std::size_t count) {
+  need(count, limits().segments, "segments in a request");
+}
+
+void need_feature(const Guest& guest, unsigned feature, const char* name) {
+  if (!guest.has(feature)) Probe::skip(fmt::format("no {} is offered", name));
+}
+
 void Guest::post(std::size_t index, std::uint16_t slot, std::uint32_t type, std::uint64_t sector,
                  std::span<const std::byte> readable, std::span<std::byte> writable) {
+  write_request(index, slot, type, sector, readable, writable);
+  offer(index, slot);
+}
+
+void Guest::offer(std::size_t index, std::uint16_t slot) {
+  ring(index).offer(static_cast<std::uint16_t>(slot * kDescriptorsPerSlot));
+  ring(index).publish();
+}
+
+void Guest::write_request(std::size_t index, std::uint16_t slot, std::uint32_t type,
+                          std::uint64_t sector, std::span<const std::byte> readable,
+                          std::span<std::byte> writable) {
+  const std::size_t longest = std::max(readable.size(), writable.size());
+  if (longest >= kDefaultBlock) need_segment_bytes(longest);
   std::byte* const header = header_of(index, slot);
   store_le<std::uint32_t>(header, type);
   store_le<std::uint32_t>(header + 4, 0);
@@ -137,8 +189,6 @@ void Guest::post(std::size_t index, std::uint16_t slot, std::uint32_t type, std:
   pieces[count++] = {address_of(status), 1, true};
   const auto first = static_cast<std::uint16_t>(slot * kDescriptorsPerSlot);
   ring(index).chain(first, std::span(pieces).first(count));
-  ring(index).offer(first);
-  ring(index).publish();
 }
 
 Answer Guest::await(std::size_t index, std::uint16_t slot) {
@@ -175,6 +225,15 @@ Answer Guest::flush(std::size_t index) { return request(kBlkTFlush, 0, {}, {}, i
 
 Answer Guest::segments(std::uint32_t type, std::span<const Segment> list) {
   Probe::expect(list.size() <= kSegmentsMax, "the suite has no room for so many segments");
+  const bool zeroes = type == kBlkTWriteZeroes;
+  if (zeroes || type == kBlkTDiscard) {
+    const RequestLimits& most = limits();
+    need(list.size(), zeroes ? most.write_zeroes_segments : most.discard_segments,
+         "segments of a range each");
+    for (const Segment& segment : list)
+      need(segment.sector_count, zeroes ? most.write_zeroes_sectors : most.discard_sectors,
+           "sectors in a range");
+  }
   std::byte* at = segments_.data();
   for (const Segment& segment : list) {
     store_le<std::uint64_t>(at, segment.sector);

@@ -81,6 +81,13 @@ class Guest {
   // GET_VRING_BASE; the index.
   std::uint16_t stop_ring(std::uint16_t index);
 
+  // What the backend takes in one request. Asked for where CONFIG is negotiated.
+  const RequestLimits& limits();
+  // Skip the test where a request would exceed them: what becomes of such a one is not the
+  // backend's fault. post() and segments() ask by themselves, of requests that get a block or more.
+  void need_segment_bytes(std::size_t bytes);
+  void need_segments(std::size_t count);
+
   // One request on ring 0 (or another) of `type`, waited for. `readable` and `writable` are the
   // data, in guest memory.
   Answer request(std::uint32_t type, std::uint64_t sector, std::span<const std::byte> readable,
@@ -89,6 +96,11 @@ class Guest {
   // status are used.
   void post(std::size_t ring, std::uint16_t slot, std::uint32_t type, std::uint64_t sector,
             std::span<const std::byte> readable, std::span<std::byte> writable);
+  // The two halves of post(). What is to be special about a request is changed between them: from
+  // offer() on a backend that looks by itself may have it, kick or not.
+  void write_request(std::size_t ring, std::uint16_t slot, std::uint32_t type, std::uint64_t sector,
+                     std::span<const std::byte> readable, std::span<std::byte> writable);
+  void offer(std::size_t ring, std::uint16_t slot);
   [[nodiscard]] std::uint8_t status_of(std::size_t ring, std::uint16_t slot) const;
   [[nodiscard]] std::byte* header_of(std::size_t ring, std::uint16_t slot) const;
   [[nodiscard]] std::byte* status_byte(std::size_t ring, std::uint16_t slot) const;
@@ -97,6 +109,7 @@ class Guest {
   Answer read(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
   Answer write(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
   Answer flush(std::size_t ring = 0);
+  // Discard or write zeroes.
   Answer segments(std::uint32_t type, std::span<const Segment> list);
   // The same for what must succeed.
   void must_read(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
@@ -128,6 +141,8 @@ class Guest {
   std::span<std::byte> segments_;
 };
 
+// Skips the test where a feature is not negotiated.
+void need_feature(const Guest& guest, unsigned feature, const char* name);
 // How many queues the backend has, of which no more than 64 are of interest. Connects.
 [[nodiscard]] std::uint16_t queues_of(Probe& probe);
 // Skips the test if they are fewer.

@@ -8,6 +8,7 @@
 #include <functional>
 #include <iterator>
 #include <optional>
+#include <span>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -101,56 +102,106 @@ UniqueFd file_of(std::size_t bytes) {
   return fd;
 }
 
+constexpr MemoryRegionDescription kSmallRegion{
+    .guest_address = 0, .size_bytes = 1 << 20, .user_address = 0, .mmap_offset = 0};
+
+// A payload of the right size for each message that has one; none for the others.
+Bytes payload_for(Request request) {
+  switch (request) {
+    case Request::kSetFeatures:
+    case Request::kSetProtocolFeatures:
+    case Request::kSetVringKick:
+    case Request::kSetVringCall:
+    case Request::kSetVringErr:
+    case Request::kSetStatus:
+      return payload_of(std::uint64_t{0});
+    case Request::kSetVringNum:
+      return payload_of(VringState{0, 64});
+    case Request::kSetVringBase:
+    case Request::kGetVringBase:
+    case Request::kSetVringEnable:
+      return payload_of(VringState{0, 0});
+    case Request::kSetVringAddr:
+      return payload_of(VringAddress{0, 0, 0, 0, 0, 0});
+    case Request::kSetMemTable:
+      return payload_of(MemoryTableHead{.region_count = 1, .padding = 0}, kSmallRegion);
+    case Request::kAddMemReg:
+    case Request::kRemMemReg:
+      return payload_of(SingleMemoryRegion{.padding = 0, .region = kSmallRegion});
+    case Request::kSetLogBase:
+      return payload_of(LogDescription{.size_bytes = 4096, .mmap_offset = 0});
+    case Request::kGetConfig:
+    case Request::kSetConfig: {
+      Bytes bytes = payload_of(ConfigHead{.offset = 0, .size_bytes = 8, .flags = 0});
+      bytes.resize(bytes.size() + 8);
+      return bytes;
+    }
+    case Request::kGetInflightFd:
+    case Request::kSetInflightFd:
+      return payload_of(Inflight{
+          .mmap_size = 4096, .mmap_offset = 0, .queue_count = 1, .queue_size = 64, .padding = 0});
+    default:
+      return {};
+  }
+}
+
+// Sends a message, and one behind it, and waits a moment for either the end of the connection or an
+// answer to the second: by then the first has been dealt with. Its own answer may come before.
+void send_and_see(Channel& channel, Request request, std::span<const int> fds) {
+  if (!channel.send(request, payload_for(request), fds)) return;
+  if (!channel.send(Request::kGetFeatures)) return;
+  while (const auto answer = channel.receive(kQuiet)) {
+    if (answer->request() == Request::kGetFeatures) return;
+  }
+}
+
+// Messages that come with a descriptor. "Communication".
+constexpr std::array kWithDescriptor{
+    Request::kSetMemTable, Request::kAddMemReg,       Request::kSetLogBase,
+    Request::kSetLogFd,    Request::kSetVringKick,    Request::kSetVringCall,
+    Request::kSetVringErr, Request::kSetBackendReqFd, Request::kSetInflightFd};
+
 void descriptors_are_wrong(Probe& probe) {
   const UniqueFd folder(::open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   const UniqueFd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
   const UniqueFd empty = file_of(0);
-  const MemoryRegionDescription region{
-      .guest_address = 0, .size_bytes = 1 << 20, .user_address = 0, .mmap_offset = 0};
-  const Bytes table = [&] {
-    Bytes bytes = payload_of(MemoryTableHead{.region_count = 1, .padding = 0});
-    append(bytes, region);
-    return bytes;
-  }();
   for (const UniqueFd* fd : {&folder, &null, &empty}) {
     const int fds[] = {fd->get()};
-    for (const Request request :
-         {Request::kSetVringKick, Request::kSetVringCall, Request::kSetVringErr,
-          Request::kSetBackendReqFd, Request::kSetLogFd}) {
+    for (const Request request : kWithDescriptor) {
       Guest guest(probe, {.protocol_features = kEveryProtocol});
-      guest.channel().try_command(request, payload_of(std::uint64_t{0}), fds);
+      send_and_see(guest.channel(), request, fds);
       guest.ring().kick();
     }
-    Guest guest(probe, {.protocol_features = kEveryProtocol});
-    guest.channel().try_command(Request::kSetMemTable, table, fds);
   }
 }
 
 void descriptors_are_missing(Probe& probe) {
-  for (const Request request :
-       {Request::kSetVringKick, Request::kSetVringCall, Request::kSetVringErr,
-        Request::kSetBackendReqFd, Request::kSetLogFd}) {
+  for (const Request request : kWithDescriptor) {
     Guest guest(probe, {.protocol_features = kEveryProtocol});
-    guest.channel().try_command(request, payload_of(std::uint64_t{0}));
+    send_and_see(guest.channel(), request, {});
     guest.ring().kick();
   }
-  Guest guest(probe, {.protocol_features = kEveryProtocol});
-  Bytes table = payload_of(MemoryTableHead{.region_count = 2, .padding = 0});
-  table.resize(table.size() + 2 * sizeof(MemoryRegionDescription));
-  const auto taken = guest.channel().try_command(Request::kSetMemTable, table);
-  Probe::expect(taken != Channel::Taken::kOk || !guest.channel().has_protocol(kProtocolFReplyAck),
-                "SET_MEM_TABLE of two regions without descriptors is accepted");
+  // Memory that nobody has is not mapped.
+  for (const Request request : {Request::kSetMemTable, Request::kAddMemReg}) {
+    Guest guest(probe, {.protocol_features = kEveryProtocol});
+    if (!guest.channel().has_protocol(kProtocolFReplyAck)) continue;
+    const auto taken = guest.channel().try_command(request, payload_for(request));
+    Probe::expect(taken != Channel::Taken::kOk,
+                  fmt::format("{} without a descriptor is accepted", name_of(request)));
+  }
 }
 
+// Each message with more descriptors than it has, in every state up to rings that run.
 void descriptors_are_too_many(Probe& probe) {
   const UniqueFd event(::eventfd(0, EFD_CLOEXEC));
-  for (const std::size_t count : std::to_array<std::size_t>({1, 8, 9, 32})) {
+  for (const std::size_t count : std::to_array<std::size_t>({1, 9, 32})) {
     const std::vector<int> fds(count, event.get());
-    for (const Request request : {Request::kGetFeatures, Request::kSetVringKick,
-                                  Request::kSetMemTable, Request::kSetFeatures}) {
-      Channel channel(probe);
-      channel.send(request, payload_of(std::uint64_t{0}), fds);
-      channel.is_closed(std::chrono::milliseconds(1));
+    for (std::uint32_t number = 1; number <= kLastRequest; ++number) {
+      const auto request = static_cast<Request>(number);
+      if (count == 1 && std::ranges::find(kWithDescriptor, request) != kWithDescriptor.end())
+        continue;
+      Guest guest(probe, {.protocol_features = kEveryProtocol, .starts_rings = number % 2 == 0});
+      send_and_see(guest.channel(), request, fds);
     }
   }
 }
@@ -164,35 +215,43 @@ std::optional<std::size_t> open_descriptors(int pid) {
 }
 
 void descriptors_do_not_leak(Probe& probe) {
+  if (probe.options().target.ends_with_frontend)
+    Probe::skip("the backend ends with each frontend, and its descriptors with it");
+  constexpr std::size_t kSent = 8;
   const UniqueFd event(::eventfd(0, EFD_CLOEXEC));
-  const std::vector<int> fds(3, event.get());
-  const auto round = [&] {
+  const std::vector<int> fds(kSent, event.get());
+  const auto round = [&](Request request) {
+    Channel channel(probe);
+    channel.negotiate(kPlainFeatures, kEveryProtocol);
+    send_and_see(channel, request, fds);
+  };
+  const int pid = probe.backend_pid();
+  // Fewest within some time: what a backend closes late is not lost.
+  const auto settled = [&]() -> std::optional<std::size_t> {
     {
       Guest guest(probe);
       guest.must_read(0, kDefaultBlock);
     }
-    Channel channel(probe);
-    channel.negotiate(kPlainFeatures, kPlainProtocol);
-    channel.send(Request::kSetVringNum, payload_of(VringState{0, 64}), fds);
-    channel.send(Request::kGetFeatures, {}, fds);
-    channel.is_closed(std::chrono::milliseconds(1));
+    std::optional<std::size_t> fewest;
+    for (int i = 0; i < 10; ++i) {
+      const auto now = open_descriptors(pid);
+      if (!now) return std::nullopt;
+      fewest = std::min(fewest.value_or(*now), *now);
+      ::usleep(10'000);
+    }
+    return fewest;
   };
   // What is made once and kept is there after a few rounds.
-  for (int i = 0; i < 5; ++i) round();
-  const int pid = probe.backend_pid();
-  const auto settled = [&] {
-    ::usleep(100'000);
-    return open_descriptors(pid);
-  };
+  for (int i = 0; i < 5; ++i) round(Request::kGetFeatures);
   const auto before = settled();
   if (!before) Probe::skip("the backend's descriptors cannot be seen (/proc/PID/fd)");
-  constexpr int kRounds = 40;
-  for (int i = 0; i < kRounds; ++i) round();
+  for (std::uint32_t number = 1; number <= kLastRequest; ++number)
+    round(static_cast<Request>(number));
   const auto after = settled();
-  Probe::expect(
-      after && *after < *before + kRounds / 2,
-      fmt::format("{} descriptors are open, and {} after {} more connections that sent some",
-                  *before, after.value_or(0), kRounds));
+  // What one message has too many, less one that it may have had.
+  Probe::expect(after && *after < *before + kSent - 1,
+                fmt::format("{} descriptors are open, and {} after each message was sent with {}",
+                            *before, after.value_or(0), kSent));
 }
 
 void bytes_are_random(Probe& probe) {
@@ -366,9 +425,9 @@ void memory_tables_are_checked(Probe& probe) {
   const int fds[] = {file.get()};
   for (const auto& region : regions) {
     Guest guest(probe);
-    Bytes table = payload_of(MemoryTableHead{.region_count = 1, .padding = 0});
-    append(table, region);
-    guest.channel().try_command(Request::kSetMemTable, table, fds);
+    guest.channel().try_command(
+        Request::kSetMemTable, payload_of(MemoryTableHead{.region_count = 1, .padding = 0}, region),
+        fds);
     guest.ring().kick();
   }
   for (const std::uint32_t count : {9U, 1000U, 0xffff'ffffU}) {
@@ -452,7 +511,7 @@ constexpr std::array kTests{
     robust("hostile-message/huge-size", kSpecification,
            "a header that announces up to 4 GiB is survived", sizes_are_huge),
     Test{.name = "hostile-message/version",
-         .statement = {kVhostUser, kSpecification, Force::kMust,
+         .statement = {kVhostUser, kSpecification, Force::kRobust,
                        "a message of another version is not answered"},
          .run = versions_are_wrong},
     Test{.name = "hostile-message/unknown",

@@ -369,7 +369,7 @@ void indirect_has_a_next(Probe& probe) {
 
 void indirect_is_very_long(Probe& probe) {
   Guest guest(probe, {.features = kWithIndirect});
-  if (!guest.has(kFIndirectDesc)) Probe::skip("no INDIRECT_DESC is offered");
+  need_feature(guest, kFIndirectDesc, "INDIRECT_DESC");
   constexpr std::size_t kEntries = 32768;
   const Parts parts = prepare(guest, true);
   std::vector<Piece> pieces(kEntries, Piece{parts.data.guest_address, 1, true});

@@ -73,8 +73,9 @@ class Extra {
 
 // A read of one block to a guest address.
 Answer read_to(Guest& guest, std::uint64_t guest_address, std::uint32_t bytes = kDefaultBlock) {
-  guest.post(0, 0, kBlkTIn, kTestSector, {}, guest.data().first(kDefaultBlock));
+  guest.write_request(0, 0, kBlkTIn, kTestSector, {}, guest.data().first(kDefaultBlock));
   guest.ring().write_descriptor(1, {guest_address, bytes, kDescFWrite | kDescFNext, 2});
+  guest.offer(0, 0);
   guest.ring().kick();
   return guest.await(0, 0);
 }
@@ -105,9 +106,10 @@ void slots_are_removed(Probe& probe) {
   guest.must_read(0, kDefaultBlock);
   std::ranges::fill(extra.bytes(), std::byte{0xaa});
   // Its address lies nowhere now: hostile, and harmless.
-  guest.post(0, 0, kBlkTIn, kTestSector, {}, guest.data().first(kDefaultBlock));
+  guest.write_request(0, 0, kBlkTIn, kTestSector, {}, guest.data().first(kDefaultBlock));
   guest.ring().write_descriptor(1,
                                 {Extra::kGuestAddress, kDefaultBlock, kDescFWrite | kDescFNext, 2});
+  guest.offer(0, 0);
   guest.ring().kick();
   const bool answered = guest.ring().wait_used(kQuiet);
   Probe::expect(!answered || guest.status_of(0, 0) != kBlkSOk,
@@ -265,14 +267,16 @@ void table_changes_under_load(Probe& probe) {
 // The file behind guest memory is cut off while requests go on in it.
 void memory_is_truncated(Probe& probe) {
   Guest guest(probe, {.memory_bytes = {4 * kMiB, 4 * kMiB}});
+  guest.need_segment_bytes(65536);
   const int second = guest.memory().regions()[1].fd;
   const std::uint64_t address = driver::DriverMemory::kGuestBase + 4 * kMiB;
   const auto count = static_cast<std::uint16_t>(guest.ring().size() / 3);
   for (std::uint16_t i = 0; i < count; ++i) {
-    guest.post(0, i, kBlkTIn, 0, {}, guest.data().first(kDefaultBlock));
+    guest.write_request(0, i, kBlkTIn, 0, {}, guest.data().first(kDefaultBlock));
     guest.ring().write_descriptor(i * 3U + 1,
                                   {address + i * 65536U, 65536, kDescFWrite | kDescFNext,
                                    static_cast<std::uint16_t>(i * 3 + 2)});
+    guest.offer(0, i);
     if (i == count / 2 && ::ftruncate(second, 0) != 0) Probe::fail("the suite itself: ftruncate");
     guest.ring().kick();
   }
@@ -304,7 +308,7 @@ constexpr std::array kTests{
           "a region that REM_MEM_REG removes is not used any more"},
          slots_are_removed},
     Test{"memory/slot-named",
-         {kVhostUser, kMessages, Force::kMust,
+         {kVhostUser, kMessages, Force::kStates,
           "REM_MEM_REG names a region by its addresses and size; its mmap offset is ignored"},
          slots_are_removed_by_address},
     Test{"memory/slot-unmapped",
@@ -314,18 +318,19 @@ constexpr std::array kTests{
          {kVhostUser, kMessages, Force::kMust, "a descriptor that REM_MEM_REG brings is closed"},
          removal_closes_descriptors},
     Test{"memory/slots",
-         {kVhostUser, kMessages, Force::kMust,
+         {kVhostUser, kMessages, Force::kStates,
           "as many regions work as GET_MAX_MEM_SLOTS tells (up to 64)"},
          many_slots_work},
-    Test{"memory/mmap-offset",
-         {kVhostUser, "Message Specification", Force::kMust, "a region begins at its mmap offset"},
-         offsets_in_files_are_respected},
+    Test{
+        "memory/mmap-offset",
+        {kVhostUser, "Message Specification", Force::kStates, "a region begins at its mmap offset"},
+        offsets_in_files_are_respected},
     Test{"memory/regions-meet",
-         {kVirtio, "The Virtqueue Descriptor Table", Force::kMust,
+         {kVirtio, "The Virtqueue Descriptor Table", Force::kStates,
           "a buffer may lie in two regions that meet"},
          regions_may_meet},
     Test{"memory/region-end",
-         {kVhostUser, "Message Specification", Force::kMust,
+         {kVhostUser, "Message Specification", Force::kStates,
           "a region can be used to its last byte"},
          regions_are_used_to_their_ends},
     Test{"memory/table-under-load",

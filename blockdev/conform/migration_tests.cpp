@@ -194,10 +194,10 @@ void indirect_data_is_logged(Probe& probe) {
                 {.features = kPlainFeatures | bit(kFIndirectDesc),
                  .protocol_features = kPlainProtocolAndLog});
   Guest& guest = logged.guest;
-  if (!guest.has(kFIndirectDesc)) Probe::skip("no INDIRECT_DESC is offered");
+  need_feature(guest, kFIndirectDesc, "INDIRECT_DESC");
   const auto table = guest.allocate(3 * kDescriptorBytes, 16);
   for (int i = 0; i < 5; ++i) {
-    guest.post(0, 0, kBlkTIn, kTestSector, {}, guest.data().first(2 * kDefaultBlock));
+    guest.write_request(0, 0, kBlkTIn, kTestSector, {}, guest.data().first(2 * kDefaultBlock));
     const std::array<Piece, 3> list{
         {{guest.address_of(guest.header_of(0, 0)), 16, false},
          {guest.address_of(guest.data().data()), 2 * kDefaultBlock, true},
@@ -206,6 +206,7 @@ void indirect_data_is_logged(Probe& probe) {
     guest.ring().chain(0, std::array{Piece{guest.address_of(table.data()), 3 * kDescriptorBytes,
                                            false, kDescFIndirect}});
     logged.log.clear();
+    guest.offer(0, 0);
     guest.ring().kick();
     const Answer answer = guest.await(0, 0);
     Probe::expect(answer.status == kBlkSOk, fmt::format("a read has status {}", answer.status));
@@ -227,10 +228,11 @@ void status_is_logged(Probe& probe) {
     const auto data = type == kBlkTIn ? guest.data().first(kDefaultBlock) : std::span<std::byte>();
     std::byte& status = page[type % kPageBytes];
     status = std::byte{0xee};
-    guest.post(0, 0, type, 0, {}, data);
+    guest.write_request(0, 0, type, 0, {}, data);
     guest.ring().write_descriptor(data.empty() ? 1U : 2U,
                                   {guest.address_of(&status), 1, kDescFWrite, 0});
     logged.log.clear();
+    guest.offer(0, 0);
     guest.ring().kick();
     if (!guest.ring().wait_used()) Probe::fail("the request is not answered");
     guest.ring().take();
@@ -362,11 +364,11 @@ constexpr const char* kMigration = "Migration";
 
 constexpr std::array kTests{
     Test{"migration/log-base",
-         {kVhostUser, "Communication", Force::kMust,
+         {kVhostUser, "Communication", Force::kStates,
           "SET_LOG_BASE has a reply where LOG_SHMFD was negotiated"},
          log_base_is_answered},
     Test{"migration/log-fd",
-         {kVhostUser, "Front-end message types", Force::kMust, "SET_LOG_FD is accepted"},
+         {kVhostUser, "Front-end message types", Force::kStates, "SET_LOG_FD is accepted"},
          log_descriptor_is_taken},
     Test{"migration/log-data",
          {kVhostUser, kMigration, Force::kShould,
@@ -387,10 +389,10 @@ constexpr std::array kTests{
           "with VHOST_VRING_F_LOG, and only then, the used ring is marked at log_guest_addr"},
          used_ring_is_logged},
     Test{"migration/log-off",
-         {kVhostUser, kMigration, Force::kMust, "LOG_ALL starts and stops the marks"},
+         {kVhostUser, kMigration, Force::kStates, "LOG_ALL starts and stops the marks"},
          nothing_is_logged_without_feature},
     Test{"migration/log-atomic",
-         {kVhostUser, kMigration, Force::kMust, "marks are made by atomic operations"},
+         {kVhostUser, kMigration, Force::kStates, "marks are made by atomic operations"},
          marks_of_others_stay},
     Test{"migration/log-packed",
          {kVhostUser, kMigration, Force::kShould,

@@ -1,5 +1,7 @@
 #include "blockdev/conform/packed_guest.h"
 
+#include <algorithm>
+
 #include <fmt/core.h>
 
 #include "blockdev/virtio/little_endian.h"
@@ -64,6 +66,8 @@ std::vector<Piece> PackedGuest::make_request(std::uint16_t slot, std::uint32_t t
                                              std::uint64_t sector,
                                              std::span<const std::byte> readable,
                                              std::span<std::byte> writable) {
+  const std::size_t longest = std::max(readable.size(), writable.size());
+  if (longest >= kDefaultBlock) guest_.need_segment_bytes(longest);
   std::byte* const header = guest_.header_of(0, slot);
   store_le<std::uint32_t>(header, type);
   store_le<std::uint32_t>(header + 4, 0);

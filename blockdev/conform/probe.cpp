@@ -1,6 +1,7 @@
 #include "blockdev/conform/probe.h"
 
 #include <sys/socket.h>
+#include <thread>
 
 #include <fmt/core.h>
 
@@ -22,7 +23,23 @@ void Probe::start() {
 const std::string& Probe::socket_path() {
   if (!has_own_backend()) return options_.target.socket_path;
   if (backend_ == nullptr) start();
+  start_for_the_next();
+  connected_launch_ = backend_->launches();
   return backend_->socket_path();
+}
+
+void Probe::start_for_the_next() {
+  if (end_expected_) return;
+  if (options_.target.ends_with_frontend && connected_launch_ == backend_->launches()) {
+    const auto deadline = std::chrono::steady_clock::now() + kPatience;
+    while (backend_->end().empty()) {
+      if (std::chrono::steady_clock::now() > deadline)
+        skip("takes two connections, and the backend serves one at a time and ends with it");
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  if (backend_->end() == kEndedInOrder)
+    value(backend_->restart(), "starting it again after the frontend with which it ended");
 }
 
 Backend& Probe::own_backend(const char* why_needed) {
@@ -39,10 +56,7 @@ void Probe::use_read_only() {
 }
 
 int Probe::backend_pid() {
-  if (has_own_backend()) {
-    socket_path();
-    return backend_->pid();
-  }
+  if (has_own_backend()) return own_backend("its process is looked at").pid();
   const Channel channel(*this);
   ucred credentials{};
   socklen_t size = sizeof credentials;
@@ -62,11 +76,20 @@ std::string Probe::death() {
   return fmt::format("the backend {}{}", end, words.empty() ? "" : ", saying: " + words);
 }
 
+bool Probe::ends_in_order_soon() {
+  if (backend_ == nullptr || end_expected_) return false;
+  for (auto left = kQuiet; left.count() > 0; left -= std::chrono::milliseconds(1)) {
+    if (!backend_->end().empty()) break;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return backend_->end() == kEndedInOrder;
+}
+
 void Probe::check_aftermath() {
   if (end_expected_ || (has_own_backend() && backend_ == nullptr)) return;
-  // Some programs serve one frontend and end with it, in good order.
-  if (backend_ != nullptr && backend_->end() == kEndedInOrder) return;
-  if (const std::string dead = death(); !dead.empty()) fail(dead);
+  // Some programs end with a frontend, in good order; socket_path() starts them again.
+  const bool ended_in_order = backend_ != nullptr && backend_->end() == kEndedInOrder;
+  if (const std::string dead = death(); !dead.empty() && !ended_in_order) fail(dead);
   try {
     Guest next(*this);
     const Answer answer = next.read(0, kDefaultBlock);

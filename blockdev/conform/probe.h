@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -35,6 +36,19 @@ struct ProbeOptions {
   std::chrono::seconds soak{4};  // of the integrity tests
 };
 
+// What a driver may not exceed. virtio 1.2, "Block Device / Feature bits" (SIZE_MAX, SEG_MAX,
+// DISCARD, WRITE_ZEROES).
+struct RequestLimits {
+  std::uint64_t segment_bytes{kNone};
+  std::uint64_t segments{kNone};
+  std::uint64_t discard_sectors{kNone};
+  std::uint64_t discard_segments{kNone};
+  std::uint64_t write_zeroes_sectors{kNone};
+  std::uint64_t write_zeroes_segments{kNone};
+
+  static constexpr std::uint64_t kNone = ~std::uint64_t{0};
+};
+
 class Probe {
  public:
   // `folder`: of this test alone, for the image and the socket.
@@ -56,8 +70,9 @@ class Probe {
     if constexpr (!std::is_void_v<T>) return std::move(*result);
   }
 
-  // The socket of the backend under test, which is started at the first call where the suite starts
-  // it.
+  // The socket of the backend under test, for one connection. The backend is started at the first
+  // call where the suite starts it, and again where it has ended in good order with the frontend
+  // before. Skips the test if that one is still connected and has the backend to itself.
   const std::string& socket_path();
   // The backend as a process of ours. Skips the test if it is not.
   Backend& own_backend(const char* why_needed);
@@ -73,9 +88,14 @@ class Probe {
   // The file that the backend serves; empty: not known.
   [[nodiscard]] std::string image_path() const;
 
+  // What the backend has said of the largest requests that it takes; Guest asks for it, once.
+  std::optional<RequestLimits>& request_limits() { return request_limits_; }
+
   std::mt19937_64& random() { return random_; }
   [[nodiscard]] const ProbeOptions& options() const { return options_; }
 
+  // Whether the backend is about to end with the frontend before, in good order.
+  [[nodiscard]] bool ends_in_order_soon();
   // To be called when the test has done its work: the backend must be there, and serve the next
   // frontend.
   void check_aftermath();
@@ -84,6 +104,8 @@ class Probe {
 
  private:
   void start();
+  // Where the frontend before has taken the backend with it.
+  void start_for_the_next();
 
   const ProbeOptions options_;
   const std::string folder_;
@@ -91,6 +113,8 @@ class Probe {
   std::unique_ptr<Backend> backend_;
   bool read_only_{false};
   bool end_expected_{false};
+  std::optional<RequestLimits> request_limits_;
+  unsigned connected_launch_{0};  // of the backend, the last that a connection was made to
 };
 
 }  // namespace vblk::conform

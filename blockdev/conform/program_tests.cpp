@@ -1,11 +1,16 @@
 // The backend as a program: vhost-user.rst, "Backend program conventions".
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <filesystem>
 #include <string>
 #include <string_view>
 #include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include <boost/json.hpp>
@@ -13,6 +18,9 @@
 
 #include "blockdev/conform/channel.h"
 #include "blockdev/conform/test.h"
+#include "blockdev/driver/blk_driver.h"
+#include "blockdev/vhost_user/socket.h"
+#include "blockdev/virtio/blk_wire.h"
 
 namespace vblk::conform {
 
@@ -88,6 +96,85 @@ void failure_ends_it(Probe& probe) {
   Probe::expect(end.exit_status != 0, "the program ends with status 0, and its image is not there");
 }
 
+// The command with its socket by --fd; skips the test where it does not name the socket by
+// --socket-path, in whose place --fd stands.
+std::vector<std::string> command_with_fd(const Target& target, int fd) {
+  std::vector<std::string> words = target.command;
+  const std::string by_fd = fmt::format("--fd={}", fd);
+  for (auto word = words.begin(); word != words.end(); ++word) {
+    if (*word == "--socket-path={socket}") {
+      *word = by_fd;
+      return words;
+    }
+    if (*word == "--socket-path" && word + 1 != words.end() && *(word + 1) == "{socket}") {
+      *word = by_fd;
+      words.erase(word + 1);
+      return words;
+    }
+  }
+  Probe::skip(
+      "the command does not name its socket by --socket-path, which --fd takes the place of");
+}
+
+// A socket, inherited by what is started. The specification does not say whether it is one that
+// listens or one that is connected, and there are backends of both kinds: either will do.
+class InheritedSocket {
+ public:
+  explicit InheritedSocket(const std::string& path)
+      : listener_(::socket(AF_UNIX, SOCK_STREAM, 0)),
+        ours_(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof address.sun_path - 1);
+    const auto* const generic = reinterpret_cast<const sockaddr*>(&address);
+    ::unlink(path.c_str());
+    if (::bind(listener_.get(), generic, sizeof address) != 0 ||
+        ::listen(listener_.get(), 1) != 0 || ::connect(ours_.get(), generic, sizeof address) != 0)
+      Probe::fail("the suite itself: " + describe_errno(errno));
+  }
+
+  [[nodiscard]] int listening() const { return listener_.get(); }
+  int connected() {
+    connected_.reset(::accept(listener_.get(), nullptr, nullptr));
+    return connected_.get();
+  }
+  vhost_user::UniqueFd take_ours() { return std::move(ours_); }
+
+ private:
+  vhost_user::UniqueFd listener_;
+  vhost_user::UniqueFd connected_;
+  vhost_user::UniqueFd ours_;
+};
+
+// Why a program that inherits such a socket does not serve a disk on it; empty: it does.
+std::string serves_on(Probe& probe, bool by_listening) {
+  InheritedSocket socket(probe.folder() + "/s");
+  const int fd = by_listening ? socket.listening() : socket.connected();
+  Target target = probe.options().target;
+  target.command = command_with_fd(target, fd);
+  const auto backend = Backend::start(target, probe.folder(), false);
+  if (!backend) return backend.error().message;
+  const auto driver = driver::BlkDriver::adopt(
+      socket.take_ours(),
+      {.memory_bytes = std::size_t{2} << 20, .frontend = {.timeout = kPatience}});
+  if (!driver) return driver.error().message;
+  constexpr std::size_t kBlock = 4096;
+  const auto status = (*driver)->read(0, (*driver)->memory().allocate(kBlock, kBlock));
+  if (!status) return status.error().message;
+  return *status == virtio::kBlkSOk ? "" : fmt::format("a read has status {}", *status);
+}
+
+void socket_is_inherited(Probe& probe) {
+  need_program_itself(target_of(probe));
+  const std::string listening = serves_on(probe, true);
+  if (listening.empty()) return;
+  const std::string connected = serves_on(probe, false);
+  Probe::expect(connected.empty(),
+                fmt::format("the program does not serve on the socket that --fd names; one that "
+                            "listens: {}; one that is connected: {}",
+                            excerpt(listening), excerpt(connected)));
+}
+
 void it_does_not_daemonize(Probe& probe) {
   const Backend& backend = probe.own_backend("the program is looked at");
   need_program_itself(probe.options().target);
@@ -105,13 +192,18 @@ constexpr const char* kConventions = "Backend program conventions";
 
 constexpr std::array kTests{
     Test{"program/print-capabilities",
-         {kVhostUser, kConventions, Force::kShould,
+         {kVhostUser, kConventions, Force::kStates,
           "with --print-capabilities a JSON object comes that says type \"block\", and status 0"},
          capabilities_are_printed},
     Test{"program/fails-early",
          {kVhostUser, kConventions, Force::kShould,
           "a program whose initialization fails ends early, with a status other than 0"},
          failure_ends_it},
+    Test{"program/fd",
+         {kVhostUser, kConventions, Force::kStates,
+          "with --fd=FDNUM in place of --socket-path the program serves on the socket that it "
+          "inherits"},
+         socket_is_inherited},
     Test{"program/foreground",
          {kVhostUser, kConventions, Force::kMust, "the program does not daemonize itself"},
          it_does_not_daemonize},

@@ -63,7 +63,7 @@ void writeback_does_not_survive(Probe& probe) {
   std::uint64_t initial = 0;
   {
     Guest guest(probe);
-    if (!guest.has(kBlkFConfigWce)) Probe::skip("no CONFIG_WCE is offered");
+    need_feature(guest, kBlkFConfigWce, "CONFIG_WCE");
     initial = guest.config_field(kBlkConfigWriteback, 1);
     guest.channel().write_config(kBlkConfigWriteback, {static_cast<std::byte>(initial ^ 1U)});
     Probe::expect(guest.config_field(kBlkConfigWriteback, 1) == (initial ^ 1U),
@@ -217,9 +217,16 @@ class Victim {
     if (!driver && driver.error().kind == ErrorKind::kNotSupported)
       Probe::skip(driver.error().message);
     driver_ = Probe::value(std::move(driver), "connecting with INFLIGHT_SHMFD");
+    const driver::BlkConfig& config = driver_->config();
+    const bool has_size_max =
+        (driver_->frontend().features() & bit(kBlkFSizeMax)) != 0 && config.size_max_bytes != 0;
+    const std::size_t bytes = has_size_max ? std::min<std::size_t>(kBytes, config.size_max_bytes) /
+                                                 kSectorBytes * kSectorBytes
+                                           : kBytes;
+    Probe::expect(bytes > 0, "size_max is less than a sector");
     ios_.resize(queue_count * kPerQueue);
     for (std::size_t i = 0; i < ios_.size(); ++i) {
-      ios_[i].io.data = driver_->memory().allocate(kBytes, 4096);
+      ios_[i].io.data = driver_->memory().allocate(bytes, 4096);
       ios_[i].io.context = &ios_[i];
       ios_[i].io.complete = [](driver::BlkIo& io) {
         ++static_cast<Slot*>(io.context)->completions;
@@ -524,7 +531,7 @@ constexpr std::array kTests{
           "frontends may come and go, one after another"},
          frontends_come_and_go},
     Test{"reconnect/features",
-         {kVirtio, "Basic Facilities / Device Reset", Force::kMust,
+         {kVirtio, "Basic Facilities / Device Reset", Force::kRobust,
           "the features of a connection end with it"},
          features_do_not_survive},
     Test{"reconnect/writeback",
@@ -545,31 +552,31 @@ constexpr std::array kTests{
          sigterm_ends_it},
     Test{
         "reconnect/inflight-area",
-        {kVhostUser, kInflight, Force::kMust,
+        {kVhostUser, kInflight, Force::kStates,
          "GET_INFLIGHT_FD brings a region that tells what is in flight: nothing, when all is done"},
         area_is_kept},
     Test{"reconnect/inflight-marked",
-         {kVhostUser, kInflight, Force::kMust,
+         {kVhostUser, kInflight, Force::kStates,
           "what a region has in flight is done again by the backend that gets it, once"},
          marked_request_is_done_again},
     Test{"reconnect/inflight-area-packed",
-         {kVhostUser, kInflight, Force::kMust,
+         {kVhostUser, kInflight, Force::kStates,
           "the region of a packed ring tells where the ring stands, and that all entries are free "
           "when all is done"},
          packed_area_is_kept},
     Test{"reconnect/inflight-marked-packed",
-         {kVhostUser, kInflight, Force::kMust,
+         {kVhostUser, kInflight, Force::kStates,
           "what the region of a packed ring has in flight is done again, once"},
          packed_marked_request_is_done_again},
     Test{.name = "reconnect/inflight-sigkill",
          .statement =
-             {kVhostUser, kInflight, Force::kMust,
+             {kVhostUser, kInflight, Force::kStates,
               "requests in flight at SIGKILL are each completed, once, by the next backend"},
          .run = split_requests_survive_sigkill,
          .destructive = true,
          .deadline = std::chrono::seconds(40)},
     Test{.name = "reconnect/inflight-sigkill-packed",
-         .statement = {kVhostUser, kInflight, Force::kMust,
+         .statement = {kVhostUser, kInflight, Force::kStates,
                        "the same on packed rings, where they are offered"},
          .run = packed_requests_survive_sigkill,
          .destructive = true,

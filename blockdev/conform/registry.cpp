@@ -13,6 +13,8 @@ std::string_view to_string(Force force) {
       return "MUST";
     case Force::kShould:
       return "SHOULD";
+    case Force::kStates:
+      return "states";
     case Force::kRobust:
       return "robust";
   }

@@ -96,7 +96,7 @@ void Report::add(Result result) {
   if (result.outcome == Outcome::kSkipped) ++totals_.skipped;
   if (result.outcome == Outcome::kFailed) {
     ++totals_.failed;
-    if (result.test->statement.force == Force::kMust) ++totals_.failed_must;
+    ++totals_.failed_by_force[static_cast<std::size_t>(result.test->statement.force)];
   }
   switch (format_) {
     case ReportFormat::kHuman:
@@ -161,33 +161,62 @@ void Report::add_junit(const Result& result) {
   }
 }
 
-void Report::finish(std::size_t test_count, const std::string& why_incomplete) {
+namespace {
+
+// " (3 MUST, 1 robust)", or nothing.
+std::string by_force(const Totals& totals) {
+  std::string text;
+  for (std::size_t i = 0; i < kForces; ++i) {
+    if (totals.failed_by_force[i] == 0) continue;
+    text += fmt::format("{}{} {}", text.empty() ? " (" : ", ", totals.failed_by_force[i],
+                        to_string(static_cast<Force>(i)));
+  }
+  return text.empty() ? text : text + ")";
+}
+
+}  // namespace
+
+void Report::finish(std::span<const Test* const> tests, const std::string& why_incomplete) {
   const std::size_t run = totals_.passed + totals_.failed + totals_.skipped;
+  const bool is_complete = why_incomplete.empty();
+  const std::string what_is_missing =
+      fmt::format("{} of {} tests were not run: {}", tests.size() - run, tests.size(),
+                  one_line(without_controls(why_incomplete)));
   switch (format_) {
     case ReportFormat::kHuman:
       fmt::print("{} passed, {} failed{}, {} skipped, in {:.1f} s\n", totals_.passed,
-                 totals_.failed,
-                 totals_.failed == 0 ? "" : fmt::format(" ({} MUST)", totals_.failed_must),
-                 totals_.skipped, seconds_);
-      if (!why_incomplete.empty())
-        fmt::print("{} of {} tests were not run: {}\n", test_count - run, test_count,
-                   why_incomplete);
+                 totals_.failed, by_force(totals_), totals_.skipped, seconds_);
+      if (!is_complete) fmt::print("{}\n", what_is_missing);
       break;
     case ReportFormat::kTap:
-      fmt::print("1..{}\n", test_count);
-      if (!why_incomplete.empty()) fmt::print("Bail out! {}\n", why_incomplete);
+      fmt::print("1..{}\n", tests.size());
+      if (!is_complete) fmt::print("Bail out! {}\n", what_is_missing);
       break;
     case ReportFormat::kJunit:
-      fmt::print(
-          "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"vblk conform\" "
-          "tests=\"{}\" failures=\"{}\" errors=\"0\" skipped=\"{}\" time=\"{:.3f}\">\n{}",
-          run, totals_.failed, totals_.skipped, seconds_, junit_);
-      if (!why_incomplete.empty())
-        fmt::print("  <system-err>{}</system-err>\n", xml(why_incomplete));
-      fmt::print("</testsuite>\n");
+      finish_junit(tests, is_complete ? "" : what_is_missing);
       break;
   }
   std::fflush(stdout);
+}
+
+void Report::finish_junit(std::span<const Test* const> tests, const std::string& what_is_missing) {
+  const std::size_t run = totals_.passed + totals_.failed + totals_.skipped;
+  std::size_t not_run = 0;
+  if (!what_is_missing.empty()) {
+    for (const Test* test : tests.subspan(run)) {
+      add_junit({.test = test, .outcome = Outcome::kSkipped, .text = "not run", .seconds = 0});
+      ++not_run;
+    }
+    junit_ += fmt::format(
+        "  <testcase classname=\"vblk.conform\" name=\"run\" time=\"{:.3f}\"><error "
+        "type=\"incomplete\" message=\"{}\"/></testcase>\n",
+        seconds_, xml(what_is_missing));
+  }
+  const std::size_t errors = what_is_missing.empty() ? 0 : 1;
+  fmt::print(
+      "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"vblk conform\" tests=\"{}\" "
+      "failures=\"{}\" errors=\"{}\" skipped=\"{}\" time=\"{:.3f}\">\n{}</testsuite>\n",
+      run + not_run + errors, totals_.failed, errors, totals_.skipped + not_run, seconds_, junit_);
 }
 
 }  // namespace vblk::conform

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <fstream>
 #include <poll.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <thread>
@@ -84,7 +85,9 @@ Verdict verdict_of(const Test& test, const ProbeOptions& options, const std::str
   // A soak may be meant for a week: it ends with who asked for it, however that ends.
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (::getppid() != runner) ::_exit(0);
-  ::signal(SIGINT, SIG_IGN);
+  // The user's wishes are the runner's to hear.
+  for (const int number : {SIGINT, SIGHUP}) ::signal(number, SIG_IGN);
+  ::signal(SIGTERM, SIG_DFL);
   const Verdict verdict = verdict_of(test, options, folder);
   std::string text = kLetters[static_cast<std::size_t>(verdict.outcome)] + verdict.text;
   text.resize(std::min(text.size(), kTextBytesMax));
@@ -94,7 +97,18 @@ Verdict verdict_of(const Test& test, const ProbeOptions& options, const std::str
 
 }  // namespace
 
-Runner::Runner(const ProbeOptions& options) : options_(options), children_before_(children()) {
+Interruption::Interruption() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+
+void Interruption::ask() {
+  const int error = errno;
+  is_asked_ = true;
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = ::write(event_.get(), &one, sizeof one);
+  errno = error;
+}
+
+Runner::Runner(const ProbeOptions& options, const Interruption& interruption)
+    : options_(options), interruption_(interruption), children_before_(children()) {
   ::prctl(PR_SET_CHILD_SUBREAPER, 1);
 }
 
@@ -114,8 +128,7 @@ void Runner::end_leftovers() const {
   }
 }
 
-Result Runner::run(const Test& test, const std::atomic<bool>& interrupted,
-                   std::chrono::milliseconds limit) {
+Result Runner::run(const Test& test, std::chrono::milliseconds limit) {
   const auto begin = Clock::now();
   const auto result = [&](Outcome outcome, std::string text) {
     return Result{.test = &test,
@@ -136,18 +149,24 @@ Result Runner::run(const Test& test, const std::atomic<bool>& interrupted,
   ::setpgid(child, child);
 
   std::string text;
-  // A soak takes as long as it was told to.
-  const auto patience = test.deadline + (is_soak(test) ? options_.soak : std::chrono::seconds(0));
+  // A soak takes as long as it was told to, and a backend that is started again for each connection
+  // takes longer for many of them.
+  constexpr int kTimesWithRestarts = 3;
+  const auto patience =
+      test.deadline * (options_.target.ends_with_frontend ? kTimesWithRestarts : 1) +
+      (is_soak(test) ? options_.soak : std::chrono::seconds(0));
   const bool is_limited = limit < patience;
   const auto deadline = begin + (is_limited ? limit : patience);
   bool timed_out = false;
   for (bool open = child > 0; open;) {
     const auto left =
         std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-    pollfd descriptor{.fd = read_end.get(), .events = POLLIN, .revents = 0};
+    std::array<pollfd, 2> descriptors{{{.fd = read_end.get(), .events = POLLIN, .revents = 0},
+                                       {.fd = interruption_.fd(), .events = POLLIN, .revents = 0}}};
     timed_out = left <= 0;
-    if (timed_out || interrupted) break;
-    if (::poll(&descriptor, 1, static_cast<int>(left)) <= 0) continue;
+    if (timed_out || interruption_.is_asked()) break;
+    if (::poll(descriptors.data(), descriptors.size(), static_cast<int>(left)) <= 0) continue;
+    if (descriptors[0].revents == 0) continue;
     std::array<char, 1024> bytes{};
     const ssize_t length = ::read(read_end.get(), bytes.data(), bytes.size());
     if (length > 0) text.append(bytes.data(), static_cast<std::size_t>(length));
@@ -170,9 +189,10 @@ Result Runner::run(const Test& test, const std::atomic<bool>& interrupted,
                                                      : Outcome::kSkipped;
     return result(outcome, text.substr(1));
   }
-  if (interrupted) return result(Outcome::kSkipped, "interrupted");
-  if (timed_out && is_limited) {
-    Result unfinished = result(Outcome::kSkipped, "the time of the run has ended");
+  if (interruption_.is_asked() || (timed_out && is_limited)) {
+    Result unfinished =
+        result(Outcome::kSkipped,
+               interruption_.is_asked() ? "interrupted" : "the time of the run has ended");
     unfinished.cut_short = true;
     return unfinished;
   }
@@ -191,16 +211,57 @@ Result Runner::run(const Test& test, const std::atomic<bool>& interrupted,
                     : "the test ended without a verdict");
 }
 
-Expected<void> Runner::check_backend(const std::atomic<bool>& interrupted) {
+namespace {
+
+// What first_contact() says of a backend that has to be started for each frontend.
+constexpr const char* kEndsWithFrontend = "ends with its frontend";
+
+bool answers(Channel& channel) {
+  return channel.send(Request::kGetFeatures) && channel.receive().has_value();
+}
+
+// Whether the backend talks to a frontend after the first one. What is wrong with what it says is
+// for the tests to find.
+void first_contact(Probe& probe) {
+  probe.expect_end();
+  bool is_gone = false;
+  {
+    Channel first(probe);
+    try {
+      if (!answers(first)) return;
+    } catch (const Verdict&) {
+      return;
+    }
+  }
+  try {
+    Channel second(probe);
+    is_gone = !answers(second) && second.is_closed(std::chrono::milliseconds(0));
+  } catch (const Verdict&) {
+    is_gone = true;
+  }
+  if (!is_gone) return;
+  if (!probe.has_own_backend()) {
+    Probe::fail(
+        "the backend serves one frontend and no second one; with --backend-command it is started "
+        "anew for each");
+  }
+  Backend& backend = probe.own_backend("it is looked at");
+  const auto deadline = Clock::now() + kPatience;
+  while (backend.end().empty() && Clock::now() < deadline)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  if (backend.end() == kEndedInOrder) throw Verdict{Outcome::kPassed, kEndsWithFrontend};
+}
+
+}  // namespace
+
+Expected<void> Runner::check_backend() {
   // Not a test: it has no statement. Whether the backend is any good is for the tests to say.
   static const Test kFirst{
-      .name = "start", .statement = {"", "", Force::kRobust, ""}, .run = [](Probe& probe) {
-        const Channel channel(probe);
-        probe.expect_end();
-      }};
-  const Result result = run(kFirst, interrupted, kFirst.deadline);
-  if (result.outcome == Outcome::kPassed) return {};
-  return make_error(ErrorKind::kIo, result.text);
+      .name = "start", .statement = {"", "", Force::kRobust, ""}, .run = first_contact};
+  const Result result = run(kFirst, kFirst.deadline);
+  if (result.outcome != Outcome::kPassed) return make_error(ErrorKind::kIo, result.text);
+  options_.target.ends_with_frontend = result.text == kEndsWithFrontend;
+  return {};
 }
 
 }  // namespace vblk::conform

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -15,14 +16,18 @@ namespace vblk::conform {
 
 class Probe;
 
-// How much a statement binds.
+// The word that the source of a statement has for it. What a source only allows (MAY) is held
+// against nobody, so that no test has that word.
 enum class Force : std::uint8_t {
   kMust,
   kShould,
+  // It says what a message, a field or a status is, without any of these words.
+  kStates,
   // No sentence of a specification, but what everybody relies on: a frontend that breaks the rules
   // costs nobody else anything; what is offered works.
   kRobust,
 };
+inline constexpr std::size_t kForces = 4;
 [[nodiscard]] std::string_view to_string(Force force);
 
 struct Statement {

@@ -25,6 +25,7 @@ PACKED_INFLIGHT = "blockdev/virtio/packed_inflight_region.cpp"
 DIRTY = "blockdev/virtio/dirty_marker.cpp"
 BACKEND = "blockdev/vhost_user/backend.cpp"
 NODE = "blockdev/raw_node.cpp"
+SERVER = "tests/conform/mutant_server.cpp"  # its defects stand in it
 
 
 def mutant(name, found_by, where, *changes):
@@ -90,7 +91,10 @@ MUTANTS = (
     mutant("no-sync-after-a-flush", "durability/write-through", QUEUE),
     mutant("id-is-not-padded", "request/get-id", QUEUE,
            ("    std::memcpy(piece.iov_base, id.data() + copied, part);",
-            '    std::memcpy(piece.iov_base, id.data() + copied, mutant("id-is-not-padded") ? std::min<std::size_t>(part, 5) : part);')),
+            '    std::memcpy(piece.iov_base, id.data() + copied, mutant("id-is-not-padded") ? std::min<std::size_t>(part, 5) : part);\n'
+            "    static unsigned times = 0;\n"
+            '    if (mutant("id-changes") && copied == 0) *static_cast<char*>(piece.iov_base) ^= static_cast<char>(++times % 2);')),
+    mutant("id-changes", "integrity/random", QUEUE),
     # ---- The device
     mutant("unoffered-features-are-accepted", "protocol/features-unoffered", DEVICE,
            ("  if ((features & ~offered_features_) != 0) {",
@@ -124,6 +128,10 @@ MUTANTS = (
             "  static const std::uint64_t first_size = node_.size_bytes();\n"
             "  store_le<std::uint64_t>(config.data() + kBlkConfigCapacity,\n"
             '                          (mutant("capacity-is-stale") ? first_size : node_.size_bytes()) / kSectorBytes);')),
+    mutant("alignment-offset-is-too-large", "config/topology", DEVICE,
+           ("  config[kBlkConfigPhysicalBlockExp] = static_cast<std::byte>(std::countr_zero(physical / block));",
+            "  config[kBlkConfigPhysicalBlockExp] = static_cast<std::byte>(std::countr_zero(physical / block));\n"
+            '  if (mutant("alignment-offset-is-too-large")) config[kBlkConfigAlignmentOffset] = std::byte{200};')),
     mutant("size-max-is-zero", "config/size-max", DEVICE,
            ("config.data() + kBlkConfigSizeMax, kSegmentBytesMax);",
             'config.data() + kBlkConfigSizeMax, mutant("size-max-is-zero") ? 0 : kSegmentBytesMax);')),
@@ -168,6 +176,10 @@ MUTANTS = (
     mutant("indirect-without-feature", "hostile-ring/indirect-not-negotiated", RING,
            ("  if (!layout_.indirect) return broken(",
             '  if (!layout_.indirect && !mutant("indirect-without-feature")) return broken(')),
+    mutant("indirect-data-goes-astray", "ring/indirect", RING,
+           ("    const Descriptor entry = read_descriptor(table, index);",
+            "    Descriptor entry = read_descriptor(table, index);\n"
+            '    if (mutant("indirect-data-goes-astray") && entry.length_bytes == 4096) entry.guest_address += 4096;')),
     mutant("chains-may-loop", "hostile-ring/chain-loop", RING,
            ("    if (count > layout_.size)",
             '    if (count > layout_.size && !mutant("chains-may-loop"))')),
@@ -226,9 +238,11 @@ MUTANTS = (
     mutant("packed-indirect-ends-without-next", "packed/indirect-flags", PACKED,
            ("  for (std::size_t i = 0; i < entries; ++i)\n    add(read_descriptor(table + i * kDescriptorBytes), builder);",
             "  for (std::size_t i = 0; i < entries; ++i) {\n"
-            "    const PackedDescriptor entry = read_descriptor(table + i * kDescriptorBytes);\n"
+            "    PackedDescriptor entry = read_descriptor(table + i * kDescriptorBytes);\n"
+            '    if (mutant("packed-indirect-data-goes-astray") && entry.length_bytes == 4096) entry.guest_address += 4096;\n'
             "    add(entry, builder);\n"
             '    if (mutant("packed-indirect-ends-without-next") && (entry.flags & kDescFNext) == 0) break;\n  }')),
+    mutant("packed-indirect-data-goes-astray", "packed/indirect", PACKED),
     mutant("packed-used-bit-is-ignored", "packed/only-available", PACKED,
            ("  if (!is_packed_available(load_flags(next_avail_.index), next_avail_.wrap)) return std::nullopt;",
             "  const auto is_available = [](std::uint16_t flags, bool wrap) {\n"
@@ -306,6 +320,11 @@ MUTANTS = (
             '  const bool lazy = mutant("stop-is-answered-and-not-done");\n'
             "  if (!lazy) stop(**ring, Afterwards::kUnknown);\n  if (!lazy) (*ring)->started = false;\n"
             "  (*ring)->waits_for_memory = false;\n  if (!lazy) (*ring)->kick.reset();")),
+    mutant("disabled-rings-go-on", "protocol/disabled-ring", BACKEND,
+           ("  if (!(*ring)->enabled) stop(**ring, Afterwards::kUnknown);",
+            '  if (mutant("disabled-rings-go-on") || mutant("disabled-rings-write")) return {};\n'
+            "  if (!(*ring)->enabled) stop(**ring, Afterwards::kUnknown);")),
+    mutant("disabled-rings-write", "protocol/disabled-ring-write", BACKEND),
     mutant("rings-start-enabled", "protocol/ring-starts-disabled", BACKEND,
            ("  if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};",
             '  if (ring.queue != nullptr || !ring.started || (!ring.enabled && !mutant("rings-start-enabled"))) return {};')),
@@ -333,6 +352,59 @@ MUTANTS = (
             "           region->size_bytes() == wire.size_bytes && region->user_address() == wire.user_address &&\n"
             '           (wire.mmap_offset == 0 || !mutant("removal-looks-at-the-offset"));')),
     mutant("removal-leaks", "memory/removal-descriptor", BACKEND),
+    mutant("descriptors-are-missing-and-mapped", "hostile-message/no-descriptors", BACKEND,
+           ('  if (message.fds.size() != 1) return refused("no descriptor comes with it");\n  const auto wire = payload_of<SingleMemoryRegion>',
+            '  if (message.fds.empty() && mutant("descriptors-are-missing-and-mapped")) return {};\n'
+            '  if (message.fds.size() != 1) return refused("no descriptor comes with it");\n'
+            "  const auto wire = payload_of<SingleMemoryRegion>")),
+    mutant("one-message-leaks-descriptors", "hostile-message/descriptor-leak", BACKEND,
+           ("  if (!outcome) {\n    outcome.error().message =",
+            '  if (!outcome && mutant("one-message-leaks-descriptors") && message.request() == Request::kSetVringEnable)\n'
+            "    for (UniqueFd& fd : message.fds) fd.release();\n"
+            "  if (!outcome) {\n    outcome.error().message =")),
+    mutant("too-many-descriptors-end-it", "hostile-message/many-descriptors", BACKEND,
+           ("  if (message.fds.size() > rule.fds_max) {",
+            '  if (message.fds.size() > rule.fds_max && rule.request == Request::kGetStatus &&\n'
+            '      mutant("too-many-descriptors-end-it")) std::abort();\n'
+            "  if (message.fds.size() > rule.fds_max) {")),
+    mutant("config-of-a-migration-is-ignored", "config/set-config-migration", BACKEND,
+           ("  if (head.flags == kForMigration)\n",
+            '  if (head.flags == kForMigration && mutant("config-of-a-migration-is-ignored")) return {};\n'
+            "  if (head.flags == kForMigration)\n")),
+    # ---- Status
+    mutant("status-is-never-zero", "status/initial", BACKEND,
+           ("  const bool needs_reset = needs_reset_.load(std::memory_order_relaxed);\n  return static_cast<std::uint8_t>(",
+            '  if (mutant("status-is-never-zero")) return status_.value() | 1U;\n'
+            '  if (mutant("reset-is-needed-for-nothing") && status_.is_driver_ok()) return status_.value() | 64U;\n'
+            "  const bool needs_reset = needs_reset_.load(std::memory_order_relaxed);\n  return static_cast<std::uint8_t>(")),
+    mutant("reset-is-needed-for-nothing", "status/driver-ok", BACKEND),
+    mutant("status-is-forgotten", "status/kept", BACKEND,
+           ("  if (value != 0) return status_.write(value, features_accepted_);",
+            '  if (value != 0 && mutant("status-is-forgotten")) return {};\n'
+            '  if (value != 0 && mutant("features-ok-is-dropped")) return status_.write(value & ~std::uint64_t{8}, features_accepted_);\n'
+            "  if (value != 0) return status_.write(value, features_accepted_);")),
+    mutant("features-ok-is-dropped", "status/features-ok", BACKEND),
+    mutant("reset-leaves-the-rings", "status/reset", BACKEND,
+           ("void Backend::reset() {\n  for (Ring& ring : rings_) {",
+            "void Backend::reset() {\n  for (Ring& ring : rings_) {\n"
+            '    if (mutant("reset-leaves-the-rings")) continue;')),
+    mutant("reset-is-not-needed", "status/needs-reset", BACKEND,
+           ("                                      needs_reset_.store(true, std::memory_order_relaxed);",
+            '                                      if (!mutant("reset-is-not-needed"))\n'
+            "                                      needs_reset_.store(true, std::memory_order_relaxed);")),
+    mutant("reset-is-needed-in-silence", "status/needs-reset-told", BACKEND,
+           ("void Backend::tell_needs_reset() {\n",
+            'void Backend::tell_needs_reset() {\n  if (mutant("reset-is-needed-in-silence")) return;\n')),
+    mutant("reset-device-does-nothing", "status/reset-device", BACKEND,
+           ('    return refused("RESET_DEVICE was not negotiated");\n',
+            '    return refused("RESET_DEVICE was not negotiated");\n'
+            '  if (mutant("reset-device-does-nothing")) return {};\n')),
+    # ---- The program
+    mutant("capabilities-are-of-a-network-card", "program/print-capabilities", SERVER),
+    mutant("failure-ends-with-status-0", "program/fails-early", SERVER),
+    mutant("it-serves-from-a-child", "program/foreground", SERVER),
+    mutant("fd-is-not-known", "program/fd", SERVER),
+    # ---- More of the protocol
     mutant("change-of-size-is-not-told", "config/resize-told", BACKEND,
            ("  if (!backend_channel_) return;",
             '  if (!backend_channel_ || mutant("change-of-size-is-not-told")) return;')),

@@ -277,9 +277,12 @@ def test_programs(report, options):
                                            "program", "--output", "tap", folder=folder)[1])
     results = tap_of(output)
     report.check("a program that keeps no convention fails each test of its group",
-                 status == 1 and len(results) == 3 and set(results.values()) == {"not ok"}, output)
+                 status == 1 and len(results) == 4 and
+                 {result for name, result in results.items() if name != "program/fd"} == {"not ok"} and
+                 "--socket-path" in results["program/fd"], output)
     report.check("a program that starts another one is not held to the conventions of that",
-                 all("begins with 'sh'" in started_by_others[f"program/{name}"] for name in ("print-capabilities", "foreground")),
+                 all("begins with 'sh'" in started_by_others[f"program/{name}"]
+                     for name in ("print-capabilities", "foreground", "fd")),
                  started_by_others)
 
 
@@ -322,6 +325,14 @@ def test_backends_that_do_not_start(report, options):
             left = os.listdir(folder)
         report.check(f"a program {title}: status 3 and one line that says so",
                      status == 3 and names in output and output.count("\n") == 1 and not left, f"{status}: {output} {left}")
+    with Folder() as folder:
+        done = subprocess.run([str(options.vblk), "conform", "--backend-command", "false {socket}", "--group", "program",
+                               "--output", "junit"], capture_output=True, text=True, timeout=RUN_LIMIT_SECONDS,
+                              env=os.environ | {"TMPDIR": str(folder)})
+        _, tap, _ = conform(options.vblk, "--backend-command", "false {socket}", "--output", "tap", folder=folder)
+    report.check("junit, no backend: is XML with an error that says so",
+                 done.returncode == 3 and is_incomplete_junit(done.stdout, "ended with status 1", 4), done)
+    report.check("tap, no backend: bails out", "Bail out! " in tap and "ended with status 1" in tap, tap)
 
 
 def test_backend_that_dies(report, options):
@@ -381,13 +392,84 @@ def test_listing(report, options):
         few = conform(options.vblk, "--list", "--group", "memory", folder=folder)[1]
     names = re.findall(r"^([a-z-]+/[a-z0-9-]+)", output, re.MULTILINE)
     report.check("--list: each test once, with its statement", status == 0 and len(names) == len(set(names)) > 150 and
-                 len(re.findall(r'", (MUST|SHOULD|robust):$', output, re.MULTILINE)) == len(names), output[:1000])
+                 len(re.findall(r'", (MUST|SHOULD|states|robust):$', output, re.MULTILINE)) == len(names), output[:1000])
     sources = set(re.findall(r'^    (.*), "(?:[^"]+)", \w+:$', output, re.MULTILINE))
     report.check("--list: each statement names a document with its version", sources <= {
         "virtio 1.2", "virtio 1.3", "vhost-user.rst (QEMU 7.2)", "vhost-user.rst (QEMU 8.2)"}, sources)
     report.check("--list takes a group", set(re.findall(r"^([a-z-]+)/", few, re.MULTILINE)) == {"memory"}, few[:500])
     status, text = run("python3", HERE.parent.parent / "scripts" / "conform_table.py", "--check", options.vblk)
     report.check("docs/conformance.md has the table of --list", status == 0, text)
+
+
+ONE_FRONTEND = """import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[2])
+listener.listen(1)
+connection, _ = listener.accept()
+listener.close()
+os.set_inheritable(connection.fileno(), True)
+os.execv(VBLK, [VBLK, "serve", sys.argv[1], "--fd", str(connection.fileno()), "--queues", "2", "--log-level", "off"])
+"""
+
+
+def test_one_frontend(report, options):
+    """A program that serves one frontend and ends with it, as several do, is started again for the next one."""
+    tests = ("protocol/features-renegotiated", "request/two-queues", "ring/sizes", "memory/slots", "reconnect/features",
+             "reconnect/inflight-marked", "durability/flushed-survives-sigkill", "hostile-ring/next-beyond",
+             "hostile-message/version", "hostile-message/descriptor-leak", "integrity/random")
+    with Folder() as folder:
+        program = folder / "program"
+        program.write_text(f"#!{sys.executable}\nVBLK = {str(options.vblk)!r}\n{ONE_FRONTEND}")
+        program.chmod(0o755)
+        command = ["--backend-command", f"{program} {{image}} {{socket}}", *(w for t in tests for w in ("--test", t))]
+        status, output, _ = conform(options.vblk, *command, "--duration", 1, "--output", "tap", folder=folder)
+        alone = subprocess.Popen([str(program), str(folder / "image"), str(folder / "socket")])
+        make_sparse(folder / "image", 64 * MIB)
+        wait_until(lambda: (folder / "socket").exists())
+        refused, text, _ = conform(options.vblk, "--socket-path", folder / "socket", folder=folder)
+        alone.wait(30)
+    results = tap_of(output)
+    report.check("a program that ends with its frontend passes, started again for each",
+                 status == 0 and len(results) == len(tests) and "not ok" not in results.values() and
+                 "ends with each frontend" in results["hostile-message/descriptor-leak"], output)
+    report.check("one that others have started is named for what it is, with status 3",
+                 refused == 3 and "serves one frontend" in text and "--backend-command" in text, f"{refused}: {text}")
+
+
+def test_image_that_was_written(report, options):
+    """Over blocks that an image has already a write may be stable without a sync: nobody is accused for that."""
+    with Folder() as folder:
+        image = folder / "disk.img"
+        image.write_bytes(os.urandom(MIB) * 64)
+        os.sync()
+        for mutant, wanted in (("", {"ok"}), ("write-through-without-sync", {"skip"})):
+            with Server(options.mutant, [image, "--queues", "2"], folder / "s", folder / "log",
+                        wrapper=("env", f"VBLK_MUTANT={mutant}"), wrapper_stays=False) as server:
+                _, output, _ = conform(options.vblk, "--socket-path", server.socket, "--destructive", "--image", image, "--test",
+                                       "durability/write-through", "--test", "durability/no-flush-no-wce", "--output", "tap",
+                                       folder=folder)
+            results = tap_of(output)
+            title = f"a written image, {mutant or 'sound server'}: nothing fails"
+            if any("cannot be observed" in result for result in results.values()):
+                report.skip(title, next(iter(results.values())))
+                continue
+            seen = {"skip" if "had these blocks before" in result else result for result in results.values()}
+            # Whether the file system writes over blocks by FUA is its own choice, and that of the disk below.
+            report.check(title, len(results) == 2 and seen <= wanted | {"skip"}, output)
+
+
+def test_output_is_bounded(report, options):
+    """A program that says much is not held up, and what it says last is what is told."""
+    with Folder() as folder:
+        program = folder / "program"
+        program.write_text(f"#!/bin/sh\nhead -c 20000000 /dev/zero | tr '\\000' 'x' >&2\necho >&2\n"
+                           f"test -e {folder}/once && {{ echo 'why it ends' >&2; exit 1; }}\n"
+                           f"touch {folder}/once\nexec {options.vblk} serve $1 --socket-path $2\n")
+        program.chmod(0o755)
+        status, output, _ = conform(options.vblk, "--backend-command", f"{program} {{image}} {{socket}}", "--test",
+                                    "protocol/reply-ack", folder=folder)
+    report.check("a program that says 20 MB first: is waited for, and its last line is told",
+                 status == 1 and "ended with status 1" in output and "why it ends" in output and len(output) < 4000, output[-2000:])
 
 
 def test_destructive_is_asked_for(report, options):
@@ -493,24 +575,55 @@ def test_duration(report, options):
                  f"{seconds:.1f} s\n{output}")
 
 
-def test_interrupt(report, options):
+def interrupted(options, number, *arguments):
+    """Sends a signal to a run in its first test, a soak; returns (status, output, files left, processes left)."""
     with Folder() as folder:
-        process = subprocess.Popen([str(options.vblk), "conform", "--profile", "vblk", "--group", "integrity", "--duration", "60"],
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        process = subprocess.Popen([str(options.vblk), "conform", "--profile", "vblk", "--group", "integrity", "--duration", "60",
+                                    *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env=os.environ | {"TMPDIR": str(folder)})
-        wait_until(lambda: any(folder.glob("*/s")))
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        # The first backend is that of the first contact, which is not in the report.
+        folders = set()
+
+        def is_in_a_test():
+            folders.update(folder.glob("*"))
+            return len(folders) > 1 and any(folder.glob("*/s"))
+        wait_until(is_in_a_test)
+        process.send_signal(number)
         try:
-            output, _ = process.communicate(timeout=20)
+            output, _ = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             output = "no end"
         left = os.listdir(folder)
         remains = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in read_bytes(path)]
-    report.check("SIGINT: ends at once with status 130, a sum, no files and no processes left",
-                 process.returncode == 130 and "interrupted" in output and not left and not remains,
-                 f"status {process.returncode}\n{output}\n{left} {remains}")
+    return process.returncode, output, left, remains
+
+
+def test_interrupt(report, options):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        status, output, left, remains = interrupted(options, number)
+        report.check(f"{number.name}: ends at once with status 130, a sum, no files and no processes left",
+                     status == 130 and "tests were not run: interrupted" in output and not left and not remains,
+                     f"status {status}\n{output}\n{left} {remains}")
+    status, output, _, _ = interrupted(options, signal.SIGINT, "--output", "tap")
+    report.check("tap, interrupted: stays TAP, and bails out", status == 130 and is_complete_tap(output) and
+                 "Bail out! " in output and "interrupted" in output, output)
+    status, output, _, _ = interrupted(options, signal.SIGINT, "--output", "junit")
+    report.check("junit, interrupted: is XML with an error, and each test that did not run",
+                 status == 130 and is_incomplete_junit(output, "interrupted", 3), output)
+
+
+def is_incomplete_junit(output, why, tests):
+    """Whether it is XML whose sums are right, with an error that says why, and so many tests besides."""
+    try:
+        suite = xml.etree.ElementTree.fromstring(output)
+    except xml.etree.ElementTree.ParseError:
+        return False
+    errors = suite.findall("testcase/error")
+    return len(errors) == 1 and suite.get("errors") == "1" and why in errors[0].get("message") and \
+        suite.get("tests") == str(len(suite.findall("testcase"))) == str(tests + 1) and \
+        suite.get("skipped") == str(len(suite.findall("testcase/skipped"))) and \
+        suite.get("failures") == str(len(suite.findall("testcase/failure")))
 
 
 def read_bytes(path):
@@ -573,7 +686,7 @@ def main():
     options.vblk, options.mutant = options.vblk.resolve(), options.mutant.resolve()
     report = Report()
     for test in (test_options, test_listing, test_formats, test_duration, test_interrupt, test_destructive_is_asked_for,
-                 test_programs, test_spdk_profile, test_backends_that_do_not_start, test_misbehaving_backends,
+                 test_programs, test_one_frontend, test_image_that_was_written, test_output_is_bounded, test_spdk_profile, test_backends_that_do_not_start, test_misbehaving_backends,
                  test_backend_that_dies, test_mutants, test_vblk, test_vblk_with_one_queue, test_vblk_migration,
                  test_vblk_cache_modes, test_qemu):
         if options.only and options.only not in test.__name__:
