@@ -1,59 +1,29 @@
 // Connections under load: stopping, leaving, moving memory away, and starting over.
-#include <algorithm>
 #include <array>
 #include <fstream>
 #include <sys/socket.h>
 #include <unistd.h>
-#include <vector>
 
 #include <gtest/gtest.h>
 
 #include "blockdev/driver/blk_driver.h"
+#include "tests/vhost_user/block_writes.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
 namespace {
 
 using driver::BlkDriver;
-using driver::BlkIo;
+using test::BlockWrites;
 using test::eventually;
 using test::HoldingDisk;
+using test::kBlockBytes;
 using test::kPatience;
 using test::open_fds;
 using test::Served;
 
-constexpr std::size_t kBlockBytes = 4096;
 constexpr std::size_t kBlocks = 64;
 constexpr std::size_t kDiskBytes = kBlockBytes * kBlocks;
-
-// Writes of one block each, the n-th filled with n + 1.
-class Writes {
- public:
-  Writes(BlkDriver& driver, std::size_t count) : ios_(count), completions_(count) {
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto data = driver.memory().allocate(kBlockBytes, kBlockBytes);
-      std::memset(data.data(), static_cast<int>(i + 1), data.size());
-      ios_[i] = {.type = virtio::kBlkTOut,
-                 .sector = i * (kBlockBytes / 512),
-                 .data = data,
-                 .complete =
-                     [](BlkIo& io) {
-                       EXPECT_EQ(io.status, virtio::kBlkSOk);
-                       ++*static_cast<std::size_t*>(io.context);
-                     },
-                 .context = &completions_[i]};
-      EXPECT_TRUE(driver.submit(0, ios_[i]));
-    }
-    driver.kick(0);
-  }
-  [[nodiscard]] bool each_completed_once() const {
-    return std::ranges::all_of(completions_, [](std::size_t count) { return count == 1; });
-  }
-
- private:
-  std::vector<BlkIo> ios_;
-  std::vector<std::size_t> completions_;
-};
 
 class Connections : public ::testing::Test {
  protected:
@@ -74,10 +44,6 @@ class Connections : public ::testing::Test {
       disk.hold(false);
     });
   }
-  void expect_on_disk(std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i)
-      EXPECT_EQ(disk.at(i * kBlockBytes + 100), static_cast<std::byte>(i + 1)) << i;
-  }
 
   HoldingDisk disk{kDiskBytes};
   std::unique_ptr<Served> served = std::make_unique<Served>(disk);
@@ -86,7 +52,8 @@ class Connections : public ::testing::Test {
 TEST_F(Connections, stop_a_ring_after_what_is_in_flight_and_go_on_at_its_base) {
   const auto driver = connect();
   disk.hold(true);
-  Writes first(*driver, 20);
+  BlockWrites first(*driver, 20, 1);
+  first.submit();
   ASSERT_TRUE(has(20));
   std::thread release = release_soon();
   const auto base = driver->frontend().stop_ring(0);
@@ -95,13 +62,14 @@ TEST_F(Connections, stop_a_ring_after_what_is_in_flight_and_go_on_at_its_base) {
   EXPECT_EQ(*base, 20U);
   EXPECT_EQ(disk.in_hand(), 0U) << "it answered before the last request was done";
   EXPECT_EQ(driver->poll(0).value(), 20U);
-  EXPECT_TRUE(first.each_completed_once());
+  EXPECT_TRUE(first.each_done_once());
   ASSERT_TRUE(driver->frontend().start_ring(0, driver->queue(0), *base).has_value());
-  Writes second(*driver, 7);
+  BlockWrites second(*driver, 7, 1);
+  second.submit();
   for (std::size_t done = 0; done < 7;) done += driver->wait(0, kPatience).value();
-  EXPECT_TRUE(second.each_completed_once());
+  EXPECT_TRUE(second.each_done_once());
   EXPECT_EQ(disk.writes(), 27U) << "lost or repeated";
-  expect_on_disk(20);
+  first.expect_on(disk);
 }
 
 TEST_F(Connections, remove_a_memory_region_only_when_no_request_uses_it) {
@@ -114,22 +82,24 @@ TEST_F(Connections, remove_a_memory_region_only_when_no_request_uses_it) {
   while (driver->memory().allocate(kBlockBytes, kBlockBytes).data() < end) {
   }
   disk.hold(true);
-  Writes writes(*driver, 16);
+  BlockWrites writes(*driver, 16, 1);
+  writes.submit();
   ASSERT_TRUE(has(16));
   std::thread release = release_soon();
   ASSERT_TRUE(driver->frontend().remove_region(region).has_value());
   release.join();
   EXPECT_EQ(disk.in_hand(), 0U);
   EXPECT_EQ(driver->poll(0).value(), 16U);
-  EXPECT_TRUE(writes.each_completed_once());
-  expect_on_disk(16);
+  EXPECT_TRUE(writes.each_done_once());
+  writes.expect_on(disk);
   EXPECT_TRUE(served->server().status()->rings[0].running) << "its own memory is still there";
 }
 
 TEST_F(Connections, drain_and_flush_when_asked_to_stop_under_load) {
   const auto driver = connect();
   disk.hold(true);
-  Writes writes(*driver, 32);
+  BlockWrites writes(*driver, 32, 1);
+  writes.submit();
   ASSERT_TRUE(has(32));
   std::thread release = release_soon();
   EXPECT_TRUE(served->stop().has_value());
@@ -143,15 +113,14 @@ TEST_F(Connections, drain_and_flush_when_asked_to_stop_under_load) {
 
 TEST_F(Connections, finish_the_requests_of_a_frontend_that_vanishes) {
   disk.hold(true);
-  {
-    const auto driver = connect();
-    Writes writes(*driver, 32);
-    ASSERT_TRUE(has(32));
-    ::shutdown(driver->frontend().socket(), SHUT_RDWR);
-  }
+  const auto driver = connect();
+  BlockWrites writes(*driver, 32, 1);
+  writes.submit();
+  ASSERT_TRUE(has(32));
+  ::shutdown(driver->frontend().socket(), SHUT_RDWR);
   disk.hold(false);
   ASSERT_TRUE(has(0));
-  expect_on_disk(32);
+  writes.expect_on(disk);
   const auto next = connect();
   EXPECT_EQ(next->flush().value(), virtio::kBlkSOk);
 }
@@ -203,7 +172,8 @@ TEST_F(Connections, end_the_server_with_the_frontend_of_an_inherited_socket) {
   Served own(own_disk, {.socket_fd = ends[0]});
   {
     auto driver = BlkDriver::adopt(UniqueFd(ends[1]), {.frontend = {.timeout = kPatience}}).value();
-    Writes writes(*driver, 8);
+    BlockWrites writes(*driver, 8, 1);
+    writes.submit();
     for (std::size_t done = 0; done < 8;) done += driver->wait(0, kPatience).value();
   }
   EXPECT_TRUE(own.wait().has_value());

@@ -15,9 +15,8 @@ namespace vblk::vhost_user {
 namespace {
 
 using driver::BlkDriver;
+using test::kDiskBytes;
 using test::kPatience;
-
-constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
 
 // O_NONBLOCK belongs to the open file, which both sides share; and a full eventfd blocks its
 // writers.

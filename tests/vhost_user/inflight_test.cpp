@@ -1,6 +1,5 @@
 // GET_INFLIGHT_FD and SET_INFLIGHT_FD: what comes and goes, who is refused, and drivers that go on
 // with another connection. What is wrong with the messages themselves is message_test.cpp's.
-#include <algorithm>
 #include <array>
 #include <fcntl.h>
 #include <sys/eventfd.h>
@@ -16,27 +15,26 @@
 #include "blockdev/driver/blk_driver.h"
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/inflight_area.h"
+#include "tests/vhost_user/block_writes.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
 namespace {
 
 using driver::BlkDriver;
-using driver::BlkIo;
 using driver::Frontend;
 using driver::InflightFile;
+using test::bit;
+using test::BlockWrites;
 using test::Bytes;
 using test::eventually;
 using test::HoldingDisk;
+using test::kDiskBytes;
 using test::kPatience;
+using test::kQueueSize;
 using test::payload_of;
 using test::RawFrontend;
 using test::Served;
-
-constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
-constexpr std::size_t kBlockBytes = 4096;
-constexpr std::uint16_t kQueueSize = 64;
-constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
 
 // A page of memory that can be shortened and sealed.
 int page_of_memory() {
@@ -221,23 +219,9 @@ TEST_F(InflightMessages, carry_writeback_over_to_the_next_connection) {
 
 TEST_F(InflightMessages, let_a_driver_go_on_with_its_rings_on_another_connection) {
   const auto driver = drive();
-  std::vector<BlkIo> ios(24);
-  std::vector<int> completions(ios.size());
+  BlockWrites writes(*driver, 24);
   disk.hold(true);
-  for (std::size_t i = 0; i < ios.size(); ++i) {
-    const auto data = driver->memory().allocate(kBlockBytes, kBlockBytes);
-    std::ranges::fill(data, static_cast<std::byte>(i + 1));
-    ios[i] = {.type = virtio::kBlkTOut,
-              .sector = i * (kBlockBytes / 512),
-              .data = data,
-              .complete =
-                  [](BlkIo& io) {
-                    EXPECT_EQ(io.status, virtio::kBlkSOk);
-                    ++*static_cast<int*>(io.context);
-                  },
-              .context = &completions[i]};
-    ASSERT_TRUE(driver->submit(static_cast<std::uint16_t>(i % 2), ios[i]));
-  }
+  writes.enqueue();
   // One queue has been kicked, the other's requests wait in its avail ring.
   driver->kick(0);
   ASSERT_TRUE(eventually([this] { return disk.in_hand() == 12; }));
@@ -250,14 +234,10 @@ TEST_F(InflightMessages, let_a_driver_go_on_with_its_rings_on_another_connection
   const auto reconnected = driver->reconnect(served.path());
   release.join();
   ASSERT_TRUE(reconnected.has_value()) << reconnected.error().message;
-  for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) {
-    while (driver->queue(queue).in_flight() > 0)
-      ASSERT_TRUE(driver->wait(queue, kPatience).has_value());
-  }
-  EXPECT_TRUE(std::ranges::all_of(completions, [](int count) { return count == 1; }));
-  EXPECT_EQ(disk.writes(), ios.size()) << "lost or repeated";
-  for (std::size_t i = 0; i < ios.size(); ++i)
-    EXPECT_EQ(disk.at(i * kBlockBytes + 100), static_cast<std::byte>(i + 1)) << i;
+  writes.wait();
+  EXPECT_TRUE(writes.each_done_once());
+  EXPECT_EQ(disk.writes(), 24U) << "lost or repeated";
+  writes.expect_on(disk);
   EXPECT_EQ(driver->flush().value(), virtio::kBlkSOk);
 }
 

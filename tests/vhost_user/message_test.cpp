@@ -16,17 +16,17 @@
 namespace vblk::vhost_user {
 namespace {
 
+using test::bit;
 using test::Bytes;
 using test::eventually;
 using test::HoldingDisk;
+using test::kDiskBytes;
 using test::open_fds;
 using test::payload_of;
 using test::RawFrontend;
 using test::Served;
 
-constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
 constexpr std::size_t kRegionBytes = std::size_t{1} << 16;
-constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
 constexpr std::uint64_t kNoAcknowledgements = ~bit(kProtocolFReplyAck);
 
 class Messages : public ::testing::Test {

@@ -15,6 +15,7 @@
 #include "blockdev/virtio/inflight_area.h"
 #include "blockdev/virtio/packed_ring.h"
 #include "tests/support/seed.h"
+#include "tests/vhost_user/block_writes.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
@@ -24,14 +25,15 @@ using driver::BlkDriver;
 using driver::BlkDriverOptions;
 using driver::BlkIo;
 using driver::Frontend;
+using test::BlockWrites;
 using test::eventually;
 using test::HoldingDisk;
+using test::kBlockBytes;
+using test::kDiskBytes;
 using test::kPatience;
 using test::payload_of;
 using test::Served;
 
-constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
-constexpr std::size_t kBlockBytes = 4096;
 constexpr std::uint64_t kAllFeatures = ~std::uint64_t{0};
 
 class PackedRings : public ::testing::Test {
@@ -46,30 +48,6 @@ class PackedRings : public ::testing::Test {
   std::unique_ptr<BlkDriver> connect(const BlkDriverOptions& chosen) {
     return BlkDriver::connect(served.path(), chosen).value();
   }
-  // Writes of a block each, whose bytes say which they are.
-  void submit_writes(BlkDriver& driver, std::vector<BlkIo>& ios, std::vector<int>& completions) {
-    for (std::size_t i = 0; i < ios.size(); ++i) {
-      const auto data = driver.memory().allocate(kBlockBytes, kBlockBytes);
-      std::ranges::fill(data, static_cast<std::byte>(i + 1));
-      ios[i] = {.type = virtio::kBlkTOut,
-                .sector = i * (kBlockBytes / 512),
-                .data = data,
-                .complete =
-                    [](BlkIo& io) {
-                      EXPECT_EQ(io.status, virtio::kBlkSOk);
-                      ++*static_cast<int*>(io.context);
-                    },
-                .context = &completions[i]};
-      ASSERT_TRUE(driver.submit(static_cast<std::uint16_t>(i % 2), ios[i]));
-    }
-  }
-  static void finish(BlkDriver& driver) {
-    for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) {
-      while (driver.queue(queue).in_flight() > 0)
-        ASSERT_TRUE(driver.wait(queue, kPatience).has_value());
-    }
-  }
-
   HoldingDisk disk{kDiskBytes};
   Served served{disk};
 };
@@ -124,10 +102,8 @@ TEST_F(PackedRings, stop_after_what_is_in_flight_and_go_on_at_their_base) {
     chosen.indirect = indirect;
     const auto driver = connect(chosen);
     disk.hold(true);
-    std::vector<BlkIo> ios(20);
-    std::vector<int> completions(ios.size());
-    submit_writes(*driver, ios, completions);
-    for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) driver->kick(queue);
+    BlockWrites writes(*driver, 20);
+    writes.submit();
     ASSERT_TRUE(eventually([this] { return disk.in_hand() == 20; }));
     std::thread release([this] {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
@@ -139,8 +115,8 @@ TEST_F(PackedRings, stop_after_what_is_in_flight_and_go_on_at_their_base) {
     ASSERT_EQ(base.value(), half << 16 | half);
     EXPECT_EQ(driver->queue(0).resume_base(), *base) << "the ring says so, too";
     ASSERT_TRUE(driver->frontend().start_ring(0, driver->queue(0), *base).has_value());
-    finish(*driver);
-    EXPECT_TRUE(std::ranges::all_of(completions, [](int count) { return count == 1; }));
+    writes.wait();
+    EXPECT_TRUE(writes.each_done_once());
     EXPECT_EQ(driver->flush().value(), virtio::kBlkSOk);
   }
 }
@@ -219,10 +195,9 @@ TEST_F(PackedRings, are_gone_on_with_on_another_connection) {
     chosen.indirect = indirect;
     const auto driver = connect(chosen);
     const std::size_t writes_before = disk.writes();
-    std::vector<BlkIo> ios(24);
-    std::vector<int> completions(ios.size());
+    BlockWrites writes(*driver, 24);
     disk.hold(true);
-    submit_writes(*driver, ios, completions);
+    writes.enqueue();
     // One queue has been kicked, the other's requests wait in its ring.
     driver->kick(0);
     ASSERT_TRUE(eventually([this] { return disk.in_hand() == 12; }));
@@ -235,11 +210,10 @@ TEST_F(PackedRings, are_gone_on_with_on_another_connection) {
     const auto reconnected = driver->reconnect(served.path());
     release.join();
     ASSERT_TRUE(reconnected.has_value()) << reconnected.error().message;
-    finish(*driver);
-    EXPECT_TRUE(std::ranges::all_of(completions, [](int count) { return count == 1; }));
-    EXPECT_EQ(disk.writes() - writes_before, ios.size()) << "lost or repeated";
-    for (std::size_t i = 0; i < ios.size(); ++i)
-      EXPECT_EQ(disk.at(i * kBlockBytes + 100), static_cast<std::byte>(i + 1)) << i;
+    writes.wait();
+    EXPECT_TRUE(writes.each_done_once());
+    EXPECT_EQ(disk.writes() - writes_before, 24U) << "lost or repeated";
+    writes.expect_on(disk);
     EXPECT_EQ(driver->flush().value(), virtio::kBlkSOk);
   }
 }

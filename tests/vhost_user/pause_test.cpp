@@ -1,6 +1,5 @@
 // A served device that pauses: what its frontends see, and what becomes of kept requests when rings
 // stop, start and change hands. What a queue does by itself is device_gate_test.cpp's.
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -9,27 +8,26 @@
 #include <memory>
 #include <sys/socket.h>
 #include <thread>
-#include <vector>
 
 #include <gtest/gtest.h>
 
 #include "blockdev/driver/blk_driver.h"
 #include "blockdev/io_limits.h"
 #include "blockdev/virtio/blk_wire.h"
+#include "tests/vhost_user/block_writes.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
 namespace {
 
 using driver::BlkDriver;
-using driver::BlkIo;
+using test::BlockWrites;
 using test::eventually;
 using test::HoldingDisk;
+using test::kBlockBytes;
 using test::kPatience;
 using test::payload_of;
 using test::Served;
-
-constexpr std::size_t kBlockBytes = 4096;
 
 class PausedServer : public ::testing::Test {
  protected:
@@ -41,41 +39,6 @@ class PausedServer : public ::testing::Test {
                                               .frontend = {.timeout = kPatience}})
         .value();
   }
-  // Writes of a block each over both queues, which are counted when they are answered.
-  struct Writes {
-    explicit Writes(BlkDriver& blk_driver, std::size_t count) : driver(blk_driver), ios(count) {
-      for (std::size_t i = 0; i < count; ++i) {
-        const auto data = driver.memory().allocate(kBlockBytes, kBlockBytes);
-        std::ranges::fill(data, static_cast<std::byte>(i + 1));
-        ios[i] = {.type = virtio::kBlkTOut,
-                  .sector = i * (kBlockBytes / 512),
-                  .data = data,
-                  .complete =
-                      [](BlkIo& io) {
-                        auto& writes = *static_cast<Writes*>(io.context);
-                        ++(io.status == virtio::kBlkSOk ? writes.done : writes.failed);
-                      },
-                  .context = this};
-      }
-      submit();
-    }
-    void submit() {
-      for (std::size_t i = 0; i < ios.size(); ++i)
-        EXPECT_TRUE(driver.submit(static_cast<std::uint16_t>(i % 2), ios[i]));
-      driver.kick(0);
-      driver.kick(1);
-    }
-    void wait() const {
-      for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) {
-        while (driver.queue(queue).in_flight() > 0)
-          ASSERT_TRUE(driver.wait(queue, kPatience).has_value());
-      }
-    }
-    BlkDriver& driver;
-    std::vector<BlkIo> ios;
-    std::size_t done{0};
-    std::size_t failed{0};
-  };
   std::size_t kept() {
     std::size_t count = 0;
     if (const auto status = served.server().status()) {
@@ -91,7 +54,8 @@ class PausedServer : public ::testing::Test {
 TEST_F(PausedServer, takes_kept_requests_again_after_a_change_that_stops_its_rings) {
   const auto driver = drive();
   disk.fail(ENOSPC);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return kept() > 0; }));
   for (int i = 0; i < 3; ++i) {
     ASSERT_TRUE(driver->frontend()
@@ -100,7 +64,7 @@ TEST_F(PausedServer, takes_kept_requests_again_after_a_change_that_stops_its_rin
   }
   disk.fail(0);
   writes.wait();
-  EXPECT_EQ(writes.done, 8U) << "none may be lost or failed";
+  EXPECT_EQ(writes.done(), 8U) << "none may be lost or failed";
   for (std::size_t i = 0; i < 8; ++i)
     EXPECT_EQ(disk.at(i * kBlockBytes), static_cast<std::byte>(i + 1));
 }
@@ -108,7 +72,8 @@ TEST_F(PausedServer, takes_kept_requests_again_after_a_change_that_stops_its_rin
 TEST_F(PausedServer, answers_kept_requests_with_an_error_when_nobody_comes_after_their_ring) {
   const auto driver = drive();
   disk.fail(ENOSPC);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return kept() > 0; }));
   std::uint16_t taken = 0;
   for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) {
@@ -118,8 +83,8 @@ TEST_F(PausedServer, answers_kept_requests_with_an_error_when_nobody_comes_after
     ASSERT_TRUE(driver->poll(queue).has_value());
   }
   EXPECT_GT(taken, 0U);
-  EXPECT_EQ(writes.failed, taken) << "what it took is answered, the rest is still in the rings";
-  EXPECT_EQ(writes.done, 0U);
+  EXPECT_EQ(writes.failed(), taken) << "what it took is answered, the rest is still in the rings";
+  EXPECT_EQ(writes.done(), 0U);
   EXPECT_FALSE(served.device().gate().is_paused());
   disk.fail(0);
 }
@@ -127,26 +92,28 @@ TEST_F(PausedServer, answers_kept_requests_with_an_error_when_nobody_comes_after
 TEST_F(PausedServer, leaves_kept_requests_to_the_next_connection) {
   const auto driver = drive(true);
   disk.fail(ENOSPC);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return kept() > 0; }));
   ::shutdown(driver->frontend().socket(), SHUT_RDWR);
   ASSERT_TRUE(driver->reconnect(served.path()).has_value());
   ASSERT_TRUE(eventually([this] { return kept() > 0; })) << "it has failed again";
   disk.fail(0);
   writes.wait();
-  EXPECT_EQ(writes.done, 8U);
+  EXPECT_EQ(writes.done(), 8U);
 }
 
 TEST_F(PausedServer, ends_while_it_keeps_requests) {
   const auto driver = drive();
   disk.fail(ENOSPC);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return kept() > 0; }));
   disk.fail(0);  // for the last flush
   EXPECT_TRUE(served.stop().has_value());
   for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}})
     ASSERT_TRUE(driver->poll(queue).has_value());
-  EXPECT_GT(writes.failed + writes.done, 0U);
+  EXPECT_GT(writes.failed() + writes.done(), 0U);
 }
 
 TEST_F(PausedServer, loses_nothing_to_pauses_and_limits_that_come_and_go_on_another_thread) {
@@ -168,14 +135,15 @@ TEST_F(PausedServer, loses_nothing_to_pauses_and_limits_that_come_and_go_on_anot
     served.device().gate().set_limits({});
     served.device().gate().resume();
   });
-  Writes writes(*driver, 64);
+  BlockWrites writes(*driver, 64);
+  writes.submit();
   writes.wait();
   for (int round = 1; round < 40; ++round) {
     writes.submit();
     writes.wait();
   }
-  EXPECT_EQ(writes.done, 40U * 64);
-  EXPECT_EQ(writes.failed, 0U);
+  EXPECT_EQ(writes.done(), 40U * 64);
+  EXPECT_EQ(writes.failed(), 0U);
   stopping = true;
   changes.join();
 }

@@ -37,6 +37,12 @@ namespace vblk::test {
 // Long enough for any machine; nothing waits it out unless it fails.
 inline constexpr std::chrono::seconds kPatience{30};
 
+// Of the disk and the rings of tests that have no wish of their own.
+inline constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
+inline constexpr std::uint16_t kQueueSize = 64;
+
+constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
+
 // Waits until `condition` holds. False: it never did.
 inline bool eventually(const std::function<bool()>& condition) {
   const auto deadline = std::chrono::steady_clock::now() + kPatience;

@@ -26,6 +26,7 @@
 #include "blockdev/virtio/blk_wire.h"
 #include "blockdev/virtio/device_status.h"
 #include "tests/support/temp_dir.h"
+#include "tests/vhost_user/block_writes.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
@@ -33,18 +34,18 @@ namespace {
 
 using driver::BlkDriver;
 using driver::BlkIo;
+using test::bit;
+using test::BlockWrites;
 using test::Bytes;
 using test::eventually;
 using test::HoldingDisk;
+using test::kDiskBytes;
 using test::kPatience;
+using test::kQueueSize;
 using test::payload_of;
 using test::RawFrontend;
 using test::Served;
 
-constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
-constexpr std::size_t kBlockBytes = 4096;
-constexpr std::uint16_t kQueueSize = 64;
-constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
 constexpr std::uint64_t kAll = 15;  // ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 constexpr std::uint64_t kProtocol = bit(kProtocolFMq) | bit(kProtocolFReplyAck) |
                                     bit(kProtocolFConfig) | bit(kProtocolFInflightShmfd) |
@@ -96,42 +97,6 @@ class Status : public ::testing::Test {
     return driver;
   }
   std::unique_ptr<BlkDriver> drive() { return drive({}); }
-  // Writes of a block each over both queues, counted when they are answered.
-  struct Writes {
-    Writes(BlkDriver& blk_driver, std::size_t count) : driver(blk_driver), ios(count) {
-      for (std::size_t i = 0; i < count; ++i) {
-        const auto data = driver.memory().allocate(kBlockBytes, kBlockBytes);
-        std::ranges::fill(data, static_cast<std::byte>(i + 1));
-        ios[i] = {.type = virtio::kBlkTOut,
-                  .sector = i * (kBlockBytes / 512),
-                  .data = data,
-                  .complete =
-                      [](BlkIo& io) {
-                        auto& writes = *static_cast<Writes*>(io.context);
-                        ++(io.status == virtio::kBlkSOk ? writes.done : writes.failed);
-                      },
-                  .context = this};
-        EXPECT_TRUE(driver.submit(static_cast<std::uint16_t>(i % 2), ios[i]));
-      }
-      driver.kick(0);
-      driver.kick(1);
-    }
-    // Of what is there already.
-    void look() const {
-      for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}})
-        ASSERT_TRUE(driver.poll(queue).has_value());
-    }
-    void wait() const {
-      for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) {
-        while (driver.queue(queue).in_flight() > 0)
-          ASSERT_TRUE(driver.wait(queue, kPatience).has_value());
-      }
-    }
-    BlkDriver& driver;
-    std::vector<BlkIo> ios;
-    std::size_t done{0};
-    std::size_t failed{0};
-  };
   // What QEMU does when its virtual machine goes on, or its guest has set the device up anew.
   static void start_again(BlkDriver& driver, const std::array<std::uint32_t, 2>& bases) {
     driver::Frontend& frontend = driver.frontend();
@@ -290,7 +255,8 @@ TEST_F(Status, of_a_reset_drains_what_is_in_flight_before_it_is_acknowledged) {
     for (const bool packed : {false, true}) {
       const auto driver = drive({.packed = packed});
       disk.hold(true);
-      Writes writes(*driver, 8);
+      BlockWrites writes(*driver, 8);
+      writes.submit();
       ASSERT_TRUE(eventually([this] { return disk.in_hand() == 8; }));
       std::atomic<bool> acknowledged{false};
       std::thread frontend([&] {
@@ -303,7 +269,7 @@ TEST_F(Status, of_a_reset_drains_what_is_in_flight_before_it_is_acknowledged) {
       disk.hold(false);
       frontend.join();
       writes.look();
-      EXPECT_EQ(writes.done, 8U) << "answered while the driver could still look";
+      EXPECT_EQ(writes.done(), 8U) << "answered while the driver could still look";
       EXPECT_EQ(running(), 0U);
       EXPECT_EQ(served.device().negotiated_features(), 0U);
     }
@@ -377,12 +343,13 @@ TEST_F(Status, of_a_reset_fails_what_a_paused_device_keeps_where_nobody_else_wil
   for (const By way : kBothWays) {
     const auto driver = drive();
     disk.fail(ENOSPC);
-    Writes writes(*driver, 8);
+    BlockWrites writes(*driver, 8);
+    writes.submit();
     ASSERT_TRUE(eventually([this] { return kept() > 0; }));
     ASSERT_TRUE(reset(driver->frontend(), way).has_value());
     writes.look();
-    EXPECT_GT(writes.failed, 0U);
-    EXPECT_EQ(writes.done, 0U);
+    EXPECT_GT(writes.failed(), 0U);
+    EXPECT_EQ(writes.done(), 0U);
     EXPECT_FALSE(served.device().gate().is_paused()) << "nobody keeps anything any more";
     disk.fail(0);
   }
@@ -393,16 +360,17 @@ TEST_F(Status, of_a_reset_leaves_what_is_kept_to_who_gives_the_area_again) {
     const auto driver = drive({.inflight = true, .packed = packed});
     const std::size_t before = disk.writes();
     disk.fail(ENOSPC);
-    Writes writes(*driver, 8);
+    BlockWrites writes(*driver, 8);
+    writes.submit();
     ASSERT_TRUE(eventually([this] { return kept() > 0; }));
     ASSERT_TRUE(set_status(driver->frontend(), 0).has_value());
     writes.look();
-    EXPECT_EQ(writes.failed + writes.done, 0U);
+    EXPECT_EQ(writes.failed() + writes.done(), 0U);
     disk.fail(0);
     start_again(*driver, bases_of(*driver));
     writes.wait();
-    EXPECT_EQ(writes.done, 8U);
-    EXPECT_EQ(writes.failed, 0U);
+    EXPECT_EQ(writes.done(), 8U);
+    EXPECT_EQ(writes.failed(), 0U);
     EXPECT_EQ(disk.writes() - before, 8U) << "lost or doubled";
   }
 }
@@ -413,7 +381,8 @@ TEST_F(Status, of_a_reset_has_forgotten_what_was_kept_for_who_gives_no_area) {
       const auto driver = drive({.inflight = true, .packed = packed});
       const std::size_t before = disk.writes();
       disk.fail(ENOSPC);
-      const Writes writes(*driver, 8);
+      BlockWrites writes(*driver, 8);
+      writes.submit();
       ASSERT_TRUE(eventually([this] { return kept() > 0; }));
       ASSERT_TRUE(reset(driver->frontend(), way).has_value());
       disk.fail(0);
@@ -445,16 +414,17 @@ TEST_F(Status, of_a_reset_works_while_the_device_is_paused_by_command) {
   for (const By way : kBothWays) {
     const auto driver = drive();
     served.device().gate().pause();
-    Writes writes(*driver, 4);
+    BlockWrites writes(*driver, 4);
+    writes.submit();
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
     ASSERT_TRUE(reset(driver->frontend(), way).has_value());
     writes.look();
-    EXPECT_EQ(writes.done + writes.failed, 0U) << "it was never taken";
+    EXPECT_EQ(writes.done() + writes.failed(), 0U) << "it was never taken";
     start_again(*driver, bases_of(*driver));
     EXPECT_TRUE(served.device().gate().is_paused()) << "a pause is the operator's";
     served.device().gate().resume();
     writes.wait();
-    EXPECT_EQ(writes.done, 4U);
+    EXPECT_EQ(writes.done(), 4U);
   }
 }
 
@@ -482,17 +452,19 @@ TEST_F(Status, of_a_reset_keeps_write_through_for_drivers_that_have_chosen_it) {
 
 TEST_F(Status, of_a_cache_that_is_turned_off_has_what_was_written_before_flushed) {
   const auto driver = drive();
-  const Writes before(*driver, 4);
+  BlockWrites before(*driver, 4);
+  before.submit();
   before.wait();
-  ASSERT_EQ(before.done, 4U);
+  ASSERT_EQ(before.done(), 4U);
   EXPECT_FALSE(disk.flushed()) << "that is what a cache is";
   constexpr std::array kOff{std::byte{0}};
   ASSERT_TRUE(driver->frontend().write_config(virtio::kBlkConfigWriteback, kOff).has_value());
   EXPECT_TRUE(eventually([this] { return disk.flushed(); }));
-  const Writes after(*driver, 4);
+  BlockWrites after(*driver, 4);
+  after.submit();
   after.wait();
-  EXPECT_EQ(after.done, 4U) << "the rings go on";
-  EXPECT_EQ(after.failed, 0U);
+  EXPECT_EQ(after.done(), 4U) << "the rings go on";
+  EXPECT_EQ(after.failed(), 0U);
 }
 
 TEST_F(Status, of_a_reset_keeps_what_belongs_to_the_connection) {

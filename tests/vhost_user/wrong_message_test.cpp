@@ -26,6 +26,7 @@ namespace vblk::vhost_user {
 namespace {
 
 using driver::BlkDriver;
+using test::bit;
 using test::Bytes;
 using test::eventually;
 using test::HoldingDisk;
@@ -36,7 +37,6 @@ using test::RawFrontend;
 using test::Served;
 
 constexpr std::size_t kFdsOfAMessageMax = kMemoryTableRegionsMax;
-constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
 
 // What the specification says a message looks like ("Front-end message types"); on purpose not the
 // server's own table.
