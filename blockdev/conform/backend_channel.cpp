@@ -13,7 +13,7 @@ namespace vblk::conform {
 using namespace vhost_user;
 
 BackendChannel::BackendChannel(Channel& channel) {
-  if (!channel.has_protocol(kProtocolFBackendReq)) Probe::skip("no BACKEND_REQ is offered");
+  need_protocol(channel, kProtocolFBackendReq, "BACKEND_REQ");
   std::array<int, 2> ends{};
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends.data()) != 0)
     Probe::fail("the suite itself: no socket pair");

@@ -51,6 +51,14 @@ const char* to_string(Channel::Taken taken) {
   return "";
 }
 
+void need_feature(const Channel& channel, unsigned feature, const char* name) {
+  if (!channel.has(feature)) Probe::skip(fmt::format("no {} is offered", name));
+}
+
+void need_protocol(const Channel& channel, unsigned feature, const char* name) {
+  if (!channel.has_protocol(feature)) Probe::skip(fmt::format("no {} is offered", name));
+}
+
 Channel::Channel(Probe& probe) {
   // The driver's frontend knows how to connect; it is not used for more, for it has manners.
   auto connected = driver::Frontend::connect(probe.socket_path(), {.timeout = kPatience});

@@ -89,4 +89,8 @@ class Channel {
 
 [[nodiscard]] const char* to_string(Channel::Taken taken);
 
+// Skip the test where a feature, or a protocol feature, was not negotiated: "no NAME is offered".
+void need_feature(const Channel& channel, unsigned feature, const char* name);
+void need_protocol(const Channel& channel, unsigned feature, const char* name);
+
 }  // namespace vblk::conform

@@ -271,6 +271,10 @@ void config_of_a_migration_is_taken_or_refused(Probe& probe) {
     const auto taken = channel.write_config(0, bytes, kForMigration);
     if (taken == Channel::Taken::kClosed) return;
     Probe::expect(taken != Channel::Taken::kSilent, "SET_CONFIG for migration is not answered");
+    channel.send(Request::kGetFeatures);
+    Probe::expect(
+        channel.receive().has_value(),
+        fmt::format("SET_CONFIG for migration is {}, and the connection ends", to_string(taken)));
     const Bytes now = whole_config(channel);
     if (taken == Channel::Taken::kRefused) {
       Probe::expect(now == before,
@@ -307,7 +311,7 @@ void num_queues_agree(Probe& probe) {
   Guest guest(probe);
   need_feature(guest, kBlkFMq, "MQ");
   const std::uint64_t told = guest.config_field(kBlkConfigNumQueues, 2);
-  if (!guest.channel().has_protocol(kProtocolFMq)) Probe::skip("no protocol feature MQ is offered");
+  need_protocol(guest.channel(), kProtocolFMq, "protocol feature MQ");
   const std::uint64_t count = guest.channel().call_u64(Request::kGetQueueNum);
   Probe::expect(told == count && told > 0,
                 fmt::format("num_queues is {}, GET_QUEUE_NUM {}", told, count));
@@ -382,22 +386,10 @@ void resize_is_told(Probe& probe) {
 void resize_is_harmless_under_load(Probe& probe) {
   Backend& backend = probe.own_backend("the disk's size is changed");
   Guest guest(probe);
-  const auto count = static_cast<std::uint16_t>(guest.ring().size() / 3);
   for (std::uint64_t step = 1; step <= 3; ++step) {
-    for (std::uint16_t i = 0; i < count; ++i)
-      guest.post(0, i, kBlkTIn, i * 8U, {}, guest.data().subspan(i * kDefaultBlock, kDefaultBlock));
-    guest.ring().kick();
+    const std::uint16_t count = guest.post_reads();
     resize(backend, probe.options().target.image_bytes + step * kResizeStepBytes);
-    for (std::uint16_t i = 0; i < count; ++i) {
-      if (!guest.ring().wait_used())
-        Probe::fail(fmt::format("{} of {} requests come back after a change of size", i, count));
-      guest.ring().take();
-    }
-    for (std::uint16_t i = 0; i < count; ++i) {
-      Probe::expect(
-          guest.status_of(0, i) == kBlkSOk,
-          fmt::format("request {} under a change of size has status {}", i, guest.status_of(0, i)));
-    }
+    guest.await_reads(count, "a change of size");
   }
 }
 

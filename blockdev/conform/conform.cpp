@@ -46,13 +46,13 @@ void watch_for_interrupts() {
 int run_tests(const ConformOptions& options) {
   watch_for_interrupts();
   Runner runner(options.probe, interruption());
-  Report report(options.format, options.repeat);
+  Report report(options.format, options.repeat, options.tests);
   if (auto checked = runner.check_backend(); !checked) {
     const bool interrupted = interruption().is_asked();
     const std::string why = interrupted ? "interrupted" : checked.error().message;
     if (!interrupted) fmt::print(stderr, "vblk: conform: {}\n", why);
     // Who reads the terminal has been told.
-    if (interrupted || options.format != ReportFormat::kHuman) report.finish(options.tests, why);
+    if (interrupted || options.format != ReportFormat::kHuman) report.finish(why);
     return interrupted ? 128 + SIGINT : kExitNoBackend;
   }
   std::string why_incomplete;
@@ -81,7 +81,7 @@ int run_tests(const ConformOptions& options) {
         std::chrono::steady_clock::now() - test_begin, soak);
     report.add(std::move(result));
   }
-  report.finish(options.tests, why_incomplete);
+  report.finish(why_incomplete);
   if (interruption().is_asked()) return 128 + SIGINT;
   if (report.totals().failed > 0) return kExitFailed;
   return why_incomplete.empty() ? 0 : kExitIncomplete;

@@ -70,34 +70,42 @@ void Guest::share_memory() {
     }
     return;
   }
+  share_table(channel_, *memory_);
+}
+
+void share_table(Channel& channel, const driver::DriverMemory& memory) {
   Bytes payload = payload_of(MemoryTableHead{
-      .region_count = static_cast<std::uint32_t>(memory_->regions().size()), .padding = 0});
+      .region_count = static_cast<std::uint32_t>(memory.regions().size()), .padding = 0});
   std::vector<int> fds;
-  for (const auto& region : memory_->regions()) {
+  for (const auto& region : memory.regions()) {
     append(payload, region.description);
     fds.push_back(region.fd);
   }
-  channel_.command(Request::kSetMemTable, payload, fds);
+  channel.command(Request::kSetMemTable, payload, fds);
+}
+
+void enable_ring(Channel& channel, std::uint32_t index, bool enable) {
+  channel.command(Request::kSetVringEnable, payload_of(VringState{index, enable ? 1U : 0U}));
+}
+
+bool try_start_ring(Channel& channel, const Doorbells& bells, const RingStart& start) {
+  const std::uint64_t number = 0;
+  const int kick[] = {bells.kick_fd()};
+  const int call[] = {bells.call_fd()};
+  const auto lasts = [&channel](Request request, const Bytes& payload,
+                                std::span<const int> fds = {}) {
+    return channel.try_command(request, payload, fds) != Channel::Taken::kClosed;
+  };
+  return lasts(Request::kSetVringNum, payload_of(VringState{0, start.size})) &&
+         lasts(Request::kSetVringBase, payload_of(VringState{0, start.base})) &&
+         lasts(Request::kSetVringAddr, payload_of(start.addresses)) &&
+         lasts(Request::kSetVringCall, payload_of(number), call) &&
+         lasts(Request::kSetVringKick, payload_of(number), kick) &&
+         lasts(Request::kSetVringEnable, payload_of(VringState{0, 1}));
 }
 
 void Guest::start_ring(std::uint16_t index) {
-  Ring& ring = *rings_[index];
-  const std::uint64_t number = index;
-  const int kick[] = {ring.kick_fd()};
-  const int call[] = {ring.call_fd()};
-  const int error[] = {ring.error_fd()};
-  channel_.command(Request::kSetVringNum, payload_of(VringState{index, ring.size()}));
-  channel_.command(Request::kSetVringBase, payload_of(VringState{index, ring.used_index()}));
-  channel_.command(Request::kSetVringAddr, payload_of(ring.addresses(index)));
-  channel_.command(Request::kSetVringErr, payload_of(number), error);
-  if (options_.has_call_fd) {
-    channel_.command(Request::kSetVringCall, payload_of(number), call);
-  } else {
-    channel_.command(Request::kSetVringCall, payload_of(number | kVringNoFd));
-  }
-  channel_.command(Request::kSetVringKick, payload_of(number), kick);
-  if (channel_.has(kFProtocolFeatures))
-    channel_.command(Request::kSetVringEnable, payload_of(VringState{index, 1}));
+  conform::start_ring(channel_, ring(index), index, ring(index).used_index(), options_.has_call_fd);
 }
 
 std::uint16_t Guest::stop_ring(std::uint16_t index) {
@@ -122,12 +130,13 @@ std::uint8_t Guest::status_of(std::size_t ring, std::uint16_t slot) const {
 }
 
 const RequestLimits& Guest::limits() {
+  static constexpr RequestLimits kNotTold{};
   auto& known = probe_.request_limits();
   if (known) return *known;
+  if (!channel_.has_protocol(kProtocolFConfig)) return kNotTold;
   // A backend that says 0 has not thought of a limit: config/size-max and the like tell it so.
   const auto limit = [this](unsigned feature, std::uint32_t offset) {
-    const bool is_told =
-        (channel_.offered() & bit(feature)) != 0 && channel_.has_protocol(kProtocolFConfig);
+    const bool is_told = (channel_.offered() & bit(feature)) != 0;
     const std::uint64_t value = is_told ? config_field(offset, 4) : 0;
     return value != 0 ? value : RequestLimits::kNone;
   };
@@ -147,10 +156,6 @@ void Guest::need_segment_bytes(std::size_t bytes) {
 
 void Guest::need_segments(std::size_t count) {
   need(count, limits().segments, "segments in a request");
-}
-
-void need_feature(const Guest& guest, unsigned feature, const char* name) {
-  if (!guest.has(feature)) Probe::skip(fmt::format("no {} is offered", name));
 }
 
 void Guest::post(std::size_t index, std::uint16_t slot, std::uint32_t type, std::uint64_t sector,
@@ -274,6 +279,32 @@ std::optional<std::size_t> Guest::differs(std::size_t bytes, std::uint64_t stamp
   return std::nullopt;
 }
 
+void Guest::expect_data(std::size_t bytes, std::uint64_t stamp, const std::string& what) const {
+  if (const auto wrong = differs(bytes, stamp))
+    Probe::fail(fmt::format("byte {} of {} is wrong", *wrong, what));
+}
+
+std::uint16_t Guest::post_reads() {
+  const auto count = static_cast<std::uint16_t>(ring().size() / kDescriptorsPerSlot);
+  for (std::uint16_t i = 0; i < count; ++i)
+    post(0, i, kBlkTIn, i * (kDefaultBlock / kSectorBytes), {},
+         data_.subspan(i * kDefaultBlock, kDefaultBlock));
+  ring().kick();
+  return count;
+}
+
+void Guest::await_reads(std::uint16_t count, const char* under_what) {
+  for (std::uint16_t i = 0; i < count; ++i) {
+    if (!ring().wait_used())
+      Probe::fail(fmt::format("{} of {} requests come back under {}", i, count, under_what));
+    ring().take();
+  }
+  for (std::uint16_t i = 0; i < count; ++i) {
+    Probe::expect(status_of(0, i) == kBlkSOk,
+                  fmt::format("request {} under {} has status {}", i, under_what, status_of(0, i)));
+  }
+}
+
 std::uint64_t Guest::config_field(std::uint32_t offset, std::size_t bytes) {
   if (!channel_.has_protocol(kProtocolFConfig)) Probe::skip("the backend offers no CONFIG");
   // From the start, as most frontends read it; no further, for a device may have no more.
@@ -286,11 +317,18 @@ std::uint64_t Guest::config_field(std::uint32_t offset, std::size_t bytes) {
   return value;
 }
 
-std::uint16_t queues_of(Probe& probe) {
-  Guest guest(probe, {.starts_rings = false});
-  if (!guest.channel().has_protocol(kProtocolFMq)) return 1;
+std::uint16_t queues_of(Probe& probe, std::uint16_t most) {
+  Channel channel(probe);
+  channel.negotiate(kPlainFeatures, kPlainProtocol);
+  if (!channel.has_protocol(kProtocolFMq)) return 1;
   return static_cast<std::uint16_t>(
-      std::min<std::uint64_t>(guest.channel().call_u64(Request::kGetQueueNum), 64));
+      std::min<std::uint64_t>(channel.call_u64(Request::kGetQueueNum), most));
+}
+
+void need_packed(Probe& probe) {
+  Channel channel(probe);
+  if ((channel.call_u64(Request::kGetFeatures) & bit(kFRingPacked)) == 0)
+    Probe::skip("no RING_PACKED is offered");
 }
 
 void need_queues(Probe& probe, std::uint16_t count) {

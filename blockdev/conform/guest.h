@@ -66,6 +66,7 @@ class Guest {
   Guest& operator=(const Guest&) = delete;
 
   [[nodiscard]] Channel& channel() { return channel_; }
+  [[nodiscard]] const Channel& channel() const { return channel_; }
   [[nodiscard]] driver::DriverMemory& memory() { return *memory_; }
   [[nodiscard]] Ring& ring(std::size_t index = 0) { return *rings_[index]; }
   [[nodiscard]] std::size_t ring_count() const { return rings_.size(); }
@@ -115,6 +116,11 @@ class Guest {
   void must_read(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
   void must_write(std::uint64_t sector, std::size_t bytes, std::size_t ring = 0);
   void must_flush(std::size_t ring = 0);
+  // As many reads as ring 0 has room for, of a block each from the disk's begin on; kicked. How
+  // many.
+  std::uint16_t post_reads();
+  // Waits for all of them, which have to succeed; `under_what`: what was done meanwhile.
+  void await_reads(std::uint16_t count, const char* under_what);
   // Waits for the one request that is in flight on a ring, which has to come back as `id`.
   Answer await(std::size_t ring, std::uint16_t slot);
 
@@ -122,6 +128,8 @@ class Guest {
   // that: the offset of the first byte that is not, or nothing.
   void fill(std::size_t bytes, std::uint64_t stamp);
   [[nodiscard]] std::optional<std::size_t> differs(std::size_t bytes, std::uint64_t stamp) const;
+  // Fails the test where they are not: "byte 7 of WHAT is wrong".
+  void expect_data(std::size_t bytes, std::uint64_t stamp, const std::string& what) const;
 
   [[nodiscard]] std::uint64_t capacity_sectors();
   [[nodiscard]] std::uint64_t config_field(std::uint32_t offset, std::size_t bytes);
@@ -141,10 +149,53 @@ class Guest {
   std::span<std::byte> segments_;
 };
 
-// Skips the test where a feature is not negotiated.
-void need_feature(const Guest& guest, unsigned feature, const char* name);
-// How many queues the backend has, of which no more than 64 are of interest. Connects.
-[[nodiscard]] std::uint16_t queues_of(Probe& probe);
+inline void need_feature(const Guest& guest, unsigned feature, const char* name) {
+  need_feature(guest.channel(), feature, name);
+}
+
+// Says of a ring all that it takes, up to its kick descriptor. With PROTOCOL_FEATURES it is still
+// disabled then: start_ring() enables it, too. Split rings and packed ones.
+template <typename AnyRing>
+void set_up_ring(Channel& channel, const AnyRing& ring, std::uint32_t index, std::uint32_t base,
+                 bool has_call_fd = true) {
+  using namespace vhost_user;
+  const std::uint64_t number = index;
+  const int kick[] = {ring.kick_fd()};
+  const int call[] = {ring.call_fd()};
+  const int error[] = {ring.error_fd()};
+  channel.command(Request::kSetVringNum, payload_of(VringState{index, ring.size()}));
+  channel.command(Request::kSetVringBase, payload_of(VringState{index, base}));
+  channel.command(Request::kSetVringAddr, payload_of(ring.addresses(index)));
+  channel.command(Request::kSetVringErr, payload_of(number), error);
+  if (has_call_fd) {
+    channel.command(Request::kSetVringCall, payload_of(number), call);
+  } else {
+    channel.command(Request::kSetVringCall, payload_of(number | kVringNoFd));
+  }
+  channel.command(Request::kSetVringKick, payload_of(number), kick);
+}
+void enable_ring(Channel& channel, std::uint32_t index, bool enable = true);
+template <typename AnyRing>
+void start_ring(Channel& channel, const AnyRing& ring, std::uint32_t index, std::uint32_t base,
+                bool has_call_fd = true) {
+  set_up_ring(channel, ring, index, base, has_call_fd);
+  if (channel.has(vhost_user::kFProtocolFeatures)) enable_ring(channel, index);
+}
+// What may be wrong about a ring, of queue 0.
+struct RingStart {
+  std::uint32_t size;
+  std::uint32_t base;
+  vhost_user::VringAddress addresses;
+};
+// The same by messages that the backend may refuse. False: it has ended the connection.
+bool try_start_ring(Channel& channel, const Doorbells& bells, const RingStart& start);
+// SET_MEM_TABLE.
+void share_table(Channel& channel, const driver::DriverMemory& memory);
+
+// How many queues the backend has, of which no more than so many are of interest. Connects.
+[[nodiscard]] std::uint16_t queues_of(Probe& probe, std::uint16_t most = 64);
+// Skips the test where packed rings are not offered. Connects.
+void need_packed(Probe& probe);
 // Skips the test if they are fewer.
 void need_queues(Probe& probe, std::uint16_t count);
 

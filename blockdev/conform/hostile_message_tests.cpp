@@ -353,20 +353,8 @@ void ring_sizes_are_checked(Probe& probe) {
     Guest guest(probe, {.starts_rings = false});
     guest.share_memory();
     Ring& ring = guest.ring();
-    const std::uint64_t number = 0;
-    const int kick[] = {ring.kick_fd()};
-    const int call[] = {ring.call_fd()};
-    Channel& channel = guest.channel();
-    using enum Channel::Taken;
-    if (channel.try_command(Request::kSetVringNum, payload_of(VringState{0, size})) == kClosed)
-      continue;
-    if (channel.try_command(Request::kSetVringBase, payload_of(VringState{0, 0})) == kClosed)
-      continue;
-    if (channel.try_command(Request::kSetVringAddr, payload_of(ring.addresses(0))) == kClosed)
-      continue;
-    if (channel.try_command(Request::kSetVringCall, payload_of(number), call) == kClosed) continue;
-    if (channel.try_command(Request::kSetVringKick, payload_of(number), kick) == kClosed) continue;
-    channel.try_command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+    const RingStart start{.size = size, .base = 0, .addresses = ring.addresses(0)};
+    if (!try_start_ring(guest.channel(), ring, start)) continue;
     guest.post(0, 0, kBlkTIn, 0, {}, guest.data().first(kDefaultBlock));
     ring.kick();
     ring.wait_used(std::chrono::milliseconds(30));
@@ -387,14 +375,8 @@ void ring_addresses_are_checked(Probe& probe) {
     if (which / 3 == 2)
       address = guest.memory().regions()[0].description.user_address + guest.memory().size_bytes() -
                 16;  // leaves memory
-    const std::uint64_t number = 0;
-    const int kick[] = {ring.kick_fd()};
-    Channel& channel = guest.channel();
-    using enum Channel::Taken;
-    channel.command(Request::kSetVringNum, payload_of(VringState{0, ring.size()}));
-    if (channel.try_command(Request::kSetVringAddr, payload_of(addresses)) == kClosed) continue;
-    if (channel.try_command(Request::kSetVringKick, payload_of(number), kick) == kClosed) continue;
-    channel.try_command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+    const RingStart start{.size = ring.size(), .base = 0, .addresses = addresses};
+    if (!try_start_ring(guest.channel(), ring, start)) continue;
     ring.kick();
     ring.wait_used(std::chrono::milliseconds(30));
   }
@@ -487,8 +469,7 @@ void inflight_areas_are_checked(Probe& probe) {
     for (const UniqueFd* fd : {&small, &right}) {
       Channel channel(probe);
       channel.negotiate(kPlainFeatures, kPlainProtocol | bit(kProtocolFInflightShmfd));
-      if (!channel.has_protocol(kProtocolFInflightShmfd))
-        Probe::skip("no INFLIGHT_SHMFD is offered");
+      need_protocol(channel, kProtocolFInflightShmfd, "INFLIGHT_SHMFD");
       const int fds[] = {fd->get()};
       channel.try_command(Request::kSetInflightFd, payload_of(inflight), fds);
     }

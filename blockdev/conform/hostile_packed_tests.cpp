@@ -315,16 +315,8 @@ void bases_lie_beyond(Probe& probe) {
     PackedGuest guest(probe, {.starts_ring = false});
     guest.guest().share_memory();
     PackedRing& ring = guest.ring();
-    Channel& channel = guest.channel();
-    const std::uint64_t number = 0;
-    const int kick[] = {ring.kick_fd()};
-    using enum Channel::Taken;
-    channel.command(Request::kSetVringNum, payload_of(VringState{0, ring.size()}));
-    channel.command(Request::kSetVringAddr, payload_of(ring.addresses(0)));
-    if (channel.try_command(Request::kSetVringBase, payload_of(VringState{0, base})) == kClosed)
-      continue;
-    if (channel.try_command(Request::kSetVringKick, payload_of(number), kick) == kClosed) continue;
-    channel.try_command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+    const RingStart start{.size = ring.size(), .base = base, .addresses = ring.addresses(0)};
+    if (!try_start_ring(guest.channel(), ring, start)) continue;
     ring.offer_raw(list_of(prepare(guest, true)));
     ring.kick();
     ring.wait_used(std::chrono::milliseconds(20));
@@ -336,16 +328,8 @@ void sizes_are_wrong(Probe& probe) {
     PackedGuest guest(probe, {.starts_ring = false});
     guest.guest().share_memory();
     PackedRing& ring = guest.ring();
-    Channel& channel = guest.channel();
-    const std::uint64_t number = 0;
-    const int kick[] = {ring.kick_fd()};
-    using enum Channel::Taken;
-    if (channel.try_command(Request::kSetVringNum, payload_of(VringState{0, size})) == kClosed)
-      continue;
-    if (channel.try_command(Request::kSetVringAddr, payload_of(ring.addresses(0))) == kClosed)
-      continue;
-    if (channel.try_command(Request::kSetVringKick, payload_of(number), kick) == kClosed) continue;
-    channel.try_command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+    const RingStart start{.size = size, .base = ring.base(), .addresses = ring.addresses(0)};
+    if (!try_start_ring(guest.channel(), ring, start)) continue;
     ring.offer_raw(list_of(prepare(guest, true)));
     ring.kick();
     ring.wait_used(std::chrono::milliseconds(20));
@@ -384,7 +368,7 @@ void inflight_region_is_garbage(Probe& probe) {
     PackedGuest guest(probe, {.protocol_features = kPlainProtocol | bit(kProtocolFInflightShmfd),
                               .starts_ring = false});
     Channel& channel = guest.channel();
-    if (!channel.has_protocol(kProtocolFInflightShmfd)) Probe::skip("no INFLIGHT_SHMFD is offered");
+    need_protocol(channel, kProtocolFInflightShmfd, "INFLIGHT_SHMFD");
     constexpr std::size_t kBytes = std::size_t{1} << 16;
     const UniqueFd file(::memfd_create("vblk-conform-inflight", MFD_CLOEXEC));
     Bytes garbage(kBytes);
@@ -405,14 +389,10 @@ void inflight_region_is_garbage(Probe& probe) {
         Channel::Taken::kClosed)
       continue;
     guest.guest().share_memory();
-    const std::uint64_t number = 0;
-    const int kick[] = {guest.ring().kick_fd()};
-    channel.command(Request::kSetVringNum, payload_of(VringState{0, guest.ring().size()}));
-    channel.command(Request::kSetVringBase, payload_of(VringState{0, guest.ring().base()}));
-    channel.command(Request::kSetVringAddr, payload_of(guest.ring().addresses(0)));
-    using enum Channel::Taken;
-    if (channel.try_command(Request::kSetVringKick, payload_of(number), kick) == kClosed) continue;
-    channel.try_command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+    const RingStart start{.size = guest.ring().size(),
+                          .base = guest.ring().base(),
+                          .addresses = guest.ring().addresses(0)};
+    if (!try_start_ring(channel, guest.ring(), start)) continue;
     guest.ring().offer_raw(list_of(prepare(guest, true)));
     guest.ring().kick();
     guest.ring().wait_used(std::chrono::milliseconds(20));

@@ -35,6 +35,7 @@ constexpr std::uint32_t kBlockSectors = kBlockBytes / kSectorBytes;
 constexpr std::size_t kBlocksMax = 8192;  // of the disk: more would be touched too seldom
 constexpr std::size_t kBlocksPerRequestMax = 16;
 constexpr std::size_t kRequestsPerQueue = 12;
+constexpr std::uint16_t kQueuesMax = 4;
 constexpr std::uint64_t kUnknown = ~std::uint64_t{0};
 
 // What the driver makes use of. Packed rings: of INDIRECT_DESC and EVENT_IDX as well.
@@ -43,16 +44,8 @@ enum class Rings : std::uint8_t { kSplit, kPlain, kPacked };
 class Soak {
  public:
   Soak(Probe& probe, Rings rings) : probe_(probe) {
-    std::uint16_t queues = 1;
-    RequestLimits limits;
-    {
-      Guest guest(probe, {.starts_rings = false});
-      limits = guest.limits();
-      if (guest.channel().has_protocol(vhost_user::kProtocolFMq)) {
-        queues = static_cast<std::uint16_t>(
-            std::min<std::uint64_t>(guest.channel().call_u64(Request::kGetQueueNum), 4));
-      }
-    }
+    const std::uint16_t queues = queues_of(probe, kQueuesMax);
+    const RequestLimits limits = Guest(probe, {.starts_rings = false}).limits();
     driver_ = Probe::value(
         driver::BlkDriver::connect(probe.socket_path(), {.queue_count = queues,
                                                          .queue_size = 64,
@@ -297,11 +290,7 @@ void soak(Probe& probe, Rings rings) { Soak(probe, rings).run(probe.options().so
 void random_requests(Probe& probe) { soak(probe, Rings::kSplit); }
 void random_requests_on_plain_rings(Probe& probe) { soak(probe, Rings::kPlain); }
 void random_requests_on_packed_rings(Probe& probe) {
-  {
-    Channel channel(probe);
-    if ((channel.call_u64(Request::kGetFeatures) & bit(kFRingPacked)) == 0)
-      Probe::skip("no RING_PACKED is offered");
-  }
+  need_packed(probe);
   soak(probe, Rings::kPacked);
 }
 

@@ -32,8 +32,7 @@ GuestOptions with_slots(std::vector<std::size_t> memory_bytes) {
 }
 
 void needs_slots(Guest& guest) {
-  if (!guest.channel().has_protocol(kProtocolFConfigureMemSlots))
-    Probe::skip("no CONFIGURE_MEM_SLOTS is offered");
+  need_protocol(guest.channel(), kProtocolFConfigureMemSlots, "CONFIGURE_MEM_SLOTS");
 }
 
 // A memory of its own at a guest address that no DriverMemory uses.
@@ -245,22 +244,10 @@ void many_slots_work(Probe& probe) {
 
 void table_changes_under_load(Probe& probe) {
   Guest guest(probe);
-  const auto count = static_cast<std::uint16_t>(guest.ring().size() / 3);
   for (int round = 0; round < 30; ++round) {
-    for (std::uint16_t i = 0; i < count; ++i)
-      guest.post(0, i, kBlkTIn, i * 8U, {}, guest.data().subspan(i * kDefaultBlock, kDefaultBlock));
-    guest.ring().kick();
+    const std::uint16_t count = guest.post_reads();
     guest.share_memory();
-    for (std::uint16_t i = 0; i < count; ++i) {
-      if (!guest.ring().wait_used())
-        Probe::fail(fmt::format("{} of {} requests come back after SET_MEM_TABLE", i, count));
-      guest.ring().take();
-    }
-    for (std::uint16_t i = 0; i < count; ++i) {
-      Probe::expect(
-          guest.status_of(0, i) == kBlkSOk,
-          fmt::format("request {} under SET_MEM_TABLE has status {}", i, guest.status_of(0, i)));
-    }
+    guest.await_reads(count, "SET_MEM_TABLE");
   }
 }
 

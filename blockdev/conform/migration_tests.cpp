@@ -78,7 +78,7 @@ class DirtyLog {
 };
 
 void needs_logging(Channel& channel) {
-  if (!channel.has_protocol(kProtocolFLogShmfd)) Probe::skip("no LOG_SHMFD is offered");
+  need_protocol(channel, kProtocolFLogShmfd, "LOG_SHMFD");
   if ((channel.offered() & bit(kFLogAll)) == 0) Probe::skip("no LOG_ALL is offered");
 }
 
@@ -176,14 +176,7 @@ void data_is_logged(Probe& probe) {
 }
 
 void data_of_each_queue_is_logged(Probe& probe) {
-  std::uint16_t count = 1;
-  {
-    Guest guest(probe, {.starts_rings = false});
-    if (guest.channel().has_protocol(kProtocolFMq)) {
-      count = static_cast<std::uint16_t>(
-          std::min<std::uint64_t>(guest.channel().call_u64(Request::kGetQueueNum), 8));
-    }
-  }
+  const std::uint16_t count = queues_of(probe, 8);
   Logged logged(probe, Logging::kData,
                 {.protocol_features = kPlainProtocolAndLog, .queue_count = count});
   for (std::size_t ring = 0; ring < count; ++ring) read_and_look(logged, 0, kDefaultBlock, ring);

@@ -27,31 +27,16 @@ PackedGuest::PackedGuest(Probe& probe, const PackedGuestOptions& options)
     : probe_(probe),
       guest_(probe, options_of(options)),
       ring_(guest_.memory(), options.size, options.start) {
-  if (!guest_.has(kFRingPacked)) Probe::skip("no RING_PACKED is offered");
-  if ((options.features & bit(kFEventIdx)) != 0 && !guest_.has(kFEventIdx))
-    Probe::skip("no EVENT_IDX is offered");
-  if ((options.features & bit(kFIndirectDesc)) != 0 && !guest_.has(kFIndirectDesc))
-    Probe::skip("no INDIRECT_DESC is offered");
+  need_feature(guest_, kFRingPacked, "RING_PACKED");
+  if ((options.features & bit(kFEventIdx)) != 0) need_feature(guest_, kFEventIdx, "EVENT_IDX");
+  if ((options.features & bit(kFIndirectDesc)) != 0)
+    need_feature(guest_, kFIndirectDesc, "INDIRECT_DESC");
   if (!options.starts_ring) return;
   guest_.share_memory();
   start_ring();
 }
 
-void PackedGuest::start_ring() {
-  const std::uint64_t number = 0;
-  const int kick[] = {ring_.kick_fd()};
-  const int call[] = {ring_.call_fd()};
-  const int error[] = {ring_.error_fd()};
-  Channel& channel = guest_.channel();
-  channel.command(Request::kSetVringNum, payload_of(VringState{0, ring_.size()}));
-  channel.command(Request::kSetVringBase, payload_of(VringState{0, ring_.base()}));
-  channel.command(Request::kSetVringAddr, payload_of(ring_.addresses(0)));
-  channel.command(Request::kSetVringErr, payload_of(number), error);
-  channel.command(Request::kSetVringCall, payload_of(number), call);
-  channel.command(Request::kSetVringKick, payload_of(number), kick);
-  if (channel.has(kFProtocolFeatures))
-    channel.command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
-}
+void PackedGuest::start_ring() { conform::start_ring(guest_.channel(), ring_, 0, ring_.base()); }
 
 std::uint32_t PackedGuest::stop_ring() {
   const Message answer =

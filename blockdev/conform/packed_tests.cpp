@@ -50,10 +50,11 @@ void lists_go_over_the_end(Probe& probe) {
         std::ranges::fill(guest.data().first(kDefaultBlock), std::byte{0});
         for (int i = 0; i < size; ++i) guest.must_read(kTestSector, kDefaultBlock);
         if (!may_write) continue;
-        const auto wrong = guest.guest().differs(kDefaultBlock, stamp);
-        Probe::expect(!wrong, fmt::format("byte {} of what was written is wrong, of a list that "
-                                          "begins {} descriptors before the end of a ring of {}",
-                                          wrong.value_or(0), before_end, size));
+        guest.guest().expect_data(
+            kDefaultBlock, stamp,
+            fmt::format("what was written, by a list that begins {} descriptors before the end of "
+                        "a ring of {},",
+                        before_end, size));
       }
     }
   }
@@ -360,8 +361,7 @@ void check_cut(Probe& probe, std::span<const std::size_t> readable,
   Probe::expect(status == kBlkSOk, fmt::format("the read has status {}", status));
   std::memcpy(guest.data().data(), body.data() + kBlkRequestHeaderBytes, kDefaultBlock);
   if (!probe.options().target.may_write) return;
-  const auto wrong = guest.guest().differs(kDefaultBlock, kStamp);
-  Probe::expect(!wrong, fmt::format("byte {} of the data is wrong", wrong.value_or(0)));
+  guest.guest().expect_data(kDefaultBlock, kStamp, "the data");
 }
 
 constexpr std::array<std::size_t, 4> kHeaderCut{1, 3, 8, 4};
@@ -408,8 +408,7 @@ void read_indirect(Probe& probe, PackedGuest& guest, std::uint16_t flags) {
   const Answer answer = guest.await(0);
   Probe::expect(answer.status == kBlkSOk, fmt::format("the read has status {}", answer.status));
   if (!probe.options().target.may_write) return;
-  const auto wrong = guest.guest().differs(kDefaultBlock, kIndirectStamp);
-  Probe::expect(!wrong, fmt::format("byte {} of the data is wrong", wrong.value_or(0)));
+  guest.guest().expect_data(kDefaultBlock, kIndirectStamp, "the data");
 }
 
 void indirect_works_among_lists(Probe& probe) {

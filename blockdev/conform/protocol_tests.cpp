@@ -60,7 +60,7 @@ void any_subset_is_accepted(Probe& probe) {
 void unoffered_features_are_refused(Probe& probe) {
   Channel channel(probe);
   channel.negotiate(kPlainFeatures, kPlainProtocol);
-  if (!channel.has_protocol(kProtocolFReplyAck)) Probe::skip("no REPLY_ACK is offered");
+  need_protocol(channel, kProtocolFReplyAck, "REPLY_ACK");
   std::uint64_t unknown = 0;
   for (unsigned number = 63; number > 40 && unknown == 0; --number)
     unknown = bit(number) & ~channel.offered();
@@ -88,7 +88,7 @@ void replies_have_their_header(Probe& probe) {
 void ack_is_given(Probe& probe) {
   Channel channel(probe);
   channel.negotiate(kPlainFeatures, kPlainProtocol);
-  if (!channel.has_protocol(kProtocolFReplyAck)) Probe::skip("no REPLY_ACK is offered");
+  need_protocol(channel, kProtocolFReplyAck, "REPLY_ACK");
   channel.send(Request::kSetVringNum, payload_of(VringState{0, 64}), {}, kVersion | kFlagNeedReply);
   const auto answer = channel.receive();
   if (!answer) Probe::fail("SET_VRING_NUM with need_reply is not answered");
@@ -101,7 +101,7 @@ void ack_is_given(Probe& probe) {
 void ack_only_where_asked(Probe& probe) {
   Channel channel(probe);
   channel.negotiate(kPlainFeatures, kPlainProtocol);
-  if (!channel.has_protocol(kProtocolFReplyAck)) Probe::skip("no REPLY_ACK is offered");
+  need_protocol(channel, kProtocolFReplyAck, "REPLY_ACK");
   channel.send(Request::kSetVringNum, payload_of(VringState{0, 64}));
   channel.call(Request::kGetFeatures);  // fails if something else is answered first
 }
@@ -109,7 +109,7 @@ void ack_only_where_asked(Probe& probe) {
 void ack_does_not_double_a_reply(Probe& probe) {
   Channel channel(probe);
   channel.negotiate(kPlainFeatures, kPlainProtocol);
-  if (!channel.has_protocol(kProtocolFReplyAck)) Probe::skip("no REPLY_ACK is offered");
+  need_protocol(channel, kProtocolFReplyAck, "REPLY_ACK");
   channel.send(Request::kGetFeatures, {}, {}, kVersion | kFlagNeedReply);
   channel.send(Request::kGetProtocolFeatures);
   const auto first = channel.receive();
@@ -225,14 +225,11 @@ void expect_no_effect_until_enabled(Guest& guest, bool knows_data, const char* w
   Probe::expect(!served, fmt::format("a read is carried out {}", when));
   Probe::expect(!guest.differs(kDefaultBlock, kStamp + 1),
                 fmt::format("a read's data is written {}", when));
-  guest.channel().command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+  enable_ring(guest.channel(), 0);
   guest.ring().kick();
   const Answer answer = guest.await(0, 0);
   if (answer.status != kBlkSOk || !knows_data) return;
-  const auto wrong = guest.differs(kDefaultBlock, kStamp);
-  Probe::expect(!wrong, fmt::format("a read that has waited for its ring to be enabled has a wrong "
-                                    "byte {}",
-                                    wrong.value_or(0)));
+  guest.expect_data(kDefaultBlock, kStamp, "a read that has waited for its ring to be enabled");
 }
 
 // Writes what expect_no_effect_until_enabled() reads; whether it could.
@@ -248,7 +245,7 @@ void disabled_ring_has_no_effects(Probe& probe) {
   need_feature(guest, kFProtocolFeatures, "PROTOCOL_FEATURES");
   guest.must_read(0, kDefaultBlock);
   const bool knows_data = write_stamp(probe, guest);
-  guest.channel().command(Request::kSetVringEnable, payload_of(VringState{0, 0}));
+  enable_ring(guest.channel(), 0, false);
   expect_no_effect_until_enabled(guest, knows_data, "on a disabled ring");
 }
 
@@ -258,7 +255,7 @@ void disabled_ring_writes_nothing(Probe& probe) {
   Guest guest(probe, {.queue_count = 2});
   need_feature(guest, kFProtocolFeatures, "PROTOCOL_FEATURES");
   write_stamp(probe, guest);
-  guest.channel().command(Request::kSetVringEnable, payload_of(VringState{0, 0}));
+  enable_ring(guest.channel(), 0, false);
   const auto own = guest.data().subspan(kDefaultBlock, kDefaultBlock);
   std::ranges::fill(own, std::byte{0x3c});
   guest.post(0, 0, kBlkTOut, kTestSector, own, {});
@@ -268,7 +265,7 @@ void disabled_ring_writes_nothing(Probe& probe) {
   const auto changed = guest.differs(kDefaultBlock, kStamp);
   Probe::expect(!changed, fmt::format("a write on a disabled ring has changed byte {} of the disk",
                                       changed.value_or(0)));
-  guest.channel().command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+  enable_ring(guest.channel(), 0);
   guest.ring(0).kick();
   if (guest.await(0, 0).status != kBlkSOk) return;
   guest.must_read(kTestSector, kDefaultBlock, 1);
@@ -285,16 +282,7 @@ void ring_starts_disabled(Probe& probe) {
   Guest guest(probe, {.starts_rings = false});
   need_feature(guest, kFProtocolFeatures, "PROTOCOL_FEATURES");
   guest.share_memory();
-  Ring& ring = guest.ring();
-  const std::uint64_t number = 0;
-  const int kick[] = {ring.kick_fd()};
-  const int call[] = {ring.call_fd()};
-  Channel& channel = guest.channel();
-  channel.command(Request::kSetVringNum, payload_of(VringState{0, ring.size()}));
-  channel.command(Request::kSetVringBase, payload_of(VringState{0, 0}));
-  channel.command(Request::kSetVringAddr, payload_of(ring.addresses(0)));
-  channel.command(Request::kSetVringCall, payload_of(number), call);
-  channel.command(Request::kSetVringKick, payload_of(number), kick);
+  set_up_ring(guest.channel(), guest.ring(), 0, 0);
   expect_no_effect_until_enabled(guest, knows_data, "before SET_VRING_ENABLE");
 }
 
@@ -335,8 +323,7 @@ void kick_descriptor_is_optional(Probe& probe) {
   if (channel.try_command(Request::kSetVringKick, payload_of(number | kVringNoFd)) !=
       Channel::Taken::kOk)
     return;
-  if (channel.has(kFProtocolFeatures))
-    channel.command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+  if (channel.has(kFProtocolFeatures)) enable_ring(channel, 0);
   guest.post(0, 0, kBlkTIn, 0, {}, guest.data().first(kDefaultBlock));
   guest.await(0, 0);
 }
@@ -351,7 +338,7 @@ void error_descriptor_is_optional(Probe& probe) {
 void unoffered_protocol_features_are_refused(Probe& probe) {
   Channel channel(probe);
   channel.negotiate(kPlainFeatures, kPlainProtocol);
-  if (!channel.has_protocol(kProtocolFReplyAck)) Probe::skip("no REPLY_ACK is offered");
+  need_protocol(channel, kProtocolFReplyAck, "REPLY_ACK");
   const std::uint64_t unknown = bit(63);
   const auto taken =
       channel.try_command(Request::kSetProtocolFeatures,
@@ -405,8 +392,7 @@ void everything_is_exercised(Probe& probe) {
 void memory_slots_are_told(Probe& probe) {
   Channel channel(probe);
   channel.negotiate(kPlainFeatures, kPlainProtocol | bit(kProtocolFConfigureMemSlots));
-  if (!channel.has_protocol(kProtocolFConfigureMemSlots))
-    Probe::skip("no CONFIGURE_MEM_SLOTS is offered");
+  need_protocol(channel, kProtocolFConfigureMemSlots, "CONFIGURE_MEM_SLOTS");
   const std::uint64_t slots = channel.call_u64(Request::kGetMaxMemSlots);
   Probe::expect(slots >= 1, "no slots");
 }

@@ -141,8 +141,7 @@ struct Area {
 };
 
 void get_area(Guest& guest, Area& area) {
-  if (!guest.channel().has_protocol(kProtocolFInflightShmfd))
-    Probe::skip("no INFLIGHT_SHMFD is offered");
+  need_protocol(guest.channel(), kProtocolFInflightShmfd, "INFLIGHT_SHMFD");
   Message answer = guest.channel().call(Request::kGetInflightFd,
                                         payload_of(Inflight{.mmap_size = 0,
                                                             .mmap_offset = 0,
@@ -167,6 +166,13 @@ void start_with(Guest& guest, const Area& area) {
   guest.channel().command(Request::kSetInflightFd, payload_of(area.description), fds);
   guest.share_memory();
   guest.start_ring(0);
+}
+
+// Another connection gets what the one before has left, up to its rings.
+void hand_over(Channel& next, const Area& area, const driver::DriverMemory& memory) {
+  const int fds[] = {area.fd.get()};
+  next.command(Request::kSetInflightFd, payload_of(area.description), fds);
+  share_table(next, memory);
 }
 
 // QueueRegionSplit: version at 8, used_idx at 14, descriptors from 16, 16 bytes each, the flag
@@ -293,7 +299,7 @@ class Victim {
 
 void requests_survive_sigkill(Probe& probe, bool packed) {
   Backend& backend = probe.own_backend("the backend is killed");
-  Victim victim(probe, std::min<std::uint16_t>(queues_of(probe), 2), packed);
+  Victim victim(probe, queues_of(probe, 2), packed);
   probe.expect_end();
   for (unsigned round = 0; round < 8; ++round) {
     victim.submit_all(kBlkTOut, round);
@@ -308,11 +314,7 @@ void requests_survive_sigkill(Probe& probe, bool packed) {
 
 void split_requests_survive_sigkill(Probe& probe) { requests_survive_sigkill(probe, false); }
 void packed_requests_survive_sigkill(Probe& probe) {
-  {
-    Channel channel(probe);
-    if ((channel.call_u64(Request::kGetFeatures) & bit(kFRingPacked)) == 0)
-      Probe::skip("no RING_PACKED is offered");
-  }
+  need_packed(probe);
   requests_survive_sigkill(probe, true);
 }
 
@@ -335,22 +337,9 @@ void marked_request_is_done_again(Probe& probe) {
 
   Channel next(probe);
   next.negotiate(kPlainFeatures, kPlainProtocol | bit(kProtocolFInflightShmfd));
-  const int inflight_fds[] = {area.fd.get()};
-  next.command(Request::kSetInflightFd, payload_of(area.description), inflight_fds);
-  const Bytes table = payload_of(MemoryTableHead{.region_count = 1, .padding = 0},
-                                 guest.memory().regions()[0].description);
-  const int memory_fds[] = {guest.memory().regions()[0].fd};
-  next.command(Request::kSetMemTable, table, memory_fds);
   Ring& ring = guest.ring();
-  const std::uint64_t number = 0;
-  const int kick[] = {ring.kick_fd()};
-  const int call[] = {ring.call_fd()};
-  next.command(Request::kSetVringNum, payload_of(VringState{0, ring.size()}));
-  next.command(Request::kSetVringBase, payload_of(VringState{0, ring.used_index()}));
-  next.command(Request::kSetVringAddr, payload_of(ring.addresses(0)));
-  next.command(Request::kSetVringCall, payload_of(number), call);
-  next.command(Request::kSetVringKick, payload_of(number), kick);
-  next.command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+  hand_over(next, area, guest.memory());
+  start_ring(next, ring, 0, ring.used_index());
   ring.kick();
   const Answer answer = guest.await(0, 1);
   Probe::expect(answer.status == kBlkSOk,
@@ -495,22 +484,8 @@ void packed_marked_request_is_done_again(Probe& probe) {
 
   Channel next(probe);
   next.negotiate(kPlainFeatures | bit(kFRingPacked), kPlainProtocol | bit(kProtocolFInflightShmfd));
-  const int inflight_fds[] = {area.fd.get()};
-  next.command(Request::kSetInflightFd, payload_of(area.description), inflight_fds);
-  const auto& region = guest.guest().memory().regions()[0];
-  const int memory_fds[] = {region.fd};
-  next.command(Request::kSetMemTable,
-               payload_of(MemoryTableHead{.region_count = 1, .padding = 0}, region.description),
-               memory_fds);
-  const std::uint64_t number = 0;
-  const int kick[] = {ring.kick_fd()};
-  const int call[] = {ring.call_fd()};
-  next.command(Request::kSetVringNum, payload_of(VringState{0, ring.size()}));
-  next.command(Request::kSetVringBase, payload_of(VringState{0, ring.base()}));
-  next.command(Request::kSetVringAddr, payload_of(ring.addresses(0)));
-  next.command(Request::kSetVringCall, payload_of(number), call);
-  next.command(Request::kSetVringKick, payload_of(number), kick);
-  next.command(Request::kSetVringEnable, payload_of(VringState{0, 1}));
+  hand_over(next, area, guest.guest().memory());
+  start_ring(next, ring, 0, ring.base());
   ring.kick();
   const Answer answer = guest.await(1);
   Probe::expect(answer.status == kBlkSOk,

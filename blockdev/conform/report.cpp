@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <fcntl.h>
 #include <string_view>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <utility>
 
 #include <fmt/core.h>
@@ -106,7 +110,8 @@ void Report::add(Result result) {
       add_tap(result);
       break;
     case ReportFormat::kJunit:
-      add_junit(result);
+      junit_ += junit_case(result);
+      if (file_begin_) write_junit(junit_document(what_is_missing("the run has not ended")));
       break;
   }
   std::fflush(stdout);
@@ -140,25 +145,25 @@ void Report::add_tap(const Result& result) const {
                                              repeat_, result.test->name)));
 }
 
-void Report::add_junit(const Result& result) {
+std::string Report::junit_case(const Result& result) const {
   const std::string group(result.test->group());
-  junit_ += fmt::format("  <testcase classname=\"vblk.conform.{}\" name=\"{}\" time=\"{:.3f}\"",
-                        group, result.test->name, result.seconds);
+  const std::string begin =
+      fmt::format("  <testcase classname=\"vblk.conform.{}\" name=\"{}\" time=\"{:.3f}\"", group,
+                  result.test->name, result.seconds);
   switch (result.outcome) {
     case Outcome::kPassed:
-      junit_ += "/>\n";
       break;
     case Outcome::kSkipped:
-      junit_ += fmt::format("><skipped message=\"{}\"/></testcase>\n", xml(result.text));
-      break;
+      return begin + fmt::format("><skipped message=\"{}\"/></testcase>\n", xml(result.text));
     case Outcome::kFailed:
-      junit_ += fmt::format(
-          "><failure type=\"{}\" message=\"{}\">{}\nagain: {} --test {}</failure>"
-          "</testcase>\n",
-          to_string(result.test->statement.force), xml(result.text),
-          xml(statement_text(result.test->statement)), xml(repeat_), result.test->name);
-      break;
+      return begin + fmt::format(
+                         "><failure type=\"{}\" message=\"{}\">{}\nagain: {} --test {}</failure>"
+                         "</testcase>\n",
+                         to_string(result.test->statement.force), xml(result.text),
+                         xml(statement_text(result.test->statement)), xml(repeat_),
+                         result.test->name);
   }
+  return begin + "/>\n";
 }
 
 namespace {
@@ -176,47 +181,83 @@ std::string by_force(const Totals& totals) {
 
 }  // namespace
 
-void Report::finish(std::span<const Test* const> tests, const std::string& why_incomplete) {
-  const std::size_t run = totals_.passed + totals_.failed + totals_.skipped;
+Report::Report(ReportFormat format, std::string repeat, std::span<const Test* const> tests)
+    : format_(format), repeat_(std::move(repeat)), tests_(tests) {
+  struct stat output{};
+  const int flags = ::fcntl(STDOUT_FILENO, F_GETFL);
+  if (format != ReportFormat::kJunit || ::fstat(STDOUT_FILENO, &output) != 0 ||
+      !S_ISREG(output.st_mode) || (flags & O_APPEND) != 0)
+    return;
+  const off_t here = ::lseek(STDOUT_FILENO, 0, SEEK_CUR);
+  if (here < 0) return;
+  file_begin_ = here;
+  write_junit(junit_document(what_is_missing("the run has not ended")));
+}
+
+std::string Report::what_is_missing(const std::string& why) const {
+  return fmt::format("{} of {} tests were not run: {}", tests_.size() - count(), tests_.size(),
+                     one_line(without_controls(why)));
+}
+
+void Report::finish(const std::string& why_incomplete) {
   const bool is_complete = why_incomplete.empty();
-  const std::string what_is_missing =
-      fmt::format("{} of {} tests were not run: {}", tests.size() - run, tests.size(),
-                  one_line(without_controls(why_incomplete)));
   switch (format_) {
     case ReportFormat::kHuman:
       fmt::print("{} passed, {} failed{}, {} skipped, in {:.1f} s\n", totals_.passed,
                  totals_.failed, by_force(totals_), totals_.skipped, seconds_);
-      if (!is_complete) fmt::print("{}\n", what_is_missing);
+      if (!is_complete) fmt::print("{}\n", what_is_missing(why_incomplete));
       break;
     case ReportFormat::kTap:
-      fmt::print("1..{}\n", tests.size());
-      if (!is_complete) fmt::print("Bail out! {}\n", what_is_missing);
+      fmt::print("1..{}\n", tests_.size());
+      if (!is_complete) fmt::print("Bail out! {}\n", what_is_missing(why_incomplete));
       break;
     case ReportFormat::kJunit:
-      finish_junit(tests, is_complete ? "" : what_is_missing);
+      write_junit(junit_document(is_complete ? "" : what_is_missing(why_incomplete)));
       break;
   }
   std::fflush(stdout);
 }
 
-void Report::finish_junit(std::span<const Test* const> tests, const std::string& what_is_missing) {
-  const std::size_t run = totals_.passed + totals_.failed + totals_.skipped;
+std::string Report::junit_document(const std::string& missing) const {
+  std::string cases = junit_;
   std::size_t not_run = 0;
-  if (!what_is_missing.empty()) {
-    for (const Test* test : tests.subspan(run)) {
-      add_junit({.test = test, .outcome = Outcome::kSkipped, .text = "not run", .seconds = 0});
+  std::size_t errors = 0;
+  if (!missing.empty()) {
+    for (const Test* test : tests_.subspan(count())) {
+      cases +=
+          junit_case({.test = test, .outcome = Outcome::kSkipped, .text = "not run", .seconds = 0});
       ++not_run;
     }
-    junit_ += fmt::format(
+    cases += fmt::format(
         "  <testcase classname=\"vblk.conform\" name=\"run\" time=\"{:.3f}\"><error "
         "type=\"incomplete\" message=\"{}\"/></testcase>\n",
-        seconds_, xml(what_is_missing));
+        seconds_, xml(missing));
+    errors = 1;
   }
-  const std::size_t errors = what_is_missing.empty() ? 0 : 1;
-  fmt::print(
+  return fmt::format(
       "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"vblk conform\" tests=\"{}\" "
       "failures=\"{}\" errors=\"{}\" skipped=\"{}\" time=\"{:.3f}\">\n{}</testsuite>\n",
-      run + not_run + errors, totals_.failed, errors, totals_.skipped + not_run, seconds_, junit_);
+      count() + not_run + errors, totals_.failed, errors, totals_.skipped + not_run, seconds_,
+      cases);
+}
+
+void Report::write_junit(const std::string& document) const {
+  if (!file_begin_) {
+    fmt::print("{}", document);
+    return;
+  }
+  std::size_t written = 0;
+  while (written < document.size()) {
+    const ssize_t length =
+        ::pwrite(STDOUT_FILENO, document.data() + written, document.size() - written,
+                 *file_begin_ + static_cast<off_t>(written));
+    if (length < 0 && errno == EINTR) continue;
+    if (length <= 0) return;  // a disk that is full: there is nobody to tell
+    written += static_cast<std::size_t>(length);
+  }
+  const off_t end = *file_begin_ + static_cast<off_t>(document.size());
+  [[maybe_unused]] const auto cut = ::ftruncate(STDOUT_FILENO, end);
+  ::lseek(STDOUT_FILENO, end, SEEK_SET);
 }
 
 }  // namespace vblk::conform

@@ -71,8 +71,7 @@ void check_cut(Probe& probe, std::span<const std::size_t> readable,
   const Answer answer = read_cut(guest, readable, writable);
   Probe::expect(answer.status == kBlkSOk, fmt::format("the read has status {}", answer.status));
   if (!probe.options().target.may_write) return;
-  const auto wrong = guest.differs(bytes, stamp);
-  Probe::expect(!wrong, fmt::format("byte {} of the data is wrong", wrong.value_or(0)));
+  guest.expect_data(bytes, stamp, "the data");
 }
 
 void header_in_pieces(Probe& probe) {
@@ -108,8 +107,7 @@ void header_with_data(Probe& probe) {
   Probe::expect(status[0] == std::byte{kBlkSOk},
                 fmt::format("the write has status {}", std::to_integer<int>(status[0])));
   guest.must_read(kTestSector, kDefaultBlock);
-  const auto wrong = guest.differs(kDefaultBlock, 5);
-  Probe::expect(!wrong, fmt::format("byte {} of what was written is wrong", wrong.value_or(0)));
+  guest.expect_data(kDefaultBlock, 5, "what was written");
 }
 
 void used_length_is_no_more_than_written(Probe& probe) {
@@ -221,8 +219,7 @@ void with_indirect(Probe& probe, std::uint16_t direct_pieces, std::uint16_t tabl
   const Answer answer = guest.await(0, 0);
   Probe::expect(answer.status == kBlkSOk, fmt::format("the read has status {}", answer.status));
   if (!may_write) return;
-  const auto wrong = guest.differs(kDefaultBlock, kStamp);
-  Probe::expect(!wrong, fmt::format("byte {} of the data is wrong", wrong.value_or(0)));
+  guest.expect_data(kDefaultBlock, kStamp, "the data");
 }
 
 void indirect_works(Probe& probe) { with_indirect(probe, 0, 0); }

@@ -36,9 +36,7 @@ GuestOptions with(unsigned protocol_feature) {
   return {.protocol_features = kPlainProtocol | bit(protocol_feature), .starts_rings = false};
 }
 
-void needs_status(Channel& channel) {
-  if (!channel.has_protocol(kStatusFeature)) Probe::skip("no STATUS is offered");
-}
+void needs_status(Channel& channel) { need_protocol(channel, kStatusFeature, "STATUS"); }
 
 std::uint64_t status_of(Channel& channel) { return channel.call_u64(kGetStatusMessage); }
 
@@ -171,7 +169,7 @@ void broken_device_notifies(Probe& probe) {
 void reset_device_is_complete(Probe& probe) {
   Guest guest(probe, with(kResetDeviceFeature));
   Channel& channel = guest.channel();
-  if (!channel.has_protocol(kResetDeviceFeature)) Probe::skip("no RESET_DEVICE is offered");
+  need_protocol(channel, kResetDeviceFeature, "RESET_DEVICE");
   guest.share_memory();
   guest.start_ring(0);
   guest.must_read(0, kDefaultBlock);
@@ -191,7 +189,7 @@ constexpr const char* kStatusField = "Basic Facilities / Device Status Field";
 
 constexpr std::array kTests{
     Test{"status/initial",
-         {kVhostUser, kMessages, Force::kStates, "GET_STATUS is 0 before a driver has set it"},
+         {kVirtio, kStatusField, Force::kStates, "GET_STATUS is 0 before a driver has set it"},
          status_starts_at_zero},
     Test{"status/kept",
          {kVhostUser, kMessages, Force::kStates, "GET_STATUS tells what SET_STATUS has set"},

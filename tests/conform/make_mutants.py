@@ -8,14 +8,14 @@ it as a failure, and nobody's build breaks over it.
 import sys
 from pathlib import Path
 
-from mutants import MUTANTS
+from mutants import MUTANTS, VARIANTS
 
 
 def main():
     root, where, output = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     source = (root / where).read_text()
     missing = []
-    for mutant in MUTANTS:
+    for mutant in MUTANTS + VARIANTS:
         for text, instead in mutant.changes if mutant.where == where else ():
             if source.count(text) != 1:
                 missing.append(f"{mutant.name}: {source.count(text)} times in {where}: {text.splitlines()[0]}")

@@ -427,3 +427,31 @@ MUTANTS = (
             "    request.io.offset_bytes += 4096;\n"
             "  request.io.length_bytes = request.length_bytes;")),
 )
+
+# No defects: other servers that are in the right, on which no test may fail. Their changes come after those of the defects.
+VARIANTS = (
+    mutant("limits-are-small", "", DEVICE,
+           ('mutant("size-max-is-zero") ? 0 : kSegmentBytesMax);',
+            'mutant("size-max-is-zero") ? 0 : mutant("limits-are-small") ? 8192 : kSegmentBytesMax);'),
+           ("config.data() + kBlkConfigSegMax, segments_max(options_.queue_size_max));",
+            "config.data() + kBlkConfigSegMax,\n"
+            '                          mutant("limits-are-small") ? 2 : segments_max(options_.queue_size_max));'),
+           ("config.data() + kBlkConfigMaxDiscardSectors, kBlkSegmentSectorsMax);",
+            'config.data() + kBlkConfigMaxDiscardSectors, mutant("limits-are-small") ? 64 : kBlkSegmentSectorsMax);'),
+           ("config.data() + kBlkConfigMaxDiscardSeg, kBlkSegmentsMax);",
+            'config.data() + kBlkConfigMaxDiscardSeg, mutant("limits-are-small") ? 1U : std::uint32_t{kBlkSegmentsMax});'),
+           ("config.data() + kBlkConfigMaxWriteZeroesSectors, kBlkSegmentSectorsMax);",
+            'config.data() + kBlkConfigMaxWriteZeroesSectors, mutant("limits-are-small") ? 64 : kBlkSegmentSectorsMax);'),
+           ("config.data() + kBlkConfigMaxWriteZeroesSeg, kBlkSegmentsMax);",
+            'config.data() + kBlkConfigMaxWriteZeroesSeg, mutant("limits-are-small") ? 1U : std::uint32_t{kBlkSegmentsMax});')),
+    mutant("limits-are-small", "", REQUEST,
+           ("  // Engines take at most IOV_MAX pieces,",
+            '  if (mutant("limits-are-small") &&\n'
+            "      (data.size() > 2 || std::ranges::any_of(data, [](const iovec& piece) { return piece.iov_len > 8192; })))\n"
+            "    return refuse(kBlkSIoErr);\n"
+            "  // Engines take at most IOV_MAX pieces,"),
+           ("  if (count > segments.size()) return refuse(kBlkSUnsupp);",
+            '  if (count > (mutant("limits-are-small") ? 1 : segments.size())) return refuse(kBlkSUnsupp);'),
+           ("    in_range = in_range && wire.sector_count <= kBlkSegmentSectorsMax &&",
+            '    in_range = in_range && wire.sector_count <= (mutant("limits-are-small") ? 64 : kBlkSegmentSectorsMax) &&')),
+)

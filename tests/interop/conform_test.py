@@ -425,7 +425,7 @@ def test_one_frontend(report, options):
         status, output, _ = conform(options.vblk, *command, "--duration", 1, "--output", "tap", folder=folder)
         alone = subprocess.Popen([str(program), str(folder / "image"), str(folder / "socket")])
         make_sparse(folder / "image", 64 * MIB)
-        wait_until(lambda: (folder / "socket").exists())
+        wait_until(lambda: (folder / "socket").exists(), 60)
         refused, text, _ = conform(options.vblk, "--socket-path", folder / "socket", folder=folder)
         alone.wait(30)
     results = tap_of(output)
@@ -434,6 +434,20 @@ def test_one_frontend(report, options):
                  "ends with each frontend" in results["hostile-message/descriptor-leak"], output)
     report.check("one that others have started is named for what it is, with status 3",
                  refused == 3 and "serves one frontend" in text and "--backend-command" in text, f"{refused}: {text}")
+
+
+def test_small_limits(report, options):
+    """A backend that takes no more than it says is in the right: what is larger is not sent to it, and the rest works."""
+    groups = ("protocol", "config", "ring", "packed", "request", "memory", "durability", "reconnect", "integrity")
+    with Folder() as folder:
+        status, output, _ = conform(options.vblk, *mutant_command(options, groups[0]), *(w for g in groups for w in ("--group", g)),
+                                    folder=folder, VBLK_MUTANT="limits-are-small")
+    results = tap_of(output)
+    too_large = [name for name, result in results.items() if "and the backend takes" in result]
+    report.check(f"a backend with small limits: nothing fails, {len(too_large)} tests do not fit",
+                 status == 0 and "not ok" not in results.values() and results.get("request/read-write") == "ok" and
+                 results.get("integrity/random") == "ok" and results.get("config/seg-max") == "ok" and
+                 0 < len(too_large) < 20, output)
 
 
 def test_image_that_was_written(report, options):
@@ -587,7 +601,7 @@ def interrupted(options, number, *arguments):
         def is_in_a_test():
             folders.update(folder.glob("*"))
             return len(folders) > 1 and any(folder.glob("*/s"))
-        wait_until(is_in_a_test)
+        wait_until(is_in_a_test, 60)
         process.send_signal(number)
         try:
             output, _ = process.communicate(timeout=60)
@@ -611,6 +625,25 @@ def test_interrupt(report, options):
     status, output, _, _ = interrupted(options, signal.SIGINT, "--output", "junit")
     report.check("junit, interrupted: is XML with an error, and each test that did not run",
                  status == 130 and is_incomplete_junit(output, "interrupted", 3), output)
+
+
+def test_killed(report, options):
+    """What has been written of a report to a file is XML whenever the program goes, and says that it has not ended."""
+    with Folder() as folder, open(folder / "junit.xml", "wb") as output:
+        process = subprocess.Popen([str(options.vblk), "conform", "--profile", "vblk", "--group", "program", "--test", "program/f*",
+                                    "--group", "integrity", "--test", "integrity/*", "--duration", "60", "--output", "junit"],
+                                   stdout=output, env=os.environ | {"TMPDIR": str(folder)})
+        not_run = b'program/foreground" time="0.000"><skipped message="not run"/>'
+
+        def is_under_way():
+            text = (folder / "junit.xml").read_bytes()
+            return b"</testsuite>" in text and not_run not in text
+        wait_until(is_under_way, 60)
+        process.kill()
+        process.wait()
+        text = (folder / "junit.xml").read_text()
+    report.check("junit, killed: the file is XML with an error that says so",
+                 is_incomplete_junit(text, "has not ended", 6) and 'name="program/foreground"' in text, text)
 
 
 def is_incomplete_junit(output, why, tests):
@@ -685,8 +718,8 @@ def main():
     options = parser.parse_args()
     options.vblk, options.mutant = options.vblk.resolve(), options.mutant.resolve()
     report = Report()
-    for test in (test_options, test_listing, test_formats, test_duration, test_interrupt, test_destructive_is_asked_for,
-                 test_programs, test_one_frontend, test_image_that_was_written, test_output_is_bounded, test_spdk_profile, test_backends_that_do_not_start, test_misbehaving_backends,
+    for test in (test_options, test_listing, test_formats, test_duration, test_interrupt, test_killed, test_destructive_is_asked_for,
+                 test_programs, test_one_frontend, test_small_limits, test_image_that_was_written, test_output_is_bounded, test_spdk_profile, test_backends_that_do_not_start, test_misbehaving_backends,
                  test_backend_that_dies, test_mutants, test_vblk, test_vblk_with_one_queue, test_vblk_migration,
                  test_vblk_cache_modes, test_qemu):
         if options.only and options.only not in test.__name__:
