@@ -39,7 +39,10 @@ std::string fill_in(std::string word, std::string_view name, const std::string& 
 
 // Starts a program in a process group of its own, with `output` for what it says.
 Expected<pid_t> spawn(const std::vector<std::string>& words, ProgramOutput& output) {
+  if (output.write_end() < 0)
+    return make_error(ErrorKind::kIo, "cannot make a pipe for what a program says", EMFILE);
   std::vector<char*> pointers;
+  pointers.reserve(words.size() + 1);
   for (const std::string& word : words) pointers.push_back(const_cast<char*>(word.c_str()));
   pointers.push_back(nullptr);
   const pid_t parent = ::getpid();
@@ -55,7 +58,7 @@ Expected<pid_t> spawn(const std::vector<std::string>& words, ProgramOutput& outp
     if (::getppid() != parent) ::_exit(kExecFailed);
     for (const int number : {SIGPIPE, SIGXFSZ, SIGINT, SIGHUP}) ::signal(number, SIG_DFL);
     const int null = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
-    ::dup2(null, STDIN_FILENO);
+    if (null >= 0) ::dup2(null, STDIN_FILENO);
     ::dup2(output.write_end(), STDOUT_FILENO);
     ::dup2(output.write_end(), STDERR_FILENO);
     ::execvp(pointers[0], pointers.data());

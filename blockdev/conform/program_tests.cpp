@@ -128,7 +128,7 @@ class InheritedSocket {
     path.copy(address.sun_path, sizeof address.sun_path - 1);
     const auto* const generic = reinterpret_cast<const sockaddr*>(&address);
     ::unlink(path.c_str());
-    if (::bind(listener_.get(), generic, sizeof address) != 0 ||
+    if (!listener_ || !ours_ || ::bind(listener_.get(), generic, sizeof address) != 0 ||
         ::listen(listener_.get(), 1) != 0 || ::connect(ours_.get(), generic, sizeof address) != 0)
       Probe::fail("the suite itself: " + describe_errno(errno));
   }

@@ -256,7 +256,7 @@ void first_contact(Probe& probe) {
 
 Expected<void> Runner::check_backend() {
   // Not a test: it has no statement. Whether the backend is any good is for the tests to say.
-  static const Test kFirst{
+  static constexpr Test kFirst{
       .name = "start", .statement = {"", "", Force::kRobust, ""}, .run = first_contact};
   const Result result = run(kFirst, kFirst.deadline);
   if (result.outcome != Outcome::kPassed) return make_error(ErrorKind::kIo, result.text);
