@@ -313,7 +313,7 @@ void call_descriptor_is_optional(Probe& probe) {
 void kick_descriptor_is_optional(Probe& probe) {
   Guest guest(probe, {.starts_rings = false});
   guest.share_memory();
-  Ring& ring = guest.ring();
+  const Ring& ring = guest.ring();
   Channel& channel = guest.channel();
   const std::uint64_t number = 0;
   const int call[] = {ring.call_fd()};

@@ -63,15 +63,15 @@ void check_cut(Probe& probe, std::span<const std::size_t> readable,
   Guest guest(probe);
   guest.need_segments(writable.size());
   const std::size_t bytes = kDefaultBlock;
-  std::uint64_t stamp = 77;
+  constexpr std::uint64_t kStamp = 77;
   if (probe.options().target.may_write) {
-    guest.fill(bytes, stamp);
+    guest.fill(bytes, kStamp);
     guest.must_write(kTestSector, bytes);
   }
   const Answer answer = read_cut(guest, readable, writable);
   Probe::expect(answer.status == kBlkSOk, fmt::format("the read has status {}", answer.status));
   if (!probe.options().target.may_write) return;
-  guest.expect_data(bytes, stamp, "the data");
+  guest.expect_data(bytes, kStamp, "the data");
 }
 
 void header_in_pieces(Probe& probe) {
@@ -422,7 +422,8 @@ void full_ring_comes_back(Probe& probe) {
     std::set<std::uint32_t> heads;
     const auto count = static_cast<std::uint16_t>(ring.size() / 3);
     for (std::uint16_t i = 0; i < count; ++i) {
-      guest.post(0, i, kBlkTIn, i * 8U, {}, guest.data().subspan(i * kDefaultBlock, kDefaultBlock));
+      guest.post(0, i, kBlkTIn, std::uint64_t{i} * 8, {},
+                 guest.data().subspan(i * kDefaultBlock, kDefaultBlock));
       heads.insert(i * 3U);
     }
     ring.kick_if_wanted();
