@@ -16,6 +16,8 @@
 #include "blockdev/img/command.h"
 #include "blockdev/img/create_options.h"
 #include "blockdev/img/edited_file.h"
+#include "blockdev/img/names.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/progress.h"
 #include "blockdev/img/resize.h"
 #include "blockdev/img/source.h"
@@ -142,8 +144,8 @@ Expected<void> amend(const AmendOptions& options) {
 
 int print_help(const std::string& format) {
   if (format == "raw") return fail("raw images have no options that could be amended");
-  fmt::print("Amend options for 'qcow2':\n");
-  for (const OptionHelp& option : kHelp) fmt::print("  {:<22} - {}\n", option.name, option.meaning);
+  say("Amend options for 'qcow2':\n");
+  for (const OptionHelp& option : kHelp) say("  {:<22} - {}\n", option.name, option.meaning);
   return 0;
 }
 

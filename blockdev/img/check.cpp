@@ -12,6 +12,7 @@
 #include "blockdev/img/command.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/json.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
 
 namespace vblk::img {
@@ -25,33 +26,31 @@ constexpr int kStatusNotSupported = 63;
 
 void print_human(const qcow2::CheckResult& result) {
   if (result.corruptions == 0 && result.leaks == 0 && result.check_errors == 0)
-    fmt::print("No errors were found on the image.\n");
+    say("No errors were found on the image.\n");
   if (result.corruptions > 0) {
-    fmt::print(
-        "\n{} errors were found on the image.\nData may be corrupted, or further writes to the "
+    say("\n{} errors were found on the image.\nData may be corrupted, or further writes to the "
         "image may corrupt it.\n",
         result.corruptions);
   }
   if (result.leaks > 0) {
-    fmt::print(
-        "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no "
+    say("\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no "
         "harm to data.\n",
         result.leaks);
   }
   if (result.check_errors > 0) {
-    fmt::print("\n{} internal errors have occurred during the check.\n", result.check_errors);
+    say("\n{} internal errors have occurred during the check.\n", result.check_errors);
   }
   if (result.total_clusters != 0 && result.allocated_clusters != 0) {
     const auto percent = [](std::uint64_t part, std::uint64_t whole) {
       return 100.0 * static_cast<double>(part) / static_cast<double>(whole);
     };
-    fmt::print("{}/{} = {:0.2f}% allocated, {:0.2f}% fragmented, {:0.2f}% compressed clusters\n",
-               result.allocated_clusters, result.total_clusters,
-               percent(result.allocated_clusters, result.total_clusters),
-               percent(result.fragmented_clusters, result.allocated_clusters),
-               percent(result.compressed_clusters, result.allocated_clusters));
+    say("{}/{} = {:0.2f}% allocated, {:0.2f}% fragmented, {:0.2f}% compressed clusters\n",
+        result.allocated_clusters, result.total_clusters,
+        percent(result.allocated_clusters, result.total_clusters),
+        percent(result.fragmented_clusters, result.allocated_clusters),
+        percent(result.compressed_clusters, result.allocated_clusters));
   }
-  if (result.image_end_offset > 0) fmt::print("Image end offset: {}\n", result.image_end_offset);
+  if (result.image_end_offset > 0) say("Image end offset: {}\n", result.image_end_offset);
 }
 
 void print_json(const std::string& path, const qcow2::CheckResult& result,
@@ -70,7 +69,7 @@ void print_json(const std::string& path, const qcow2::CheckResult& result,
   add("allocated-clusters", result.allocated_clusters);
   add("fragmented-clusters", result.fragmented_clusters);
   add("compressed-clusters", result.compressed_clusters);
-  fmt::print("{}", pretty_json(object));
+  say("{}", pretty_json(object));
 }
 
 std::optional<qcow2::Repair> parse_repair(const std::string& text) {
@@ -79,7 +78,7 @@ std::optional<qcow2::Repair> parse_repair(const std::string& text) {
   return std::nullopt;
 }
 
-void tell(const std::string& line) { fmt::print(stderr, "{}\n", line); }
+void tell_line(const std::string& line) { warn("{}\n", line); }
 
 // What there is to be done with a file whose header has been read.
 struct Job {
@@ -92,14 +91,13 @@ struct Job {
 };
 
 Task<int> carry_out(Job& job, IoContext& context) {
-  const qcow2::TellFinding tell_finding = tell;
+  const qcow2::TellFinding tell_finding = tell_line;
   if (job.repair) {
     const int error = co_await qcow2::repair_image(job.file, context, job.header, *job.repair,
                                                    tell_finding, job.repaired);
     if (error != 0) co_return error;
     if (job.repaired.leaks_fixed + job.repaired.corruptions_fixed > 0 && job.tells_of_repairs) {
-      fmt::print(
-          "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    "
+      say("The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    "
           "{} "
           "corruptions\n\nDouble checking the fixed image now...\n",
           job.repaired.leaks_fixed, job.repaired.corruptions_fixed);

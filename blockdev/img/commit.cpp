@@ -16,6 +16,7 @@
 #include "blockdev/img/converter.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/names.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/progress.h"
 #include "blockdev/img/source.h"
 #include "blockdev/qcow2/snapshot_editor.h"
@@ -172,7 +173,7 @@ int commit_command(std::span<const std::string> words) {
     return fail(fmt::format("'{}' is raw and has no backing file", options.path));
   auto done = commit(options);
   if (!done) return fail(fmt::format("{}: {}", options.path, done.error().message));
-  if (!quiet) fmt::print("Image committed.\n");
+  if (!quiet) say("Image committed.\n");
   return 0;
 }
 

@@ -17,6 +17,7 @@
 #include "blockdev/block_io.h"
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/progress.h"
 #include "blockdev/img/source.h"
 #include "blockdev/img/workers.h"
@@ -172,10 +173,10 @@ Expected<std::optional<Finding>> Comparison::run() {
 int tell(const Finding& finding, bool quiet) {
   switch (finding.what) {
     case Finding::What::kStatus:
-      if (!quiet) fmt::print("Strict mode: Offset {} block status mismatch!\n", finding.offset);
+      if (!quiet) say("Strict mode: Offset {} block status mismatch!\n", finding.offset);
       return kStatusDifferent;
     case Finding::What::kContent:
-      if (!quiet) fmt::print("Content mismatch at offset {}!\n", finding.offset);
+      if (!quiet) say("Content mismatch at offset {}!\n", finding.offset);
       return kStatusDifferent;
     case Finding::What::kCannotMap:
       return fail(fmt::format("cannot find out what there is at offset {}: {}", finding.offset,
@@ -193,7 +194,7 @@ int compare_images(const Source& a, const Source& b, bool strict, bool quiet, Pr
   const std::uint64_t both = std::min(a.size_bytes(), b.size_bytes());
   const bool same_size = a.size_bytes() == b.size_bytes();
   if (strict && !same_size) {
-    if (!quiet) fmt::print("Strict mode: Image size mismatch!\n");
+    if (!quiet) say("Strict mode: Image size mismatch!\n");
     return kStatusDifferent;
   }
   if (both > 0) {
@@ -202,14 +203,14 @@ int compare_images(const Source& a, const Source& b, bool strict, bool quiet, Pr
     if (*finding) return tell(**finding, quiet);
   }
   if (!same_size) {
-    if (!quiet) fmt::print("Warning: Image size mismatch!\n");
+    if (!quiet) say("Warning: Image size mismatch!\n");
     const Source& longer = a.size_bytes() > b.size_bytes() ? a : b;
     const auto finding =
         Comparison(longer.node.get(), nullptr, both, longer.size_bytes(), false, progress).run();
     if (!finding) return fail(finding.error().message, kStatusCannotOpen);
     if (*finding) return tell(**finding, quiet);
   }
-  if (!quiet) fmt::print("Images are identical.\n");
+  if (!quiet) say("Images are identical.\n");
   return 0;
 }
 

@@ -16,6 +16,7 @@
 #include "blockdev/img/engines.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/new_image.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/progress.h"
 #include "blockdev/img/source.h"
 #include "blockdev/img/stored_bitmaps.h"
@@ -181,8 +182,7 @@ Expected<StoredBitmaps> bitmaps_to_copy(const ConvertOptions& options) {
           fmt::format("bitmap '{}' of '{}' is inconsistent; --skip-broken-bitmaps leaves it out",
                       bitmap.name, options.sources[0]));
     }
-    fmt::print(stderr, "vblk img: warning: bitmap '{}' is inconsistent and left out\n",
-               printable(bitmap.name));
+    warn("vblk img: warning: bitmap '{}' is inconsistent and left out\n", printable(bitmap.name));
   }
   std::erase_if(bitmaps->list, is_broken);
   return bitmaps;

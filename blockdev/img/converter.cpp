@@ -8,6 +8,7 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/img/output.h"
 #include "blockdev/img/zeroes.h"
 #include "blockdev/qcow2/compression.h"
 
@@ -224,8 +225,8 @@ Task<int> Converter::salvage(IoContext& context, std::uint64_t at, std::span<std
     if (error != 0) {
       std::ranges::fill(sector, std::byte{0});
       if (!plan_.quiet) {
-        fmt::print(stderr, "vblk img: warning: cannot read at byte {}: {}; taken as zeroes\n", at,
-                   describe_errno(error));
+        warn("vblk img: warning: cannot read at byte {}: {}; taken as zeroes\n", at,
+             describe_errno(error));
       }
     }
     at += blockdev::kSectorBytes;

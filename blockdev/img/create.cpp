@@ -12,6 +12,7 @@
 #include "blockdev/img/engines.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/new_image.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
 
 namespace vblk::img {
@@ -109,7 +110,7 @@ int create_command(std::span<const std::string> words) {
   if (auto checked = check_image_size(*create, size); !checked)
     return fail(fmt::format("{}: {}", path, checked.error().message));
   if (!arguments->has("q"))
-    fmt::print("{}\n", printable(describe_creation(path, *create, *create->size_bytes)));
+    say("{}\n", printable(describe_creation(path, *create, *create->size_bytes)));
   if (auto made = make_image(path, *create, size); !made) return fail(made.error().message);
   return 0;
 }

@@ -8,6 +8,7 @@
 #include <fmt/core.h>
 
 #include "blockdev/img/command.h"
+#include "blockdev/img/output.h"
 
 namespace vblk::img {
 
@@ -223,9 +224,9 @@ Expected<void> check_image_size(const CreateOptions& options, std::uint64_t size
 }
 
 void print_create_help(const std::string& format) {
-  fmt::print("Supported {} options:\n", format);
+  say("Supported {} options:\n", format);
   const auto print = [](const OptionHelp& option) {
-    fmt::print("  {:<22} - {}\n", option.name, option.meaning);
+    say("  {:<22} - {}\n", option.name, option.meaning);
   };
   if (format == "qcow2") {
     std::ranges::for_each(kQcow2Help, print);

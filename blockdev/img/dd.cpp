@@ -16,6 +16,7 @@
 #include "blockdev/img/create_options.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/new_image.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
 
 namespace vblk::img {
@@ -76,8 +77,7 @@ std::optional<ConvertPlan::Window> window_of(const Operands& operands, std::uint
 Expected<void> copy(Source& source, const Operands& operands, const CreateOptions& create) {
   auto window = window_of(operands, source.size_bytes());
   if (!window) {
-    fmt::print(stderr, "vblk img: {}: cannot skip to where skip leads: it is beyond the end\n",
-               source.path);
+    warn("vblk img: {}: cannot skip to where skip leads: it is beyond the end\n", source.path);
     window = {.skip_bytes = 0, .length_bytes = 0};
   }
   ConvertPlan plan{.sources = {},

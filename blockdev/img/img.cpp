@@ -4,13 +4,13 @@
 #include <array>
 #include <cctype>
 #include <cerrno>
-#include <cstdio>
 #include <cstdlib>
 #include <limits>
 
 #include <fmt/core.h>
 
 #include "blockdev/img/command.h"
+#include "blockdev/img/output.h"
 #include "blockdev/log.h"
 
 namespace vblk::img {
@@ -61,13 +61,11 @@ constexpr std::array kCommands{
             "[-U] [-q] [-l | -a SNAPSHOT | -c SNAPSHOT | -d SNAPSHOT] FILE"}};
 
 void print_usage() {
-  fmt::print(
-      "Usage: vblk img COMMAND [options]\n\n"
+  say("Usage: vblk img COMMAND [options]\n\n"
       "Makes, describes, checks and converts raw and qcow2 images; commands, options, output\n"
       "and exit statuses are those of qemu-img.\n\nCommands:\n");
-  for (const Command& command : kCommands) fmt::print("  {:9}{}\n", command.name, command.usage);
-  fmt::print(
-      "\nFORMAT is raw or qcow2; without it the file's first bytes tell. '-o help' lists the\n"
+  for (const Command& command : kCommands) say("  {:9}{}\n", command.name, command.usage);
+  say("\nFORMAT is raw or qcow2; without it the file's first bytes tell. '-o help' lists the\n"
       "options of a format. Sizes are in bytes, or with a suffix k, M, G, T, P, E.\n"
       "See docs/img.md and the manual page vblk(1).\n");
 }
@@ -75,8 +73,8 @@ void print_usage() {
 }  // namespace
 
 int fail(std::string_view message, int status) {
-  std::fflush(stdout);
-  fmt::print(stderr, "vblk img: {}\n", message);
+  flush_output();
+  warn("vblk img: {}\n", message);
   return status;
 }
 
@@ -147,12 +145,12 @@ int run(std::span<const std::string> words) {
   const auto end = std::ranges::find(rest, std::string("--"));
   const auto is_help = [](const std::string& word) { return word == "--help" || word == "-h"; };
   if (std::any_of(rest.begin(), end, is_help)) {
-    fmt::print("Usage: vblk img {} {}\n", found->name, found->usage);
+    say("Usage: vblk img {} {}\n", found->name, found->usage);
     return 0;
   }
   // What a command tells of an image it says itself.
   log::set_level(log::Level::kWarning);
-  return found->run(rest);
+  return finish_output(found->run(rest));
 }
 
 }  // namespace vblk::img

@@ -14,6 +14,7 @@
 #include "blockdev/img/engines.h"
 #include "blockdev/img/json.h"
 #include "blockdev/img/names.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/snapshot_list.h"
 #include "blockdev/img/source.h"
 #include "blockdev/qcow2/bitmaps.h"
@@ -176,25 +177,24 @@ boost::json::object to_json(const ImageInfo& info) {
 void print_format_specific(const ImageInfo& info) {
   const qcow2::Header& header = *info.header;
   const auto line = [](std::string_view name, std::string_view value) {
-    fmt::print("    {}: {}\n", name, value);
+    say("    {}: {}\n", name, value);
   };
   const auto yes_or_no = [](bool value) { return value ? "true" : "false"; };
-  fmt::print("Format specific information:\n");
+  say("Format specific information:\n");
   line("compat", header.version == 2 ? "0.10" : "1.1");
   line("compression type", header.compression == qcow2::Compression::kZstd ? "zstd" : "zlib");
   if (header.version >= 3)
     line("lazy refcounts",
          yes_or_no((header.compatible_features & qcow2::kCompatLazyRefcounts) != 0));
   if (header.version >= 3 && !info.bitmaps.empty()) {
-    fmt::print("    bitmaps:\n");
+    say("    bitmaps:\n");
     for (std::size_t i = 0; i < info.bitmaps.size(); ++i) {
-      fmt::print("        [{}]:\n            flags:\n", i);
+      say("        [{}]:\n            flags:\n", i);
       const boost::json::array names = flag_names(info.bitmaps[i].entry.flags);
       for (std::size_t flag = 0; flag < names.size(); ++flag)
-        fmt::print("                [{}]: {}\n", flag, names[flag].as_string().c_str());
-      fmt::print("            name: {}\n            granularity: {}\n",
-                 printable(info.bitmaps[i].name),
-                 std::uint64_t{1} << info.bitmaps[i].entry.granularity_bits);
+        say("                [{}]: {}\n", flag, names[flag].as_string().c_str());
+      say("            name: {}\n            granularity: {}\n", printable(info.bitmaps[i].name),
+          std::uint64_t{1} << info.bitmaps[i].entry.granularity_bits);
     }
   }
   line("refcount bits", std::to_string(1U << header.geometry.refcount_order));
@@ -208,20 +208,20 @@ void print_format_specific(const ImageInfo& info) {
 }
 
 void print_human(const ImageInfo& info) {
-  fmt::print("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n",
-             printable(info.path), info.format, human_size(info.virtual_size), info.virtual_size,
-             human_size(info.actual_size));
+  say("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n",
+      printable(info.path), info.format, human_size(info.virtual_size), info.virtual_size,
+      human_size(info.actual_size));
   if (!info.header) return;
   const qcow2::Header& header = *info.header;
-  fmt::print("cluster_size: {}\n", header.geometry.cluster_bytes());
-  if (header.has(qcow2::kIncompatDirty)) fmt::print("cleanly shut down: no\n");
+  say("cluster_size: {}\n", header.geometry.cluster_bytes());
+  if (header.has(qcow2::kIncompatDirty)) say("cleanly shut down: no\n");
   if (!header.backing_file.empty()) {
     const std::string full = info.full_backing_name();
-    fmt::print("backing file: {}", printable(header.backing_file));
-    if (full != header.backing_file) fmt::print(" (actual path: {})", printable(full));
-    fmt::print("\n");
+    say("backing file: {}", printable(header.backing_file));
+    if (full != header.backing_file) say(" (actual path: {})", printable(full));
+    say("\n");
     if (!header.backing_format.empty())
-      fmt::print("backing file format: {}\n", printable(header.backing_format));
+      say("backing file format: {}\n", printable(header.backing_format));
   }
   if (!info.snapshots.empty()) print_snapshots(info.snapshots);
   print_format_specific(info);
@@ -246,11 +246,11 @@ int info_command(std::span<const std::string> words) {
   if (*output == OutputFormat::kJson) {
     boost::json::array array;
     for (const ImageInfo& info : *chain) array.push_back(to_json(info));
-    fmt::print("{}", pretty_json(whole_chain ? boost::json::value(array) : array[0]));
+    say("{}", pretty_json(whole_chain ? boost::json::value(array) : array[0]));
     return 0;
   }
   for (std::size_t i = 0; i < chain->size(); ++i) {
-    if (i > 0) fmt::print("\n");
+    if (i > 0) say("\n");
     print_human((*chain)[i]);
   }
   return 0;

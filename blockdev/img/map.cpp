@@ -8,6 +8,7 @@
 #include "blockdev/img/command.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/names.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
 
 namespace vblk::img {
@@ -34,9 +35,9 @@ class Printer {
  public:
   explicit Printer(OutputFormat format) : format_(format) {
     if (format_ == OutputFormat::kJson) {
-      fmt::print("[");
+      say("[");
     } else {
-      fmt::print("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
+      say("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
     }
   }
   // False: the range cannot be told of in this format.
@@ -45,23 +46,22 @@ class Printer {
     if (format_ == OutputFormat::kHuman) {
       if (!status.is_data || status.is_zero) return true;
       if (!status.file_offset) return false;
-      fmt::print("{:<16}{:<16}{:<16}{}\n", hex(range.start), hex(status.length_bytes),
-                 hex(*status.file_offset), printable(*status.file));
+      say("{:<16}{:<16}{:<16}{}\n", hex(range.start), hex(status.length_bytes),
+          hex(*status.file_offset), printable(*status.file));
       return true;
     }
-    if (!is_first_) fmt::print(",\n");
+    if (!is_first_) say(",\n");
     is_first_ = false;
-    fmt::print(
-        "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, "
+    say("{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, "
         "\"data\": {}",
         range.start, status.length_bytes, status.depth, status.is_present, status.is_zero,
         status.is_data);
-    if (status.file_offset) fmt::print(", \"offset\": {}", *status.file_offset);
-    fmt::print("}}");
+    if (status.file_offset) say(", \"offset\": {}", *status.file_offset);
+    say("}}");
     return true;
   }
   void end() const {
-    if (format_ == OutputFormat::kJson) fmt::print("]\n");
+    if (format_ == OutputFormat::kJson) say("]\n");
   }
 
  private:

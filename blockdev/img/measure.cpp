@@ -11,6 +11,7 @@
 #include "blockdev/img/create_options.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/json.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
 #include "blockdev/qcow2/bitmaps.h"
 #include "blockdev/qcow2/refcount_layout.h"
@@ -154,12 +155,11 @@ void print(const Measure& measure, OutputFormat output) {
     boost::json::object object{{"required", measure.required},
                                {"fully-allocated", measure.fully_allocated}};
     if (measure.bitmaps) object["bitmaps"] = *measure.bitmaps;
-    fmt::print("{}", pretty_json(object));
+    say("{}", pretty_json(object));
     return;
   }
-  fmt::print("required size: {}\nfully allocated size: {}\n", measure.required,
-             measure.fully_allocated);
-  if (measure.bitmaps) fmt::print("bitmaps size: {}\n", *measure.bitmaps);
+  say("required size: {}\nfully allocated size: {}\n", measure.required, measure.fully_allocated);
+  if (measure.bitmaps) say("bitmaps size: {}\n", *measure.bitmaps);
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 #include "blockdev/img/progress.h"
 
-#include <cstdio>
-
-#include <fmt/core.h>
+#include "blockdev/img/output.h"
 
 namespace vblk::img {
 
@@ -17,8 +15,8 @@ Progress::Progress(bool shown, std::uint64_t total) : shown_(shown), total_(tota
 
 void Progress::print(double percent) {
   printed_ = percent;
-  fmt::print("    ({:3.2f}/100%)\r", percent);
-  std::fflush(stdout);
+  say("    ({:3.2f}/100%)\r", percent);
+  flush_output();
 }
 
 void Progress::advance(std::uint64_t done) {
@@ -32,7 +30,7 @@ void Progress::advance(std::uint64_t done) {
 void Progress::finish() {
   if (!shown_) return;
   print(100);
-  fmt::print("\n");
+  say("\n");
 }
 
 }  // namespace vblk::img

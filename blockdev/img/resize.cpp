@@ -19,6 +19,7 @@
 #include "blockdev/img/command.h"
 #include "blockdev/img/create_options.h"
 #include "blockdev/img/engines.h"
+#include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
 
 namespace vblk::img {
@@ -248,13 +249,11 @@ int resize_command(std::span<const std::string> words) {
   const auto format = decide_format(path, arguments->value_or("f", ""));
   if (!format) return fail(format.error().message);
   if (*format == "raw" && !arguments->has("f")) {
-    fmt::print(stderr,
-               "vblk img: warning: '{}' is taken as raw by its first bytes; -f raw says it\n",
-               path);
+    warn("vblk img: warning: '{}' is taken as raw by its first bytes; -f raw says it\n", path);
   }
   auto resized = *format == "raw" ? resize_raw(path, options) : resize_qcow2(path, options);
   if (!resized) return fail(resized.error().message);
-  if (!arguments->has("q")) fmt::print("Image resized.\n");
+  if (!arguments->has("q")) say("Image resized.\n");
   return 0;
 }
 

@@ -8,6 +8,7 @@
 
 #include "blockdev/img/command.h"
 #include "blockdev/img/names.h"
+#include "blockdev/img/output.h"
 
 namespace vblk::img {
 
@@ -28,8 +29,8 @@ std::string local_time(std::uint32_t seconds) {
 
 void print_snapshots(const std::vector<qcow2::Snapshot>& snapshots) {
   if (snapshots.empty()) return;
-  fmt::print("Snapshot list:\n{:<9} {:<16} {:>8} {:>19} {:>12} {:>10}\n", "ID", "TAG", "VM SIZE",
-             "DATE", "VM CLOCK", "ICOUNT");
+  say("Snapshot list:\n{:<9} {:<16} {:>8} {:>19} {:>12} {:>10}\n", "ID", "TAG", "VM SIZE", "DATE",
+      "VM CLOCK", "ICOUNT");
   for (const qcow2::Snapshot& snapshot : snapshots) {
     const qcow2::SnapshotEntry& entry = snapshot.entry;
     const std::uint64_t seconds = entry.vm_clock_nanoseconds / kNanoseconds;
@@ -38,9 +39,9 @@ void print_snapshots(const std::vector<qcow2::Snapshot>& snapshots) {
                     entry.vm_clock_nanoseconds / 1'000'000 % 1000);
     const std::string count =
         entry.instructions == ~std::uint64_t{0} ? "" : std::to_string(entry.instructions);
-    fmt::print("{:<9} {:<16} {:>8} {:>19} {:>12} {:>10}\n", printable(snapshot.id),
-               printable(snapshot.name), human_size(entry.vm_state_bytes),
-               local_time(entry.date_seconds), clock, count);
+    say("{:<9} {:<16} {:>8} {:>19} {:>12} {:>10}\n", printable(snapshot.id),
+        printable(snapshot.name), human_size(entry.vm_state_bytes), local_time(entry.date_seconds),
+        clock, count);
   }
 }
 

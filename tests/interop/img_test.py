@@ -456,6 +456,54 @@ def leaves_nothing_half(report, vblk, folder, options, rng):
         path.unlink()
 
 
+def speaks_to_nobody(report, vblk, folder, rng):
+    """Whoever reads what is said may leave, and what it is written to may be full."""
+    raw, image, broken = folder / "disk.raw", folder / "image.qcow2", folder / "broken.qcow2"
+    raw.write_bytes(content(rng, 8 * MIB))
+    vblk.works("convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=512", raw, image)
+    shutil.copy(image, broken)
+    damage = Damage(broken)
+    with open(broken, "r+b") as file:
+        for place in damage.refcount_table[:1]:
+            file.seek(place)
+            file.write(bytes(8))
+
+    def without_reader(tool, *arguments, stream="stdout"):
+        reading, writing = os.pipe()
+        os.close(reading)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | {stream: writing}
+        done = subprocess.run([*tool.command, *map(str, arguments)], stdin=subprocess.DEVNULL, timeout=120, **streams)
+        os.close(writing)
+        return done.returncode, (done.stderr or b"").decode()
+
+    wrong = []
+    for arguments in (["map", image], ["map", "--output=json", image], ["info", image], ["check", image], ["check", broken],
+                      ["compare", "-F", "raw", "-f", "qcow2", image, raw], ["snapshot", "-l", image], ["create", "-o", "help"]):
+        theirs, ours = without_reader(QEMU, *arguments), without_reader(vblk, *arguments)
+        complaints = [line for line in ours[1].splitlines() if not line.startswith(("ERROR", "Leaked", "refcounts of"))]
+        if theirs[0] != ours[0] or complaints:
+            wrong.append(f"{arguments}: qemu-img {theirs}, vblk img {ours[0]} {complaints[:2]}")
+    target = folder / "target.qcow2"
+    ended = without_reader(vblk, "convert", "-p", "-f", "raw", "-O", "qcow2", raw, target)
+    if ended[0] != 0 or identical(raw, "raw", target, "qcow2")[0] != 0 or not is_clean(check(target)):
+        wrong.append(f"convert -p: {ended}")
+    # Thousands of findings.
+    status = without_reader(vblk, "check", broken, stream="stderr")[0]
+    if status != QEMU("check", broken)[0]:
+        wrong.append(f"check without a reader of its findings: {status}")
+    report.check("a reader who leaves: the work is done, with qemu-img's status", not wrong, "\n".join(wrong))
+    wrong = []
+    for arguments in (["map", image], ["info", "--output=json", image], ["check", image]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*vblk.command, *map(str, arguments)], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        lines = done.stderr.decode().splitlines()
+        if done.returncode != 1 or len(lines) != 1 or "cannot be written" not in lines[0]:
+            wrong.append(f"{arguments}: {done.returncode} {lines}")
+    report.check("output that cannot be written is told of by the status", not wrong, "\n".join(wrong))
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def uses_block_devices(report, vblk, folder, rng):
     if os.geteuid() != 0:
         report.skip("block devices as source and target", "loop devices need root")
@@ -1351,6 +1399,7 @@ def main():
         "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
         "refuses_to_convert": lambda folder: refuses_to_convert(report, vblk, folder, options),
         "leaves_nothing_half": lambda folder: leaves_nothing_half(report, vblk, folder, options, rng),
+        "speaks_to_nobody": lambda folder: speaks_to_nobody(report, vblk, folder, rng),
         "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
         "compares_alike": lambda folder: compares_alike(report, vblk, folder, rng),
         "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
