@@ -3,8 +3,9 @@
 //
 // What the image does not have itself is compared, block by block, in the old backing file and in
 // the new one; where they differ, the old content is written into the image. When all that is
-// stable the header gets the new name. An interruption before that leaves the image as it was, with
-// some of what its backing file has.
+// stable the header gets the new name, in steps that a torn write does not harm
+// (qcow2/header_rewrite.h). An interruption before that leaves the image as it was, with some of
+// what its backing file has.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -25,6 +26,7 @@
 #include "blockdev/img/source.h"
 #include "blockdev/img/workers.h"
 #include "blockdev/img/zeroes.h"
+#include "blockdev/qcow2/header_rewrite.h"
 
 namespace vblk::img {
 
@@ -191,33 +193,21 @@ Expected<void> keep_content(const RebaseOptions& options) {
   return {};
 }
 
-Task<int> rewrite_header(blockdev::RawNode& file, IoContext& context, const qcow2::Header& header,
-                         const RebaseOptions& options, std::string& why) {
-  AlignedBuffer cluster(header.geometry.cluster_bytes());
-  int error = co_await BlockIo(file, context, BlockOperation::kRead, 0, cluster.bytes());
-  if (error != 0) co_return error;
-  auto replaced =
-      qcow2::replace_backing_file(cluster.bytes(), options.backing_file, options.backing_format);
-  if (!replaced) {
-    why = replaced.error().message;
-    co_return EINVAL;
-  }
-  error = co_await BlockIo(file, context, BlockOperation::kWrite, 0, cluster.bytes());
-  if (error == 0) error = co_await BlockIo(file, context, BlockOperation::kFlush, 0, 0);
-  co_return error;
-}
-
 Expected<void> rename_backing_file(const RebaseOptions& options) {
   const auto file = open_file({.path = options.path, .format = "qcow2", .read_only = false});
   if (!file) return std::unexpected(file.error());
-  const auto header = read_header(**file);
-  if (!header) return std::unexpected(header.error());
+  auto header = read_header(**file);
+  if (!header) return std::unexpected(std::move(header.error()));
+  header->backing_file = options.backing_file;
+  header->backing_format = options.backing_format;
+  // "Header", autoclear_features: whoever writes clears those that it does not know.
+  header->autoclear_features &= qcow2::kAutoclearBitmaps | qcow2::kAutoclearRawDataFile;
   const auto context = make_context();
   if (!context) return std::unexpected(context.error());
   (*file)->attach((*context)->context());
   std::string why;
   const int error =
-      (*context)->run(rewrite_header(**file, (*context)->context(), *header, options, why));
+      (*context)->run(qcow2::replace_header(**file, (*context)->context(), *header, why));
   (*file)->detach((*context)->context());
   if (error == 0) return {};
   return make_error(

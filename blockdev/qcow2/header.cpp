@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <vector>
 
 #include <fmt/core.h>
 
@@ -330,45 +329,6 @@ Expected<void> encode_header(const Header& header, std::span<std::byte> cluster)
   std::ranges::copy(std::as_bytes(std::span(header.backing_file)),
                     cluster.begin() + static_cast<std::ptrdiff_t>(at));
   return {};
-}
-
-Expected<void> replace_backing_file(std::span<std::byte> first_cluster, std::string_view file,
-                                    std::string_view format) {
-  if (file.size() > kBackingNameBytesMax) return no_room();
-  const std::vector<std::byte> old(first_cluster.begin(), first_cluster.end());
-  const std::byte* const from = old.data();
-  const auto version = load_be<std::uint32_t>(from + kVersionAt);
-  const std::size_t header_length =
-      version >= 3 ? load_be<std::uint32_t>(from + kHeaderLengthAt) : kHeaderBytesV2;
-  const auto old_name = load_be<std::uint64_t>(from + kBackingOffsetAt);
-  const std::size_t end = old_name == 0 ? old.size() : std::min<std::size_t>(old_name, old.size());
-  // With the names of features, or else without.
-  for (const bool with_feature_names : {true, false}) {
-    std::ranges::fill(first_cluster.subspan(header_length), std::byte{0});
-    ExtensionWriter extensions(first_cluster, header_length);
-    bool fits = extensions.add_text(kExtensionBackingFormat, format);
-    for (std::size_t at = header_length; at + 8 <= end;) {
-      const auto type = load_be<std::uint32_t>(from + at);
-      const auto length = load_be<std::uint32_t>(from + at + 4);
-      if (type == kExtensionEnd || length > end - at - 8) break;
-      if (type != kExtensionBackingFormat &&
-          (type != kExtensionFeatureNames || with_feature_names)) {
-        const std::span<std::byte> place = extensions.add(type, length);
-        if (length > 0 && place.empty()) fits = false;
-        if (!place.empty()) std::copy_n(from + at + 8, length, place.begin());
-      }
-      at += 8 + (std::size_t{length} + 7) / 8 * 8;
-    }
-    if (!fits || extensions.room() < file.size()) continue;
-    const std::size_t at = extensions.end();
-    store_be(first_cluster.data() + kBackingOffsetAt, std::uint64_t{file.empty() ? 0 : at});
-    store_be(first_cluster.data() + kBackingSizeAt, static_cast<std::uint32_t>(file.size()));
-    std::ranges::copy(std::as_bytes(std::span(file)),
-                      first_cluster.begin() + static_cast<std::ptrdiff_t>(at));
-    return {};
-  }
-  std::ranges::copy(old, first_cluster.begin());
-  return no_room();
 }
 
 }  // namespace vblk::qcow2

@@ -85,10 +85,4 @@ void encode_header_fields(const Header& header, std::span<std::byte, kHeaderSect
 // cluster, or are longer than the specification lets them be.
 Expected<void> encode_header(const Header& header, std::span<std::byte> cluster);
 
-// Gives the header in an image's first cluster another backing file; "" is none. Everything else
-// stays, but for the names of features where there is no room for them. The cluster holds a header
-// that decode_header() takes. Error: kInvalidArgument: as encode_header().
-Expected<void> replace_backing_file(std::span<std::byte> first_cluster, std::string_view file,
-                                    std::string_view format);
-
 }  // namespace vblk::qcow2

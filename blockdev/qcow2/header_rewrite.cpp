@@ -44,6 +44,28 @@ std::size_t write_fields(const Header& header, std::size_t old_length, std::span
   return length;
 }
 
+// Where `length` bytes can be written that the old header does not use, in sectors of their own; 0:
+// nowhere.
+std::size_t unused_place(std::span<const std::byte> old, std::size_t length) {
+  std::size_t extensions = header_length_of(old);
+  for (const std::size_t end = extensions_end(old); extensions + 8 <= end;) {
+    const auto type = load_be<std::uint32_t>(old.data() + extensions);
+    const auto bytes = load_be<std::uint32_t>(old.data() + extensions + 4);
+    extensions += 8;
+    if (type == kExtensionEnd || bytes > end - extensions) break;
+    extensions += (std::size_t{bytes} + 7) / 8 * 8;
+  }
+  const auto name = static_cast<std::size_t>(load_be<std::uint64_t>(old.data() + kBackingOffsetAt));
+  const std::size_t name_end =
+      name == 0 ? 0 : name + load_be<std::uint32_t>(old.data() + kBackingSizeAt);
+  const std::size_t whole =
+      (length + kHeaderSectorBytes - 1) / kHeaderSectorBytes * kHeaderSectorBytes;
+  for (std::size_t at = kHeaderSectorBytes; at + whole <= old.size(); at += kHeaderSectorBytes) {
+    if (at >= extensions && (at >= name_end || at + whole <= name)) return at;
+  }
+  return 0;
+}
+
 // Of the old extensions those that are not written from `header`, which nobody here knows.
 bool keep_unknown(std::span<const std::byte> old, ExtensionWriter& extensions) {
   const std::size_t end = extensions_end(old);
@@ -66,7 +88,10 @@ bool keep_unknown(std::span<const std::byte> old, ExtensionWriter& extensions) {
 }  // namespace
 
 Expected<std::size_t> rewrite_header(std::span<std::byte> first_cluster, const Header& header,
-                                     bool with_feature_names) {
+                                     bool with_feature_names, std::size_t name_at) {
+  if (header.backing_file.size() > kBackingNameBytesMax ||
+      header.data_file.size() > kDataFileNameBytesMax)
+    return no_room();
   const std::vector<std::byte> old(first_cluster.begin(), first_cluster.end());
   const std::size_t old_length = header_length_of(old);
   std::ranges::fill(first_cluster.subspan(old_length), std::byte{0});
@@ -84,7 +109,8 @@ Expected<std::size_t> rewrite_header(std::span<std::byte> first_cluster, const H
   const std::string& name = header.backing_file;
   // With the mark behind the last one.
   const auto has_room = [&](const ExtensionWriter& writer) {
-    return writer.end() + name.size() <= first_cluster.size();
+    const std::size_t at = name_at == 0 ? writer.end() : name_at;
+    return writer.end() <= at && at + name.size() <= first_cluster.size();
   };
   fits = fits && keep_unknown(old, extensions) && has_room(extensions);
   if (!fits) {
@@ -100,13 +126,33 @@ Expected<std::size_t> rewrite_header(std::span<std::byte> first_cluster, const H
       std::ranges::fill(first_cluster.subspan(extensions.end() - 8), std::byte{0});
     }
   }
-  const std::size_t at = extensions.end();
+  const std::size_t at = name_at == 0 ? extensions.end() : name_at;
   store_be(first_cluster.data() + kBackingOffsetAt, std::uint64_t{name.empty() ? 0 : at});
   store_be(first_cluster.data() + kBackingSizeAt, static_cast<std::uint32_t>(name.size()));
   std::ranges::copy(std::as_bytes(std::span(name)),
                     first_cluster.begin() + static_cast<std::ptrdiff_t>(at));
   return at + name.size();
 }
+
+namespace {
+
+// The second way: the name first, where nobody looks yet.
+Task<int> replace_with_name_apart(blockdev::RawNode& file, IoContext& context, const Header& header,
+                                  AlignedBuffer& old, std::size_t name_at) {
+  if (!rewrite_header(old.bytes(), header, false, name_at)) co_return EINVAL;
+  const std::size_t sectors =
+      (header.backing_file.size() + kHeaderSectorBytes - 1) / kHeaderSectorBytes;
+  int error = co_await BlockIo(file, context, BlockOperation::kWrite, name_at,
+                               old.bytes().subspan(name_at, sectors * kHeaderSectorBytes));
+  if (error == 0) error = co_await BlockIo(file, context, BlockOperation::kFlush, 0, 0);
+  if (error == 0)
+    error = co_await BlockIo(file, context, BlockOperation::kWrite, 0,
+                             old.bytes().first(kHeaderSectorBytes));
+  if (error == 0) error = co_await BlockIo(file, context, BlockOperation::kFlush, 0, 0);
+  co_return error;
+}
+
+}  // namespace
 
 Task<int> replace_header(blockdev::RawNode& file, IoContext& context, const Header& header,
                          std::string& why) {
@@ -134,6 +180,14 @@ Task<int> replace_header(blockdev::RawNode& file, IoContext& context, const Head
   const auto rest = rest_of(whole).first(rest_bytes);
   const bool rest_changes = !std::ranges::equal(rest, rest_of(old).first(rest_bytes));
   const bool is_in_steps = *brief_bytes <= kHeaderSectorBytes;
+  const bool only_name_is_long = *brief_bytes - header.backing_file.size() <= kHeaderSectorBytes;
+  if (rest_changes && !is_in_steps && only_name_is_long) {
+    const std::size_t place = unused_place(old.bytes(), header.backing_file.size());
+    if (place != 0) {
+      error = co_await replace_with_name_apart(file, context, header, old, place);
+      co_return error;
+    }
+  }
   if (rest_changes && is_in_steps) {
     error = co_await BlockIo(file, context, BlockOperation::kWrite, 0,
                              brief.bytes().first(kHeaderSectorBytes));
