@@ -3,7 +3,7 @@
 // What is asked for is checked before anything is written, and comes into the image by one write of
 // its header (qcow2/image_amender.h). Only with another size of the disk there are up to three
 // steps, each of them whole: what the size may need, the size, and what it must not prevent, which
-// is version 2.
+// is version 2. All three are checked before the first.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -110,16 +110,35 @@ Expected<qcow2::Amendment> decide(const AmendOptions& options, const qcow2::Head
   return amendment;
 }
 
+std::unexpected<Error> failed(const std::string& path, const std::string& why, int error) {
+  return make_error(
+      kind_of_errno(error),
+      fmt::format("cannot amend '{}': {}", path, why.empty() ? describe_errno(error) : why), error);
+}
+
 Expected<void> carry_out(const std::string& path, EditedFile& edited,
                          const qcow2::Amendment& amendment) {
   if (amendment.is_empty()) return {};
   qcow2::ImageAmender amender(edited.file(), edited.context(), edited.header());
   const int error = edited.run(amender.amend(amendment));
-  if (error == 0) return {};
-  return make_error(kind_of_errno(error),
-                    fmt::format("cannot amend '{}': {}", path,
-                                amender.why().empty() ? describe_errno(error) : amender.why()),
-                    error);
+  return error == 0 ? Expected<void>() : failed(path, amender.why(), error);
+}
+
+// What one of the steps would refuse that come with another size.
+Expected<void> check_steps(const AmendOptions& options, EditedFile& edited,
+                           const qcow2::Amendment& all, std::uint64_t size_bytes) {
+  qcow2::Header resized = edited.header();
+  if (all.version == 3U) resized.version = 3;
+  if (auto possible = can_resize_qcow2(options.path, resized, size_bytes); !possible)
+    return possible;
+  // It will be opened with all that it is based on; with the name that its data file is to have.
+  if (!all.data_file) {
+    const auto source = open_source({.path = options.path, .format = "qcow2", .lock = false});
+    if (!source) return std::unexpected(source.error());
+  }
+  qcow2::ImageAmender amender(edited.file(), edited.context(), edited.header());
+  const int error = edited.run(amender.check(all, size_bytes));
+  return error == 0 ? Expected<void>() : failed(options.path, amender.why(), error);
 }
 
 Expected<void> amend(const AmendOptions& options) {
@@ -131,7 +150,11 @@ Expected<void> amend(const AmendOptions& options) {
     auto first = decide(options, (*edited)->header());
     if (!first) return std::unexpected(std::move(first.error()));
     // As in qemu-img, a size of 0 is none.
-    if (size_bytes != 0 && first->version == 2U) std::swap(last.version, first->version);
+    if (size_bytes != 0) {
+      if (auto possible = check_steps(options, **edited, *first, size_bytes); !possible)
+        return possible;
+      if (first->version == 2U) std::swap(last.version, first->version);
+    }
     if (auto done = carry_out(options.path, **edited, *first); !done) return done;
   }
   if (size_bytes == 0) return {};

@@ -171,6 +171,23 @@ Task<int> write_zeroes(BlockNode& node, IoContext& context, std::uint64_t at, st
   co_return error;
 }
 
+// What is refused of an image by its header.
+Expected<void> has_growable_disk(const std::string& path, const qcow2::Header& header) {
+  if (header.bitmap_directory) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("'{}' has persistent bitmaps, which would be lost: they are "
+                                  "not kept up to date here",
+                                  path));
+  }
+  if (header.size_bytes == 0) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("'{}' is a disk of no bytes, which cannot grow here; make a "
+                                  "new one with 'vblk img create'",
+                                  path));
+  }
+  return {};
+}
+
 Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& options) {
   if (options.preallocation == Preallocation::kMetadata ||
       options.preallocation == Preallocation::kFalloc) {
@@ -187,18 +204,7 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
     }
     const auto header = read_header(**file);
     if (!header) return std::unexpected(header.error());
-    if (header->bitmap_directory) {
-      return make_error(ErrorKind::kNotSupported,
-                        fmt::format("'{}' has persistent bitmaps, which would be lost: they are "
-                                    "not kept up to date here",
-                                    path));
-    }
-    if (header->size_bytes == 0) {
-      return make_error(ErrorKind::kNotSupported,
-                        fmt::format("'{}' is a disk of no bytes, which cannot grow here; make a "
-                                    "new one with 'vblk img create'",
-                                    path));
-    }
+    if (auto possible = has_growable_disk(path, *header); !possible) return possible;
   }
   auto source = open_source(source_options);
   if (!source) return std::unexpected(std::move(source.error()));
@@ -226,6 +232,29 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
 
 Expected<void> resize_qcow2(const std::string& path, std::uint64_t size_bytes) {
   return resize_qcow2(path, ResizeOptions{.size = {.bytes = size_bytes}, .may_shrink = true});
+}
+
+Expected<void> can_resize_qcow2(const std::string& path, const qcow2::Header& header,
+                                std::uint64_t size_bytes) {
+  if (auto possible = has_growable_disk(path, header); !possible) return possible;
+  if (size_bytes % blockdev::kSectorBytes != 0) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("a disk cannot have {} bytes; give a multiple of {}", size_bytes,
+                                  blockdev::kSectorBytes));
+  }
+  const qcow2::Geometry& geometry = header.geometry;
+  if ((geometry.l1_index(size_bytes - 1) + 1) * 8 > qcow2::kL1BytesMax) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("a disk of {} bytes is too large for clusters of {} bytes",
+                                  size_bytes, geometry.cluster_bytes()));
+  }
+  if (header.version < 3 && header.snapshot_count > 0) {
+    return make_error(ErrorKind::kNotSupported,
+                      fmt::format("'{}' has snapshots, which in version 2 have the size of the "
+                                  "disk; compat=1.1 makes it version 3",
+                                  path));
+  }
+  return {};
 }
 
 int resize_command(std::span<const std::string> words) {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "aio/error.h"
+#include "blockdev/qcow2/header.h"
 
 namespace vblk::img {
 
@@ -12,5 +13,9 @@ namespace vblk::img {
 // (not whole sectors, or none), kNotSupported (bitmaps, a disk of no bytes), as
 // BlockNode::resize().
 Expected<void> resize_qcow2(const std::string& path, std::uint64_t size_bytes);
+
+// What resize_qcow2() would refuse of an image by its header.
+Expected<void> can_resize_qcow2(const std::string& path, const qcow2::Header& header,
+                                std::uint64_t size_bytes);
 
 }  // namespace vblk::img

@@ -35,7 +35,14 @@ int ImageAmender::refuse(std::string why) {
   return EINVAL;
 }
 
-int ImageAmender::check(const Amendment& amendment) {
+bool ImageAmender::changes_tables(const Amendment& amendment) const {
+  const std::uint32_t version = amendment.version.value_or(header_.version);
+  return version < header_.version ||
+         amendment.refcount_order.value_or(geometry_.refcount_order) != geometry_.refcount_order ||
+         (version > header_.version && !snapshots_.empty());
+}
+
+int ImageAmender::check_properties(const Amendment& amendment, std::uint64_t disk_bytes) {
   const std::uint32_t version = amendment.version.value_or(header_.version);
   const unsigned order = amendment.refcount_order.value_or(geometry_.refcount_order);
   if (version < 3 && order != kRefcountOrderV2)
@@ -45,10 +52,10 @@ int ImageAmender::check(const Amendment& amendment) {
     return refuse("lazy_refcounts needs compat=1.1");
   if (amendment.data_file && !header_.has_data_file())
     return refuse("data_file is for images that have their data in a data file");
-  return version < header_.version ? check_downgrade() : 0;
+  return version < header_.version ? check_downgrade(disk_bytes) : 0;
 }
 
-int ImageAmender::check_downgrade() {
+int ImageAmender::check_downgrade(std::uint64_t disk_bytes) {
   if (header_.has_data_file()) return refuse("compat=0.10 has no data files");
   if (geometry_.extended_l2) return refuse("compat=0.10 has no extended L2 entries");
   if (header_.compression != Compression::kZlib)
@@ -56,7 +63,7 @@ int ImageAmender::check_downgrade() {
   if (header_.incompatible_features != 0)
     return refuse("it has a feature that compat=0.10 does not have");
   for (const KeptSnapshot& snapshot : snapshots_) {
-    if (snapshot.entry.disk_bytes != header_.size_bytes ||
+    if (snapshot.entry.disk_bytes != disk_bytes ||
         snapshot.entry.vm_state_bytes > std::numeric_limits<std::uint32_t>::max()) {
       return refuse(fmt::format(
           "snapshot '{}' has another size than the disk, or too large a machine state, for "
@@ -239,24 +246,31 @@ Task<int> ImageAmender::downgrade() {
   co_return error;
 }
 
+Task<int> ImageAmender::prepare(const Amendment& amendment, std::uint64_t disk_bytes) {
+  int error = co_await load_snapshots();
+  if (error == 0) error = check_properties(amendment, disk_bytes);
+  if (error != 0 || !changes_tables(amendment)) co_return error;
+  error = co_await survey();
+  if (error != 0) co_return error;
+  header_.geometry.refcount_order = amendment.refcount_order.value_or(geometry_.refcount_order);
+  co_return check_refcounts();
+}
+
+Task<int> ImageAmender::check(const Amendment& amendment, std::uint64_t disk_bytes) {
+  const int error = co_await prepare(amendment, disk_bytes);
+  co_return error;
+}
+
 Task<int> ImageAmender::amend(const Amendment& amendment) {
   const std::uint32_t version = amendment.version.value_or(header_.version);
-  const unsigned order = amendment.refcount_order.value_or(geometry_.refcount_order);
   const bool is_downgrade = version < header_.version;
   const bool is_upgrade = version > header_.version;
-  int error = co_await load_snapshots();
-  if (error == 0) error = check(amendment);
+  int error = co_await prepare(amendment, header_.size_bytes);
   if (error != 0) co_return error;
-  const bool changes_tables =
-      is_downgrade || order != geometry_.refcount_order || (is_upgrade && !snapshots_.empty());
-  if (changes_tables) error = co_await survey();
-  if (error != 0) co_return error;
-  header_.geometry.refcount_order = order;
-  if (changes_tables) error = check_refcounts();
-  if (error != 0) co_return error;
+  const bool rewrites = changes_tables(amendment);
   if (is_upgrade && !snapshots_.empty()) error = co_await upgrade_snapshots();
   if (is_downgrade && error == 0) error = co_await downgrade();
-  if (changes_tables && error == 0) error = co_await write_refcounts();
+  if (rewrites && error == 0) error = co_await write_refcounts();
   if (error != 0) co_return error;
   header_.version = version;
   if (amendment.lazy_refcounts) {
@@ -270,7 +284,7 @@ Task<int> ImageAmender::amend(const Amendment& amendment) {
     header_.autoclear_features = 0;
   }
   error = co_await switch_header();
-  if (error == 0 && changes_tables) error = co_await discard_free();
+  if (error == 0 && rewrites) error = co_await discard_free();
   co_return error;
 }
 

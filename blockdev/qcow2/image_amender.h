@@ -56,6 +56,8 @@ class ImageAmender final : public ImageEditor {
   //   EINVAL      what is asked for excludes itself or what the image is; the image has errors
   //   EFBIG       refcounts, tables or the file would be too large
   blockdev::Task<int> amend(const Amendment& amendment);
+  // In place of amend(): what that would say, of a disk of `disk_bytes`. Changes nothing.
+  blockdev::Task<int> check(const Amendment& amendment, std::uint64_t disk_bytes);
 
  private:
   // An L1 table: the disk's, or a snapshot's.
@@ -66,8 +68,12 @@ class ImageAmender final : public ImageEditor {
   };
 
   [[nodiscard]] int refuse(std::string why);
-  [[nodiscard]] int check(const Amendment& amendment);
-  [[nodiscard]] int check_downgrade();
+  [[nodiscard]] bool changes_tables(const Amendment& amendment) const;
+  // Whether it can be, as far as is known before anything is written; surveys the image if tables
+  // change.
+  blockdev::Task<int> prepare(const Amendment& amendment, std::uint64_t disk_bytes);
+  [[nodiscard]] int check_properties(const Amendment& amendment, std::uint64_t disk_bytes);
+  [[nodiscard]] int check_downgrade(std::uint64_t disk_bytes);
   [[nodiscard]] int check_refcounts();
   blockdev::Task<int> upgrade_snapshots();
   blockdev::Task<int> downgrade();

@@ -1170,6 +1170,32 @@ def amends_alike(report, vblk, folder, rng):
     report.check("amend: a header that is nearly full", is_clean(check(tight)) and identical(base, "raw", tight, "qcow2")[0] == 0 and
                  as_json(QEMU.works("info", "--output=json", tight))["backing-filename"] == str(long_name))
 
+    # All that is asked for is checked before the first of it is done.
+    wrong = []
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", tight, "3M")
+    qemu_io(tight, "write -P 7 0 300k")
+    marked = folder / "marked.qcow2"
+    shutil.copy(tight, marked)
+    QEMU.works("bitmap", "--add", marked, "b")
+    shutil.copy(tight, folder / "kept.qcow2")
+    QEMU.works("snapshot", "-c", "s", folder / "kept.qcow2")
+    lonely = folder / "lonely.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-u", "-b", folder / "nobody", "-F", "raw", lonely, "3M")
+    for path, step in ((tight, "lazy_refcounts=on,size=1P"), (tight, "refcount_bits=64,size=3000"), (marked, "lazy_refcounts=on,size=5M"),
+                       (marked, "compat=0.10,size=5M"), (folder / "kept.qcow2", "compat=0.10,size=5M"),
+                       (tight, "refcount_bits=8,compat=0.10,size=5M"), (lonely, "refcount_bits=64,size=5M")):
+        before = path.read_bytes()
+        status, _, errors = vblk("amend", "-o", step, path)
+        if status != 1 or len(errors.splitlines()) != 1 or path.read_bytes() != before:
+            wrong.append(f"{path.name} {step}: {status} {errors}")
+    # A snapshot that will have the disk's size does not forbid it.
+    QEMU.works("resize", "-q", folder / "kept.qcow2", "5M")
+    vblk.works("amend", "-o", "compat=0.10,size=3M", folder / "kept.qcow2")
+    found = as_json(QEMU.works("info", "--output=json", folder / "kept.qcow2"))
+    if found["virtual-size"] != 3 * MIB or found["format-specific"]["data"]["compat"] != "0.10" or not is_clean(check(folder / "kept.qcow2")):
+        wrong.append(f"{found}")
+    report.check("amend with a size: refused before anything is done, or done", not wrong, "\n".join(wrong))
+
     # What was not closed is repaired first, as opening it would.
     dirty = folder / "dirty.qcow2"
     QEMU.works("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", dirty, "3M")
