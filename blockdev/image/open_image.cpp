@@ -160,6 +160,13 @@ Expected<std::unique_ptr<RawNode>> Opener::open_data_file(const ImageOptions& op
   }
   const auto path = resolve(options.path, header.data_file, "external data file");
   if (!path) return std::unexpected(path.error());
+  if (std::ranges::find(chain_, identity_of(*path)) != chain_.end()) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("the external data file '{}' of '{}' is an image of its chain, or "
+                    "the image itself",
+                    header.data_file, options.path));
+  }
   ImageOptions data = options;
   data.path = *path;
   data.format = ImageFormat::kRaw;

@@ -94,6 +94,9 @@ Expected<qcow2::Amendment> decide(const AmendOptions& options, const qcow2::Head
     return wrong("another backing file is the work of 'vblk img rebase'");
   if (options.has("data_file_raw") && values.data_file_raw && !header.data_file_is_raw())
     return wrong("data_file_raw cannot be set on an image that there is");
+  const std::string data_path = resolve_name(options.path, values.data_file);
+  if (!values.data_file.empty() && is_same_file(data_path, options.path))
+    return wrong("an image cannot be its own data file");
   qcow2::Amendment amendment;
   if (options.has("compat") && values.version != header.version) amendment.version = values.version;
   const auto order = static_cast<unsigned>(std::countr_zero(values.refcount_bits));

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -145,6 +146,13 @@ Expected<ConvertOptions> parse_options(const Arguments& arguments) {
   return options;
 }
 
+Expected<void> check_targets_are_apart(const Source& source, const ConvertOptions& options) {
+  auto checked = check_target_is_apart(source, options.target);
+  if (checked && !options.create.data_file.empty())
+    checked = check_target_is_apart(source, resolve_name(options.target, options.create.data_file));
+  return checked;
+}
+
 Expected<std::vector<Source>> open_sources(const ConvertOptions& options) {
   std::vector<Source> sources;
   for (const std::string& path : options.sources) {
@@ -154,7 +162,7 @@ Expected<std::vector<Source>> open_sources(const ConvertOptions& options) {
                                .cache = options.source_cache,
                                .lock = options.lock});
     if (!source) return std::unexpected(std::move(source.error()));
-    if (auto checked = check_target_is_apart(*source, options.target); !checked)
+    if (auto checked = check_targets_are_apart(*source, options); !checked)
       return std::unexpected(std::move(checked.error()));
     sources.push_back(std::move(*source));
   }
@@ -202,13 +210,11 @@ Task<int> add_bitmaps(qcow2::BitmapEditor& editor, const StoredBitmaps& bitmaps)
   co_return error;
 }
 
-// Into the new image, which is whole but for its name.
-Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, blockdev::RawNode& file,
+// Into the new image, which is whole but for what says that it is one.
+Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, NewImage& image,
                             blockdev::PrivateContext& context) {
-  auto header = read_header(file);
-  if (!header) return std::unexpected(std::move(header.error()));
   bitmaps.file->attach(context.context());
-  qcow2::BitmapEditor editor(file, context.context(), std::move(*header));
+  qcow2::BitmapEditor editor(image.target().file(), context.context(), image.writer()->header());
   const int error = context.run(add_bitmaps(editor, bitmaps));
   bitmaps.file->detach(context.context());
   if (error == 0) return {};
@@ -265,7 +271,7 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
       return make_error(backing.error().kind,
                         "the backing file cannot be used: " + backing.error().message);
     }
-    if (auto apart = check_target_is_apart(*backing, options.target); !apart) return apart;
+    if (auto apart = check_targets_are_apart(*backing, options); !apart) return apart;
   }
   std::optional<StoredBitmaps> bitmaps;
   if (options.copies_bitmaps) {
@@ -293,10 +299,8 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
   }
   auto converted = Converter(plan, progress).run();
   if (!converted) return converted;
-  const auto last = [&]() -> Expected<void> {
-    return bitmaps ? copy_bitmaps(*bitmaps, (*image)->target().file(), **context)
-                   : Expected<void>();
-  };
+  std::function<Expected<void>()> last;
+  if (bitmaps) last = [&] { return copy_bitmaps(*bitmaps, **image, **context); };
   if (auto finished = (*image)->finish(**context, last); !finished) return finished;
   progress.finish();
   return {};

@@ -45,8 +45,10 @@ Expected<std::uint64_t> size_of_backing(const std::string& path, const CreateOpt
     return make_error(backing.error().kind,
                       "the backing file cannot be used: " + backing.error().message);
   }
-  if (auto apart = check_target_is_apart(*backing, path); !apart)
-    return std::unexpected(std::move(apart.error()));
+  auto apart = check_target_is_apart(*backing, path);
+  if (apart && !create.data_file.empty())
+    apart = check_target_is_apart(*backing, resolve_name(path, create.data_file));
+  if (!apart) return std::unexpected(std::move(apart.error()));
   return backing->size_bytes();
 }
 

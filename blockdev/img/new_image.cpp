@@ -42,11 +42,6 @@ blockdev::Task<int> fill_holes(Target& target, blockdev::IoContext& context, std
   co_return 0;
 }
 
-blockdev::Task<int> flush(blockdev::RawNode& file, blockdev::IoContext& context) {
-  const int error = co_await BlockIo(file, context, BlockOperation::kFlush, 0, 0);
-  co_return error;
-}
-
 }  // namespace
 
 std::unexpected<Error> NewImage::failed(const char* what, int error) const {
@@ -60,6 +55,11 @@ std::unexpected<Error> NewImage::failed(const char* what, int error) const {
 Expected<std::unique_ptr<NewImage>> NewImage::begin(const std::string& path,
                                                     const NewImageOptions& options,
                                                     blockdev::PrivateContext& context) {
+  const std::string& data_file = options.create.data_file;
+  if (!data_file.empty() && is_same_target(path, resolve_name(path, data_file))) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' cannot be its own data file", path));
+  }
   auto target = Target::create(path, file_cache(options.cache));
   if (!target) return std::unexpected(std::move(target.error()));
   std::unique_ptr<NewImage> image(new NewImage(options, std::move(*target)));
@@ -91,7 +91,8 @@ Expected<void> NewImage::begin_qcow2(const std::string& path, blockdev::PrivateC
   const CreateOptions& create = options_.create;
   blockdev::RawNode* data_file = nullptr;
   if (!create.data_file.empty()) {
-    auto target = Target::create(resolve_name(path, create.data_file), file_cache(options_.cache));
+    const std::string data_path = resolve_name(path, create.data_file);
+    auto target = Target::create(data_path, file_cache(options_.cache));
     if (!target) return std::unexpected(std::move(target.error()));
     data_target_ = std::move(*target);
     data_file = &data_target_->file();
@@ -129,6 +130,12 @@ Expected<void> NewImage::take_space(blockdev::PrivateContext& context, Target& t
   return {};
 }
 
+blockdev::Task<int> NewImage::flush(Target& target, blockdev::IoContext& context) {
+  int error = 0;
+  if (must_flush()) error = co_await BlockIo(target.file(), context, BlockOperation::kFlush, 0, 0);
+  co_return error;
+}
+
 Expected<void> NewImage::finish(blockdev::PrivateContext& context,
                                 const std::function<Expected<void>()>& last) {
   std::uint64_t file_bytes = options_.size_bytes;
@@ -140,21 +147,45 @@ Expected<void> NewImage::finish(blockdev::PrivateContext& context,
   if (auto taken = take_space(context, *target_, file_bytes); !taken) return taken;
   if (data_target_) {
     if (auto taken = take_space(context, *data_target_, options_.size_bytes); !taken) return taken;
-    const int error =
-        must_flush() ? context.run(flush(data_target_->file(), context.context())) : 0;
+    const int error = context.run(flush(*data_target_, context.context()));
     if (error != 0) return failed("flush the data file of", error);
-    if (auto published = data_target_->publish(must_flush()); !published) return published;
+    // What is overwritten in place is an image with its header.
+    if (target_->is_in_place()) {
+      if (auto named = data_target_->publish(must_flush()); !named) return named;
+    }
   }
-  int error = must_flush() ? context.run(flush(target_->file(), context.context())) : 0;
-  if (error == 0 && writer_) {
-    error = context.run(writer_->write_header(context.context()));
-    if (error == 0 && must_flush()) error = context.run(flush(target_->file(), context.context()));
+  int error = 0;
+  if (writer_) {
+    error = context.run(writer_->write_hidden_header(context.context()));
+    if (error != 0) return failed("write", error);
+    if (last) {
+      if (auto done = last(); !done) return done;
+    }
+    error = context.run(flush(*target_, context.context()));
+    if (error == 0) error = context.run(writer_->reveal_header(context.context()));
   }
+  if (error == 0) error = context.run(flush(*target_, context.context()));
   if (error != 0) return failed("write", error);
-  if (last) {
-    if (auto done = last(); !done) return done;
+  return publish();
+}
+
+Expected<void> NewImage::publish() {
+  if (data_target_ && !target_->is_in_place()) {
+    // What may fail comes before what cannot be taken back.
+    if (auto ready = data_target_->stand_by(); !ready) return ready;
+    if (auto ready = target_->stand_by(); !ready) return ready;
+    if (data_target_->replaces()) {
+      if (auto removed = target_->remove_old(must_flush()); !removed) return removed;
+    }
+    if (auto named = data_target_->publish(must_flush()); !named) return named;
   }
-  return target_->publish(must_flush());
+  auto named = target_->publish(must_flush());
+  is_complete_ = named.has_value() || target_->has_name();
+  return named;
+}
+
+NewImage::~NewImage() {
+  if (data_target_ && !is_complete_) data_target_->take_name_back();
 }
 
 }  // namespace vblk::img

@@ -1,4 +1,10 @@
 // A raw or qcow2 image that is made, from its options to its name.
+//
+// With a data file there are two names, which no file system gives at once. Neither file is to be
+// taken for half of an image that it is not: the old image, if there is one and the old data file
+// is replaced too, loses its name first; then the data file gets its name, then the image. An
+// interruption between these leaves the new data file alone. If the image cannot get its name, a
+// data file that was not there before goes too.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +37,9 @@ class NewImage {
   static Expected<std::unique_ptr<NewImage>> begin(const std::string& path,
                                                    const NewImageOptions& options,
                                                    blockdev::PrivateContext& context);
+  ~NewImage();
+  NewImage(const NewImage&) = delete;
+  NewImage& operator=(const NewImage&) = delete;
 
   // Of a raw image, and of the file of a qcow2 image.
   [[nodiscard]] Target& target() { return *target_; }
@@ -41,7 +50,8 @@ class NewImage {
   [[nodiscard]] bool reads_zero() const { return target_->reads_zero(); }
 
   // All content has been written: tables, space, flush, header, name. `last`, if there is one,
-  // comes before the name: the file is a whole image then. Errors: those of the files, and its own.
+  // changes the file as an image of writer()->header() before it can be told to be one. Errors:
+  // those of the files, and its own.
   Expected<void> finish(blockdev::PrivateContext& context,
                         const std::function<Expected<void>()>& last = {});
 
@@ -51,6 +61,9 @@ class NewImage {
   Expected<void> begin_raw();
   Expected<void> begin_qcow2(const std::string& path, blockdev::PrivateContext& context);
   Expected<void> take_space(blockdev::PrivateContext& context, Target& target, std::uint64_t bytes);
+  blockdev::Task<int> flush(Target& target, blockdev::IoContext& context);
+  // Gives both files their names.
+  Expected<void> publish();
   [[nodiscard]] std::unexpected<Error> failed(const char* what, int error) const;
   [[nodiscard]] bool must_flush() const { return options_.cache != blockdev::CacheMode::kUnsafe; }
 
@@ -58,6 +71,7 @@ class NewImage {
   std::unique_ptr<Target> target_;
   std::unique_ptr<Target> data_target_;
   std::unique_ptr<qcow2::ImageWriter> writer_;
+  bool is_complete_{false};
 };
 
 // The cache mode that files are opened in: "unsafe" only says that nobody flushes.

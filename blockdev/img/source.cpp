@@ -17,6 +17,7 @@
 #include "blockdev/image/open_image.h"
 #include "blockdev/image_file.h"
 #include "blockdev/img/engines.h"
+#include "blockdev/img/names.h"
 #include "blockdev/qcow2/qcow2_node.h"
 
 namespace vblk::img {
@@ -166,11 +167,27 @@ Expected<void> check_target_is_apart(const Source& source, const std::string& ta
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("'{}' is the source and the target", source.path));
   }
-  const BlockNode* node = source.node ? source.node->backing_node() : nullptr;
-  for (; node != nullptr; node = node->backing_node()) {
-    if (!is_same_file(node->name(), target)) continue;
+  struct stat status{};
+  if (::stat(target.c_str(), &status) != 0) return {};
+  const auto refuse = [&target] {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("'{}' is the target, and the source is based on it", target));
+  };
+  const BlockNode* node = source.node ? source.node->backing_node() : nullptr;
+  for (; node != nullptr; node = node->backing_node()) {
+    if (is_same_file(node->name(), target)) return refuse();
+  }
+  // Data files, which no node tells of. What is opened has a chain that ends.
+  std::string path = source.path;
+  std::string format = source.format;
+  while (format == "qcow2") {
+    const auto header = header_of(path, false);
+    if (!header) return std::unexpected(header.error());
+    if (!header->data_file.empty() && is_same_file(resolve_name(path, header->data_file), target))
+      return refuse();
+    format = header->backing_format;
+    path = resolve_name(path, header->backing_file);
+    if (header->backing_file.empty()) break;
   }
   return {};
 }

@@ -11,6 +11,7 @@
 
 #include "blockdev/image_file.h"
 #include "blockdev/image_lock.h"
+#include "blockdev/img/source.h"
 
 namespace vblk::img {
 
@@ -31,6 +32,17 @@ bool has_no_unnamed_files(int error) {
 }
 
 }  // namespace
+
+bool is_same_target(const std::string& one, const std::string& other) {
+  if (is_same_file(one, other)) return true;
+  std::error_code one_failed;
+  std::error_code other_failed;
+  const auto one_path =
+      std::filesystem::weakly_canonical(std::filesystem::absolute(one), one_failed);
+  const auto other_path =
+      std::filesystem::weakly_canonical(std::filesystem::absolute(other), other_failed);
+  return !one_failed && !other_failed && one_path == other_path;
+}
 
 std::unexpected<Error> Target::error(const char* what, int errno_value) const {
   return make_error(kind_of_errno(errno_value),
@@ -125,28 +137,33 @@ int Target::allocate(std::uint64_t bytes) {
   return ::fallocate(fd_, 0, 0, static_cast<off_t>(bytes)) == 0 ? 0 : errno;
 }
 
+Expected<void> Target::stand_by() {
+  if (!replaces() || !temporary_.empty()) return {};
+  temporary_ = temporary_name();
+  if (::linkat(AT_FDCWD, path_of(fd_).c_str(), AT_FDCWD, temporary_.c_str(), AT_SYMLINK_FOLLOW) ==
+      0)
+    return {};
+  const int failed = errno;
+  temporary_.clear();
+  return error("give the complete image a name beside", failed);
+}
+
 Expected<void> Target::publish(bool stable) {
-  published_ = true;
   if (in_place_) return {};
-  if (temporary_.empty() && !replaces_) {
+  if (auto ready = stand_by(); !ready) return ready;
+  if (temporary_.empty()) {
     if (::linkat(AT_FDCWD, path_of(fd_).c_str(), AT_FDCWD, real_path_.c_str(), AT_SYMLINK_FOLLOW) !=
         0)
       return error("give the complete image its name", errno);
-  } else {
-    if (temporary_.empty()) {
-      temporary_ = temporary_name();
-      if (::linkat(AT_FDCWD, path_of(fd_).c_str(), AT_FDCWD, temporary_.c_str(),
-                   AT_SYMLINK_FOLLOW) != 0)
-        return error("give the complete image a name beside", errno);
-    }
-    if (::rename(temporary_.c_str(), real_path_.c_str()) != 0) {
-      const int failed = errno;
-      ::unlink(temporary_.c_str());
-      return error("replace", failed);
-    }
+  } else if (::rename(temporary_.c_str(), real_path_.c_str()) != 0) {
+    return error("replace", errno);
   }
+  has_name_ = true;
   temporary_.clear();
-  if (!stable) return {};
+  return stable ? flush_folder() : Expected<void>();
+}
+
+Expected<void> Target::flush_folder() const {
   const int folder = ::open(folder_of(real_path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   const bool is_stable = folder >= 0 && ::fsync(folder) == 0;
   const int failed = errno;
@@ -155,11 +172,21 @@ Expected<void> Target::publish(bool stable) {
   return {};
 }
 
+Expected<void> Target::remove_old(bool stable) {
+  if (!replaces()) return {};
+  if (::unlink(real_path_.c_str()) != 0 && errno != ENOENT) return error("replace", errno);
+  return stable ? flush_folder() : Expected<void>();
+}
+
+void Target::take_name_back() {
+  if (has_name_ && !replaces_) ::unlink(real_path_.c_str());
+}
+
 Target::~Target() {
   file_.reset();
   if (fd_ >= 0) ::close(fd_);
   if (old_fd_ >= 0) ::close(old_fd_);
-  if (!temporary_.empty() && !published_) ::unlink(temporary_.c_str());
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
 }
 
 }  // namespace vblk::img

@@ -12,7 +12,7 @@
 //   a block device       it is overwritten, and locked
 //
 // So where it can be done, whatever interrupts the work leaves what was there before, and nothing
-// else. Where it cannot, a qcow2 image still has no header until the end (image_writer.h), and of a
+// else. Where it cannot, a qcow2 image is still none until the end (image_writer.h), and of a
 // raw one its user has to know that it was interrupted. A file system without O_TMPFILE gives the
 // new file a name of its own, ".NAME.vblk-PID", which SIGKILL leaves behind.
 #pragma once
@@ -46,17 +46,32 @@ class Target {
   // Whether what is not written reads as zeroes.
   [[nodiscard]] bool reads_zero() const { return !file_->is_block_device(); }
 
+  // Whether it is written where it is, and so is there all the time.
+  [[nodiscard]] bool is_in_place() const { return in_place_; }
+  // Whether publish() has given it its name, though something else may have failed.
+  [[nodiscard]] bool has_name() const { return has_name_; }
+  // Whether publish() takes the name from another file.
+  [[nodiscard]] bool replaces() const { return replaces_ && !in_place_; }
+
   // Gives the file space for `bytes`. 0, or an errno value.
   [[nodiscard]] int allocate(std::uint64_t bytes);
   // It is complete, and closed as far as writing goes. `stable`: also after a power cut; the file's
   // content has been flushed already. Errors: as rename(2) and link(2).
   Expected<void> publish(bool stable);
+  // Before publish(), which does it otherwise: what takes the place of another file gets a name
+  // beside that one. Errors: as link(2).
+  Expected<void> stand_by();
+  // Before publish(): the file that would be replaced goes already. Nothing if there is none.
+  Expected<void> remove_old(bool stable);
+  // A name that publish() has given, and no file had before, is nobody's again.
+  void take_name_back();
 
  private:
   Target() = default;
   Expected<void> make_unnamed(blockdev::CacheMode cache);
   Expected<void> open_in_place(blockdev::CacheMode cache);
   [[nodiscard]] std::string temporary_name() const;
+  Expected<void> flush_folder() const;
   [[nodiscard]] std::unexpected<Error> error(const char* what, int errno_value) const;
 
   std::string path_;       // as the user says
@@ -66,8 +81,11 @@ class Target {
   int old_fd_{-1};  // of the file that will be replaced, locked
   bool replaces_{false};
   bool in_place_{false};
-  bool published_{false};
+  bool has_name_{false};
   std::unique_ptr<blockdev::RawNode> file_;
 };
+
+// Whether two names, of files that need not be there, are of one target.
+[[nodiscard]] bool is_same_target(const std::string& one, const std::string& other);
 
 }  // namespace vblk::img

@@ -311,10 +311,20 @@ Task<int> ImageWriter::write_refcounts(IoContext& context) {
   co_return error;
 }
 
-Task<int> ImageWriter::write_header(IoContext& context) {
+Task<int> ImageWriter::write_hidden_header(IoContext& context) {
   AlignedBuffer cluster(geometry_.cluster_bytes());
   if (!encode_header(header_, cluster.bytes())) co_return EINVAL;
+  store_be(cluster.data(), std::uint32_t{0});
   const int error = co_await BlockIo(file_, context, BlockOperation::kWrite, 0, cluster.bytes());
+  co_return error;
+}
+
+Task<int> ImageWriter::reveal_header(IoContext& context) {
+  AlignedBuffer sector(kHeaderSectorBytes);
+  int error = co_await BlockIo(file_, context, BlockOperation::kRead, 0, sector.bytes());
+  if (error != 0) co_return error;
+  store_be(sector.data(), kMagic);
+  error = co_await BlockIo(file_, context, BlockOperation::kWrite, 0, sector.bytes());
   co_return error;
 }
 

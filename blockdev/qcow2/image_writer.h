@@ -99,8 +99,11 @@ class ImageWriter {
   blockdev::Task<int> write_tables(blockdev::IoContext& context);
   // Where the file ends after write_tables().
   [[nodiscard]] std::uint64_t end_bytes() const { return frontier_ << geometry_.cluster_bits; }
-  // The last write. Error: EINVAL: the names do not fit (encode_header()).
-  blockdev::Task<int> write_header(blockdev::IoContext& context);
+  // The last writes: a header without the number that it is known by, so that the file is no image
+  // yet, though those who have header() can change it as one; and that number, in one sector.
+  // Error: EINVAL: the names do not fit (encode_header()).
+  blockdev::Task<int> write_hidden_header(blockdev::IoContext& context);
+  blockdev::Task<int> reveal_header(blockdev::IoContext& context);
 
   [[nodiscard]] const Header& header() const { return header_; }
   [[nodiscard]] bool maps_everything() const { return options_.map_everything; }

@@ -456,6 +456,108 @@ def leaves_nothing_half(report, vblk, folder, options, rng):
         path.unlink()
 
 
+def killed_at(vblk, calls, when, *arguments, error=None):
+    """Runs a command that is killed, or has an error, at the call of this kind that has this number; its status."""
+    fate = f"error={error}" if error else "signal=KILL"
+    process = subprocess.Popen(["strace", "-f", "-o", "/dev/null", "-e", f"inject={calls}:{fate}:when={when}", *vblk.command,
+                                *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process.wait(60)
+    return process.returncode
+
+
+def makes_two_files(report, vblk, folder, rng):
+    """An image and its data file: neither is ever taken for half of another pair."""
+    raws = [folder / "one.raw", folder / "two.raw"]
+    for raw in raws:
+        raw.write_bytes(content(rng, 2 * MIB))
+    image, data = folder / "image.qcow2", folder / "image.data"
+    make = ["convert", "-f", "raw", "-O", "qcow2", "-o", f"data_file={data}"]
+    wrong, interrupted = [], 0
+    # The last calls: what gives and takes names.
+    for call, when in (("unlink", 1), ("linkat", 1), ("rename", 1), ("linkat", 2), ("rename", 2)):
+        for path in (image, data):
+            path.unlink(missing_ok=True)
+        vblk.works(*make, raws[0], image)
+        interrupted += killed_at(vblk, call, when, *make, raws[1], image) != 0
+        found = []
+        if QEMU("info", image)[0] == 0:
+            released(image)
+            found = [identical(raw, "raw", image, "qcow2")[0] for raw in raws]
+        if found and 0 not in found:
+            wrong.append(f"killed at {call} {when}: the image is neither of the two")
+    report.check("convert with a data file killed on the way: the old image, the new one, or none", not wrong and interrupted > 3,
+                 f"{interrupted}\n" + "\n".join(wrong))
+    for path in [*folder.glob(".*"), image, data]:
+        path.unlink(missing_ok=True)
+    status = killed_at(vblk, "linkat", 2, *make, raws[0], image, error="ENOSPC")
+    report.check("an image that cannot get its name leaves no data file", status == 1 and sorted(folder.iterdir()) == sorted(raws),
+                 f"{status} {sorted(folder.iterdir())}")
+    (folder / "below").mkdir()
+    (folder / "link").symlink_to("below")
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", image, "2M")
+    base = folder / "base.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", base, "2M")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    wrong = []
+    for arguments in (
+            ["create", "-f", "qcow2", "-o", f"data_file={folder}/x", folder / "x", "1M"],
+            ["create", "-f", "qcow2", "-o", "data_file=x", folder / "x", "1M"],
+            ["create", "-f", "qcow2", "-o", f"data_file={folder}/link/../below/./x", folder / "below" / "x", "1M"],
+            ["create", "-f", "qcow2", "-o", f"data_file={folder}/link/x", folder / "below" / "x", "1M"],
+            ["create", "-f", "qcow2", "-o", f"data_file={base}", base, "1M"],
+            ["create", "-f", "qcow2", "-o", f"data_file={base}", "-b", base, "-F", "qcow2", folder / "x"],
+            ["convert", "-f", "raw", "-O", "qcow2", "-o", "data_file=x", raws[0], folder / "x"],
+            ["convert", "-f", "raw", "-O", "qcow2", "-o", f"data_file={raws[0]}", raws[0], folder / "x"],
+            ["convert", "-U", "-f", "raw", "-O", "qcow2", "-o", f"data_file={raws[0]}", raws[0], folder / "x"],
+            ["convert", "-U", "-O", "raw", image, data], ["dd", "-U", f"if={image}", f"of={data}"]):
+        status, _, errors = vblk(*arguments)
+        after = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        if status != 1 or len(errors.splitlines()) != 1 or after != before or list((folder / "below").iterdir()):
+            wrong.append(f"{' '.join(map(str, arguments))}: {status} {errors} {sorted(after)}")
+    report.check("a data file that is the image, its source, or its source's is refused", not wrong, "\n".join(wrong))
+    before = image.read_bytes()
+    status, _, errors = vblk("amend", "-o", f"data_file={image}", image)
+    report.check("amend does not make an image its own data file", status == 1 and "own data file" in errors and
+                 image.read_bytes() == before, errors)
+    itself = folder / "itself.qcow2"
+    vblk.works("create", "-q", "-f", "qcow2", "-o", "data_file=apart_.qcow2", itself, "1M")
+    itself.write_bytes(itself.read_bytes().replace(b"apart_.qcow2", b"itself.qcow2"))
+    status, _, errors = vblk("convert", "-O", "raw", itself, folder / "x")
+    report.check("an image that says so all the same is not opened", status == 1 and "or the image itself" in errors, errors)
+    (folder / "link").unlink()
+    (folder / "below").rmdir()
+    for path in folder.iterdir():
+        path.unlink()
+
+    # In place, where the file has two names: not an image until its bitmaps are there.
+    source, target, other = folder / "source.qcow2", folder / "target.qcow2", folder / "other.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", source, "1M")
+    qemu_io(source, "write -P 3 0 300k")
+    for name in ("a", "b"):
+        QEMU.works("bitmap", "--add", source, name)
+        qemu_io(source, "write -P 4 100k 64k")
+    target.write_bytes(b"what was there")
+    os.link(target, other)
+    wrong, interrupted = [], 0
+    for when in range(1, 60, 3):
+        status = killed_at(vblk, "io_uring_enter,pwritev2", when, "convert", "--bitmaps", "-O", "qcow2", "-t", "writeback", source, target)
+        interrupted += status != 0
+        whole = QEMU("info", "-f", "qcow2", target)[0] == 0
+        if whole:
+            released(target)
+            if stored_bitmaps(target) != stored_bitmaps(source) or identical(source, "qcow2", target, "qcow2")[0] != 0 or \
+                    not is_clean(check(target)):
+                wrong.append(f"{when}: an image without its bitmaps: {check(target)['text']}")
+        elif status == 0:
+            wrong.append(f"{when}: no image")
+        if status == 0:
+            break
+    report.check("convert --bitmaps in place killed on the way: an image with its bitmaps, or none", not wrong and interrupted > 4,
+                 f"{interrupted}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def speaks_to_nobody(report, vblk, folder, rng):
     """Whoever reads what is said may leave, and what it is written to may be full."""
     raw, image, broken = folder / "disk.raw", folder / "image.qcow2", folder / "broken.qcow2"
@@ -1425,6 +1527,7 @@ def main():
         "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
         "refuses_to_convert": lambda folder: refuses_to_convert(report, vblk, folder, options),
         "leaves_nothing_half": lambda folder: leaves_nothing_half(report, vblk, folder, options, rng),
+        "makes_two_files": lambda folder: makes_two_files(report, vblk, folder, rng),
         "speaks_to_nobody": lambda folder: speaks_to_nobody(report, vblk, folder, rng),
         "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
         "compares_alike": lambda folder: compares_alike(report, vblk, folder, rng),
