@@ -14,6 +14,7 @@
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
 #include "blockdev/img/converter.h"
+#include "blockdev/img/edited_file.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/output.h"
@@ -120,22 +121,24 @@ Expected<void> commit(const CommitOptions& options) {
        {std::pair(options.path, std::string("qcow2")), std::pair(base->path, base->format)}) {
     if (auto checked = has_no_bitmaps(path, format); !checked) return checked;
   }
-  const auto file = open_file({.path = options.path, .format = "qcow2", .read_only = false});
-  if (!file) return std::unexpected(file.error());
-  const auto header = read_header(**file);
-  if (!header) return std::unexpected(header.error());
-  if (header->has_data_file() && !options.keeps_content) {
+  // It is closed cleanly before anything is read from it, as opening it for writing would do.
+  const auto edited = EditedFile::open(options.path, options.cache);
+  if (!edited) return std::unexpected(edited.error());
+  const qcow2::Header& header = (*edited)->header();
+  if (header.has_data_file() && !options.keeps_content) {
     return make_error(ErrorKind::kNotSupported,
                       "an image with a data file is not emptied here; say -d to keep what it has");
   }
+  if (options.keeps_content) return write_into_base(options, *base);
+  qcow2::SnapshotEditor editor((*edited)->file(), (*edited)->context(), header);
+  // What forbids that it is emptied in the end is known before anything is written.
+  int error = (*edited)->run(editor.load());
+  if (error != 0) {
+    return make_error(kind_of_errno(error),
+                      editor.why().empty() ? describe_errno(error) : editor.why(), error);
+  }
   if (auto written = write_into_base(options, *base); !written) return written;
-  if (options.keeps_content) return {};
-  const auto context = make_context();
-  if (!context) return std::unexpected(context.error());
-  (*file)->attach((*context)->context());
-  qcow2::SnapshotEditor editor(**file, (*context)->context(), *header);
-  const int error = (*context)->run(editor.empty());
-  (*file)->detach((*context)->context());
+  error = (*edited)->run(editor.empty());
   if (error == 0) return {};
   return make_error(
       kind_of_errno(error),

@@ -9,6 +9,7 @@
 
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
+#include "blockdev/img/edited_file.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/snapshot_list.h"
 #include "blockdev/img/source.h"
@@ -22,57 +23,58 @@ enum class Action : std::uint8_t { kList, kApply, kCreate, kRemove };
 
 constexpr std::array<std::string_view, 4> kVerbs{"list", "apply", "create", "delete"};
 
-Expected<void> carry_out(const std::string& path, Action action, const std::string& name,
-                         bool lock) {
-  const auto format = decide_format(path, "");
-  if (!format) return std::unexpected(format.error());
-  const bool is_list = action == Action::kList;
-  if (*format == "raw") {
-    if (is_list) return {};
-    return make_error(ErrorKind::kNotSupported,
-                      fmt::format("'{}' is raw and has no snapshots", path));
-  }
-  const auto file =
-      open_file({.path = path, .format = *format, .read_only = is_list, .lock = lock});
+Expected<void> list(const std::string& path, bool lock) {
+  const auto file = open_file({.path = path, .format = "qcow2", .lock = lock});
   if (!file) return std::unexpected(file.error());
+  if (!*file) {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' is not a qcow2 image: it is empty", path));
+  }
   const auto header = read_header(**file);
   if (!header) return std::unexpected(header.error());
-  if (is_list) {
-    const auto snapshots = qcow2::read_snapshots(**file, *header, make_context);
-    if (!snapshots) return std::unexpected(snapshots.error());
-    print_snapshots(*snapshots);
-    return {};
-  }
-  if (header->has_data_file()) {
+  const auto snapshots = qcow2::read_snapshots(**file, *header, make_context);
+  if (!snapshots) return std::unexpected(snapshots.error());
+  print_snapshots(*snapshots);
+  return {};
+}
+
+Expected<void> change(const std::string& path, Action action, const std::string& name, bool lock) {
+  const auto edited = EditedFile::open(path, blockdev::CacheMode::kWriteback, lock);
+  if (!edited) return std::unexpected(edited.error());
+  const qcow2::Header& header = (*edited)->header();
+  if (header.has_data_file()) {
     return make_error(ErrorKind::kNotSupported,
                       fmt::format("'{}' has its data in a data file, of which there are no "
                                   "snapshots",
                                   path));
   }
-  if (header->has(qcow2::kIncompatCorrupt)) {
-    return make_error(ErrorKind::kCorrupt,
-                      fmt::format("'{}' is marked corrupt; see 'vblk img check -r all'", path));
-  }
-  if (action == Action::kApply && header->bitmap_directory) {
+  if (action == Action::kApply && header.bitmap_directory) {
     return make_error(
         ErrorKind::kNotSupported,
         fmt::format("'{}' has persistent bitmaps, which would not be true any more", path));
   }
-  const auto context = make_context();
-  if (!context) return std::unexpected(context.error());
-  (*file)->attach((*context)->context());
-  qcow2::SnapshotEditor editor(**file, (*context)->context(), *header);
+  qcow2::SnapshotEditor editor((*edited)->file(), (*edited)->context(), header);
   auto task = action == Action::kCreate  ? editor.create(name)
               : action == Action::kApply ? editor.apply(name)
                                          : editor.remove(name);
-  const int error = (*context)->run(std::move(task));
-  (*file)->detach((*context)->context());
+  const int error = (*edited)->run(std::move(task));
   if (error == 0) return {};
   return make_error(
       kind_of_errno(error),
       fmt::format("cannot {} snapshot '{}' of '{}': {}", kVerbs[static_cast<std::size_t>(action)],
                   name, path, editor.why().empty() ? describe_errno(error) : editor.why()),
       error);
+}
+
+Expected<void> carry_out(const std::string& path, Action action, const std::string& name,
+                         bool lock) {
+  const auto format = decide_format(path, "");
+  if (!format) return std::unexpected(format.error());
+  const bool is_list = action == Action::kList;
+  if (*format != "raw") return is_list ? list(path, lock) : change(path, action, name, lock);
+  if (is_list) return {};
+  return make_error(ErrorKind::kNotSupported,
+                    fmt::format("'{}' is raw and has no snapshots", path));
 }
 
 }  // namespace

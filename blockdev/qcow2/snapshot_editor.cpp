@@ -35,11 +35,13 @@ struct NamedTable {
 }  // namespace
 
 Task<int> SnapshotEditor::load() {
+  if (is_loaded_) co_return 0;
   int error = co_await survey();
   if (error != 0) co_return error;
   const Extent l1_table{header_.l1_table_offset, std::uint64_t{header_.l1_entries} * 8};
   error = co_await read_words(l1_table, l1_table_);
   if (error == 0) error = co_await load_snapshots();
+  is_loaded_ = error == 0;
   co_return error;
 }
 

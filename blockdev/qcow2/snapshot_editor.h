@@ -34,7 +34,10 @@ class SnapshotEditor final : public ImageEditor {
   SnapshotEditor(blockdev::RawNode& file, blockdev::IoContext& context, Header header)
       : ImageEditor(file, context, std::move(header)) {}
 
-  // Each once, on a fresh editor. 0, or an errno value with `why` said, unless the file failed:
+  // What each of the following begins with, if it has not been done: looks at all of the image.
+  // Errors as below.
+  blockdev::Task<int> load();
+  // One of them, once. 0, or an errno value with `why` said, unless the file failed:
   //   EINVAL   the image has errors
   //   ENOENT   there is no such snapshot
   //   EFBIG    refcounts, tables or the file would be too large
@@ -48,7 +51,6 @@ class SnapshotEditor final : public ImageEditor {
   blockdev::Task<int> empty();
 
  private:
-  blockdev::Task<int> load();
   // What the L2 tables that an L1 table names name, once more or once less; the tables too if
   // `with_tables`.
   blockdev::Task<int> count(const std::vector<std::uint64_t>& l1_table, int change,
@@ -62,6 +64,7 @@ class SnapshotEditor final : public ImageEditor {
   blockdev::Task<int> finish();
 
   std::vector<std::uint64_t> l1_table_;
+  bool is_loaded_{false};
 };
 
 }  // namespace vblk::qcow2

@@ -771,6 +771,27 @@ def rebases_alike(report, vblk, folder, rng):
 
 # ---- commit
 
+def writes_in_order(trace, *command):
+    """Runs a command without io_uring; what it wrote and flushed as (begin or end, write or flush, path), in order."""
+    subprocess.run(["strace", "-f", "-y", "-o", trace, "-e", "trace=io_uring_setup,pwritev2,pwritev,pwrite64,fdatasync,fsync",
+                    "-e", "inject=io_uring_setup:error=ENOSYS", *map(str, command)], stdout=subprocess.DEVNULL, check=True, timeout=60)
+    events, unfinished = [], {}
+    for line in trace.read_text().splitlines():
+        begun = re.match(r"(\d+) +(pwritev2|pwritev|pwrite64|fdatasync|fsync)\(\d+<([^>]*)>", line)
+        resumed = re.match(r"(\d+) +<\.\.\. \w+ resumed>", line)
+        if begun:
+            event = ("flush" if "sync" in begun[2] else "write", begun[3])
+            events.append(("begin", *event))
+            if "<unfinished" in line:
+                unfinished[begun[1]] = event
+            else:
+                events.append(("end", *event))
+        elif resumed and resumed[1] in unfinished:
+            events.append(("end", *unfinished.pop(resumed[1])))
+    trace.unlink()
+    return events
+
+
 def commits_alike(report, vblk, folder, rng):
     def chain(place, options, sizes):
         place.mkdir()
@@ -827,6 +848,36 @@ def commits_alike(report, vblk, folder, rng):
     each_fails(report, "commit refuses what qemu-img refuses", vblk, [
         ["commit"], ["commit", before], ["commit", "-b", "nowhere", top], ["commit", folder / "none"], ["commit", "-r", "x", top]],
         folder)
+    # What was not closed is closed first; what has errors is not begun with.
+    wrong = []
+    lazy, below = folder / "lazy.qcow2", folder / "below.qcow2"
+    for tool in (QEMU, vblk):
+        QEMU.works("create", "-q", "-f", "qcow2", below, "3M")
+        QEMU.works("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", "-b", below, "-F", "qcow2", lazy)
+        run_and_abort(lazy)
+        left = Header(lazy)["incompatible_features"]
+        QEMU.works("convert", "-O", "raw", lazy, folder / "lazy.raw")
+        ended = tool("commit", lazy)
+        if left != 1 or ended[:2] != (0, "Image committed.\n") or Header(lazy)["incompatible_features"] or \
+                not is_clean(check(lazy)) or identical(folder / "lazy.raw", "raw", below, "qcow2")[0] != 0:
+            wrong.append(f"{tool.command}: {left} {ended} {check(lazy)['text'][:400]}")
+    report.check("commit of an image that was not closed", not wrong, "\n".join(wrong))
+    qemu_io(lazy, "write -P 9 0 1M")
+    calls = writes_in_order(folder / "trace", *vblk.command, "commit", lazy)
+    emptied = [i for i, (what, call, path) in enumerate(calls) if call == "write" and path == str(lazy)]
+    copied = [i for i, (what, call, path) in enumerate(calls) if call == "write" and path == str(below)]
+    flushed = [i for i, event in enumerate(calls) if event == ("end", "flush", str(below))]
+    report.check("commit empties the image when what it had is stable in the base",
+                 copied and emptied and any(copied[-1] < i < emptied[0] for i in flushed), calls[:60])
+    qemu_io(lazy, "write -P 9 0 1M")
+    write_number(lazy, Damage(lazy).refcounts[5], 7, ">H")
+    write_number(lazy, Damage(lazy).l1[0], Damage(lazy).header["l1_table_offset"] | COPIED)
+    pair = lazy.read_bytes(), below.read_bytes()
+    status, _, errors = vblk("commit", lazy)
+    report.check("commit of an image with errors is refused before anything is written",
+                 status == 1 and "it has errors" in errors and pair == (lazy.read_bytes(), below.read_bytes()), errors)
+    for path in (lazy, below, folder / "lazy.raw"):
+        path.unlink()
     wrong, interrupted = [], 0
     for when in range(2, 60, 4):
         copy = folder / "copy"
@@ -919,6 +970,19 @@ def snapshots_alike(report, vblk, folder, rng):
     before = fresh.read_bytes()
     report.check("and leaves such an image alone",
                  vblk("snapshot", "-c", "x", fresh)[0] == 1 and fresh.read_bytes() == before)
+    wrong = []
+    for order in (["-c", "x"], ["-a", "s"], ["-d", "s"]):
+        paths = [folder / "theirs.dirty", folder / "ours.dirty"]
+        QEMU.works("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", paths[0], "3M")
+        QEMU.works("snapshot", "-c", "s", paths[0])
+        run_and_abort(paths[0])
+        left = Header(paths[0])["incompatible_features"]
+        shutil.copy(paths[0], paths[1])
+        ended = [tool("snapshot", *order, path)[:2] for tool, path in zip((QEMU, vblk), paths)]
+        if left != 1 or ended[0] != ended[1] or ended[1][0] != 0 or Header(paths[1])["incompatible_features"] or \
+                not is_clean(check(paths[1])) or identical(paths[0], "qcow2", paths[1], "qcow2")[0] != 0:
+            wrong.append(f"{order}: {left} {ended} {check(paths[1])['text'][:400]}")
+    report.check("snapshots of an image that was not closed", not wrong, "\n".join(wrong))
     # Killed at any write: no error, leaks at most.
     sound = folder / "sound.qcow2"
     QEMU.works("create", "-f", "qcow2", "-o", "cluster_size=4k", sound, "3M")
