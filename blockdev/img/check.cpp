@@ -158,11 +158,11 @@ int check_command(std::span<const std::string> words) {
   if (error != 0) {
     return fail(fmt::format("'{}' cannot be checked to its end: {}", path, describe_errno(error)));
   }
-  if (*output == OutputFormat::kJson) {
-    print_json(path, result, job.repaired);
-  } else if (!arguments->has("q")) {
-    print_human(result);
-  }
+  if (!result.failure.empty())
+    return fail(fmt::format("'{}' cannot be checked to its end: {}", path, result.failure));
+  const bool quiet = arguments->has("q");
+  if (*output == OutputFormat::kJson && !quiet) print_json(path, result, job.repaired);
+  if (*output == OutputFormat::kHuman && !quiet) print_human(result);
   if (result.check_errors > 0)
     return fail(fmt::format("'{}' cannot be checked to its end", path), kStatusFailed);
   if (result.corruptions > 0) return kStatusCorrupt;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <set>
 #include <span>
 #include <utility>
 
@@ -62,6 +63,53 @@ bool decode_bitmap_entry(std::span<const std::byte> bytes, BitmapEntry& entry) {
            .name = {reinterpret_cast<const char*>(from) + kFixedBytes + extra_bytes, name_bytes},
            .length_bytes = (used + 7) / 8 * 8};
   return true;
+}
+
+namespace {
+
+// "Bitmap directory": what an entry breaks.
+const char* broken_rule(const Header& header, const BitmapEntry& entry) {
+  const Geometry& geometry = header.geometry;
+  if (entry.name.empty() || entry.name.size() > kBitmapNameBytesMax) return "a name";
+  if (entry.type != kBitmapDirtyTracking) return "a type that is known";
+  if ((entry.flags & ~kBitmapFlagsKnown) != 0) return "only flags that are known";
+  if (entry.granularity_bits < kBitmapGranularityBitsMin ||
+      entry.granularity_bits > kBitmapGranularityBitsMax)
+    return "a granularity from 512 to 2G";
+  if (entry.table_entries == 0 || entry.table_offset == 0 ||
+      (entry.table_offset & geometry.cluster_mask()) != 0 ||
+      std::uint64_t{entry.table_entries} << geometry.cluster_bits > kBitmapBytesMax)
+    return "a table";
+  // What was not closed is of no use, and may be of a disk of another size.
+  const std::uint64_t needed =
+      geometry.clusters_of(bitmap_bytes(header.size_bytes, entry.granularity_bits));
+  if ((entry.flags & kBitmapInUse) == 0 && entry.table_entries != needed)
+    return "a table for a disk of this size";
+  return nullptr;
+}
+
+}  // namespace
+
+std::string decode_bitmap_directory(std::span<const std::byte> bytes, const Header& header,
+                                    std::vector<Bitmap>& bitmaps) {
+  std::set<std::string_view> names;
+  while (!bytes.empty()) {
+    BitmapEntry entry;
+    if (!decode_bitmap_entry(bytes, entry) || entry.length_bytes > bytes.size())
+      return "the bitmap directory is not whole";
+    const std::size_t number = bitmaps.size();
+    if (const char* const rule = broken_rule(header, entry); rule != nullptr)
+      return fmt::format("entry {} of the bitmap directory does not have {}", number, rule);
+    if (!names.insert(entry.name).second)
+      return fmt::format("entry {} of the bitmap directory has the name of another", number);
+    bitmaps.push_back({entry, std::string(entry.name)});
+    bitmaps.back().entry.name = {};
+    bytes = bytes.subspan(entry.length_bytes);
+  }
+  if (bitmaps.size() != header.bitmap_count || bitmaps.size() > kBitmapsMax)
+    return fmt::format("the bitmap directory has {} entries, not {}", bitmaps.size(),
+                       header.bitmap_count);
+  return {};
 }
 
 std::vector<std::byte> encode_bitmap_entry(const BitmapEntry& entry) {
@@ -164,20 +212,11 @@ Expected<std::vector<Bitmap>> read_bitmaps(blockdev::RawNode& file, const Header
         fmt::format("cannot read the bitmaps of '{}': {}", file.name(), describe_errno(error)),
         error);
   }
-  bool is_whole = error == 0;
-  for (std::size_t at = 0; is_whole && at < bytes.size();) {
-    BitmapEntry entry;
-    is_whole =
-        decode_bitmap_entry(std::span(bytes).subspan(at), entry) && entry.granularity_bits < 64;
-    if (!is_whole) break;
-    at += entry.length_bytes;
-    bitmaps.push_back({entry, std::string(entry.name)});
-    bitmaps.back().entry.name = {};
-  }
-  if (!is_whole) {
-    return make_error(
-        ErrorKind::kCorrupt,
-        fmt::format("qcow2 image '{}' is damaged: its bitmap directory is not whole", file.name()));
+  const std::string why = error == EINVAL ? "its bitmap directory has no place in the file"
+                                          : decode_bitmap_directory(bytes, header, bitmaps);
+  if (!why.empty()) {
+    return make_error(ErrorKind::kCorrupt,
+                      fmt::format("qcow2 image '{}' is damaged: {}", file.name(), why));
   }
   return bitmaps;
 }

@@ -50,6 +50,17 @@ struct BitmapEntry {
 // The entry at the beginning of `bytes`, which end with the directory. False: it is not whole.
 [[nodiscard]] bool decode_bitmap_entry(std::span<const std::byte> bytes, BitmapEntry& entry);
 
+struct Bitmap {
+  BitmapEntry entry;  // without its name
+  std::string name;
+};
+
+// All entries of the directory of `header`, in order. What is wrong with one of them, or with all
+// together, as QEMU judges it; empty: nothing. Extra data that nobody knows is nothing wrong here.
+[[nodiscard]] std::string decode_bitmap_directory(std::span<const std::byte> bytes,
+                                                  const Header& header,
+                                                  std::vector<Bitmap>& bitmaps);
+
 // Reads the directory's bytes. Errors: EINVAL (it has no place in a file of `file_end` bytes),
 // others of the file.
 blockdev::Task<int> read_bitmap_directory(blockdev::BlockNode& file, blockdev::IoContext& context,
@@ -82,11 +93,6 @@ blockdev::Task<int> read_bitmap_bits(blockdev::BlockNode& file, blockdev::IoCont
 void merge_bitmap_bits(std::uint64_t disk_bytes, std::span<const std::byte> from,
                        unsigned from_granularity_bits, std::span<std::byte> to,
                        unsigned to_granularity_bits);
-
-struct Bitmap {
-  BitmapEntry entry;  // without its name
-  std::string name;
-};
 
 // All that `header` names, in order; none without a directory. Errors: kCorrupt, kIo.
 Expected<std::vector<Bitmap>> read_bitmaps(blockdev::RawNode& file, const Header& header,

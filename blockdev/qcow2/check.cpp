@@ -12,6 +12,7 @@
 #include "blockdev/block_io.h"
 #include "blockdev/qcow2/bitmaps.h"
 #include "blockdev/qcow2/refcount_layout.h"
+#include "blockdev/qcow2/snapshot_editor.h"
 #include "blockdev/qcow2/snapshots.h"
 #include "blockdev/qcow2/table_reader.h"
 
@@ -24,10 +25,6 @@ using blockdev::IoContext;
 using blockdev::Task;
 
 namespace {
-
-// "Snapshot extra data": version 3 has these two fields; more than that is nothing anybody knows.
-constexpr std::uint32_t kSnapshotExtraBytesMin = 16;
-constexpr std::uint32_t kSnapshotExtraBytesMax = 1024;
 
 // Beyond it nothing can be read. The last GiB before 2^63 is where qemu-img, too, ends.
 constexpr std::uint64_t kReadableEnd = (std::uint64_t{1} << 63) - (std::uint64_t{1} << 30);
@@ -89,6 +86,11 @@ class Checker {
                 std::vector<Sector>& sectors, RepairResult& result) const;
   Task<int> flush();
 
+  // What could not be judged makes all that was counted worthless.
+  void give_up(std::string why) {
+    result_.failure = std::move(why);
+    ++result_.check_errors;
+  }
   void corrupt(const std::string& what, std::uint64_t times = 1) {
     tell_("ERROR " + what);
     result_.corruptions += times;
@@ -108,6 +110,7 @@ class Checker {
   void check_copied(bool is_copied, std::uint64_t offset, const std::string& what,
                     std::uint32_t times);
   Task<int> check_bitmaps();
+  Task<int> check_bitmap_table(const BitmapEntry& bitmap, std::string& why);
   void check_refcount_table();
   void compare();
   [[nodiscard]] std::uint64_t cluster_of(std::uint64_t offset) const {
@@ -120,6 +123,18 @@ class Checker {
       return false;
     return geometry_.extended_l2 ? (entry.bitmap & (~std::uint64_t{0} >> kSubclusters)) == 0
                                  : (entry.descriptor & kFlagZero) != 0;
+  }
+  // Whether a repair would change what it goes by.
+  [[nodiscard]] bool overlaps_what_changes();
+  // Whether the snapshot table may be written anew by whoever looks at the image.
+  [[nodiscard]] bool mends_snapshots() const {
+    return is_repair_ ? repairs_entries_ : keeps_references_;
+  }
+  // Of a table of words: what is not zeroes beyond the end of the file.
+  [[nodiscard]] std::uint64_t readable_bytes(const Extent& table) const {
+    const std::uint64_t file_end = file_.data_bytes();
+    if (table.offset >= file_end) return 0;
+    return std::min(table.length, (file_end - table.offset + 7) / 8 * 8);
   }
   // What the refcount blocks say.
   [[nodiscard]] std::uint32_t refcount_at(std::uint64_t offset) const {
@@ -143,6 +158,9 @@ class Checker {
   bool needs_rewrite_{false};                         // of all refcount structures
   bool is_repair_{false};
   bool repairs_entries_{false};
+  // What is read by what it says itself and not by what the disk's tables say: the snapshot table,
+  // its L1 tables, the bitmap directory, bitmap tables.
+  std::vector<Extent> told_by_themselves_;
   std::vector<Sector> entry_repairs_;
   std::uint64_t entries_repaired_{0};
 };
@@ -245,7 +263,7 @@ Task<int> Checker::load_refcounts() {
 Task<int> Checker::name_tables(Extent l1_table, bool is_active) {
   add(l1_table.offset, l1_table.length, 1, "L1 table");
   std::vector<std::uint64_t> entries;
-  const int error = co_await read_words(l1_table.offset, l1_table.length / 8, entries);
+  const int error = co_await read_words(l1_table.offset, readable_bytes(l1_table) / 8, entries);
   if (error != 0) co_return error;
   for (std::size_t i = 0; i < entries.size(); ++i) {
     const std::uint64_t entry = entries[i];
@@ -277,12 +295,20 @@ void Checker::check_copied(bool is_copied, std::uint64_t offset, const std::stri
 Task<int> Checker::check_snapshots() {
   std::vector<Extent> l1_tables;
   std::uint32_t index = 0;
-  const VisitSnapshot visit = [this, &l1_tables, &index](const SnapshotEntry& entry) {
+  bool has_too_much = false;
+  bool is_readable = true;
+  const auto corrupt_entry = [this, &index](const char* what) {
+    corrupt(fmt::format("snapshot table entry {} {}", index, what));
+    ++result_.snapshot_corruptions;
+  };
+  const VisitSnapshot visit = [&](const SnapshotEntry& entry) {
     const Extent l1_table = entry.l1_table;
-    if (header_.version >= 3 && entry.extra_bytes < kSnapshotExtraBytesMin)
-      corrupt(fmt::format("snapshot table entry {} is incomplete", index));
-    if (entry.extra_bytes > kSnapshotExtraBytesMax)
-      corrupt(fmt::format("snapshot table entry {} has too much extra data", index));
+    if (header_.version >= 3 && entry.extra_bytes < kSnapshotExtraBytesV3)
+      corrupt_entry("is incomplete");
+    if (entry.extra_bytes > kSnapshotExtraBytesMax) {
+      corrupt_entry("has too much extra data");
+      has_too_much = true;
+    }
     if ((l1_table.offset & geometry_.cluster_mask()) != 0) {
       corrupt(fmt::format("snapshot {}: its L1 table at {:#x} does not begin with a cluster", index,
                           l1_table.offset));
@@ -290,21 +316,35 @@ Task<int> Checker::check_snapshots() {
       corrupt(fmt::format("snapshot {}: its L1 table is too large", index));
     } else {
       l1_tables.push_back(l1_table);
+      is_readable = is_readable && (l1_table.length == 0 || l1_table.offset <= kReadableEnd);
     }
     ++index;
     return true;
   };
   SnapshotTable table;
-  int error = co_await visit_snapshots(file_, context_, header_, file_.data_bytes(), visit, table);
+  int error =
+      co_await visit_snapshots(file_, context_, header_, snapshot_table_end(header_), visit, table);
   if (!table.why.empty()) {
-    corrupt(table.why);
-    ++result_.check_errors;
+    give_up(table.why);
+    co_return 0;
   }
   if (error != 0) co_return error;
+  if (has_too_much && !mends_snapshots()) {
+    give_up("a snapshot has too much extra data, which -r all takes away");
+    co_return 0;
+  }
+  if (!is_readable) {
+    give_up("the L1 table of a snapshot is where nothing can be read");
+    co_return 0;
+  }
+  const std::uint64_t corruptions = result_.corruptions;
+  told_by_themselves_ = l1_tables;
+  told_by_themselves_.push_back({header_.snapshots_offset, table.length_bytes});
   add(header_.snapshots_offset, table.length_bytes, 1, "snapshot table");
+  result_.snapshot_corruptions += result_.corruptions - corruptions;
   // Each has clusters of its own. More than there are, and following them could take for ever.
   std::uint64_t all_bytes = 0;
-  for (const Extent& l1_table : l1_tables) all_bytes += l1_table.length;
+  for (const Extent& l1_table : l1_tables) all_bytes += readable_bytes(l1_table);
   if (all_bytes > file_.data_bytes()) {
     corrupt("the L1 tables of the snapshots are larger than the file");
     ++result_.check_errors;
@@ -375,7 +415,10 @@ void Checker::check_standard(const Named& table, std::size_t index, const L2Entr
     return;
   }
   add(offset, geometry_.cluster_bytes(), table.total, "data");
-  if (table.active > 0 && (refcount_at(offset) == 1) != is_copied)
+  // Flags of a table of which it is not known how often it is shared say nothing.
+  const bool has_flags =
+      table.active > 0 && table.offset != 0 && refcount_at(table.offset) != kUnknown;
+  if (has_flags && (refcount_at(offset) == 1) != is_copied)
     check_copied(is_copied, offset, where(), table.active);
 }
 
@@ -430,36 +473,52 @@ Task<int> Checker::check_tables() {
 Task<int> Checker::check_bitmaps() {
   if (!header_.bitmap_directory) co_return 0;
   const Extent directory = *header_.bitmap_directory;
+  told_by_themselves_.push_back(directory);
   add(directory.offset, directory.length, 1, "bitmap directory");
   std::vector<std::byte> bytes;
   int error = co_await read_bitmap_directory(file_, context_, file_.data_bytes(), directory, bytes);
-  for (std::size_t at = 0; error == 0 && at < bytes.size();) {
-    BitmapEntry bitmap;
-    if (!decode_bitmap_entry(std::span<const std::byte>(bytes).subspan(at), bitmap) ||
-        bitmap.table_entries > kL1BytesMax / 8) {
-      error = EINVAL;
-      break;
-    }
-    at = std::min<std::size_t>(at + bitmap.length_bytes, bytes.size());
-    add(bitmap.table_offset, std::uint64_t{bitmap.table_entries} * 8, 1, "bitmap table");
-    std::vector<std::uint64_t> words;
-    error = co_await read_words(bitmap.table_offset, bitmap.table_entries, words);
-    for (std::size_t i = 0; i < words.size(); ++i) {
-      const std::uint64_t offset = words[i] & kOffsetMask;
-      if ((words[i] & kBitmapReservedMask) != 0 || (offset & geometry_.cluster_mask()) != 0 ||
-          (offset != 0 && (words[i] & kBitmapAllOnes) != 0)) {
-        corrupt(fmt::format("bitmap table at {:#x}: entry {} is not valid: {:#x}",
-                            bitmap.table_offset, i, words[i]));
-      } else if (offset != 0) {
-        add(offset, geometry_.cluster_bytes(), 1, "bitmap");
-      }
-    }
+  if (error != 0 && error != EINVAL) co_return error;
+  std::vector<Bitmap> bitmaps;
+  std::string why = error == EINVAL ? "the bitmap directory has no place in the file"
+                                    : decode_bitmap_directory(bytes, header_, bitmaps);
+  // Each table has clusters of its own, as with snapshots.
+  std::uint64_t all_bytes = 0;
+  for (const Bitmap& bitmap : bitmaps)
+    all_bytes +=
+        readable_bytes({bitmap.entry.table_offset, std::uint64_t{bitmap.entry.table_entries} * 8});
+  if (why.empty() && all_bytes > file_.data_bytes())
+    why = "the tables of the bitmaps are larger than the file";
+  for (std::size_t i = 0; i < bitmaps.size() && why.empty(); ++i) {
+    error = co_await check_bitmap_table(bitmaps[i].entry, why);
+    if (error != 0) co_return error;
   }
-  if (error == EINVAL) {
-    corrupt("the bitmap directory is not whole");
-    ++result_.check_errors;
+  if (!why.empty()) give_up(std::move(why));
+  co_return 0;
+}
+
+// `why`: what makes it impossible.
+Task<int> Checker::check_bitmap_table(const BitmapEntry& bitmap, std::string& why) {
+  const Extent table{bitmap.table_offset, std::uint64_t{bitmap.table_entries} * 8};
+  if (table.offset > kReadableEnd) {
+    why = "the table of a bitmap is where nothing can be read";
+    co_return 0;
   }
-  co_return error;
+  told_by_themselves_.push_back(table);
+  add(table.offset, table.length, 1, "bitmap table");
+  std::vector<std::uint64_t> words;
+  const int error = co_await read_words(table.offset, readable_bytes(table) / 8, words);
+  if (error != 0) co_return error;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::uint64_t offset = words[i] & kOffsetMask;
+    if ((words[i] & kBitmapReservedMask) != 0 || (offset & geometry_.cluster_mask()) != 0 ||
+        (offset != 0 && (words[i] & kBitmapAllOnes) != 0)) {
+      why = fmt::format("bitmap table at {:#x}: entry {} is not valid: {:#x}", table.offset, i,
+                        words[i]);
+      co_return 0;
+    }
+    if (offset != 0) add(offset, geometry_.cluster_bytes(), 1, "bitmap");
+  }
+  co_return 0;
 }
 
 void Checker::check_refcount_table() {
@@ -506,6 +565,7 @@ void Checker::compare() {
     tell_(fmt::format("{} cluster {} refcount={} reference={}",
                       refcount < references ? "ERROR" : "Leaked", cluster, refcount, references));
     ++(refcount < references ? result_.corruptions : result_.leaks);
+    if (refcount < references) ++result_.refcounts_too_low;
   }
   result_.image_end_offset = (last + 1) << geometry_.cluster_bits;
 }
@@ -523,9 +583,9 @@ Task<int> Checker::run() {
   const Extent l1_table{header_.l1_table_offset, std::uint64_t{header_.l1_entries} * 8};
   error = co_await name_tables(l1_table, true);
   if (error == 0 && header_.snapshot_count > 0) error = co_await check_snapshots();
-  if (error == 0) error = co_await check_tables();
-  if (error == 0) error = co_await check_bitmaps();
-  if (error != 0) co_return error;
+  if (error == 0 && result_.failure.empty()) error = co_await check_tables();
+  if (error == 0 && result_.failure.empty()) error = co_await check_bitmaps();
+  if (error != 0 || !result_.failure.empty()) co_return error;
   check_refcount_table();
   compare();
   co_return 0;
@@ -540,7 +600,7 @@ Task<int> Checker::flush() {
 
 Task<int> Checker::repair(Repair repair, Header& header, RepairResult& result) {
   // What could not be read may name anything.
-  if (result_.check_errors > unreadable_refcounts_) co_return 0;
+  if (result_.check_errors > unreadable_refcounts_ || overlaps_what_changes()) co_return 0;
   // First what takes references away: until the refcounts follow, that is a leak.
   int error = co_await write_sectors(entry_repairs_);
   result.corruptions_fixed += entries_repaired_;
@@ -552,10 +612,39 @@ Task<int> Checker::repair(Repair repair, Header& header, RepairResult& result) {
     error = co_await set_refcounts(repair == Repair::kLeaks, result);
   }
   if (error == 0) error = co_await flush();
-  if (error != 0 || repair != Repair::kAll) co_return error;
+  // What was leaked is what else a cluster was thought to be shared with: flags follow.
+  const bool only_leaked =
+      result_.corruptions == 0 && result_.check_errors == 0 && result.leaks_fixed == result_.leaks;
+  if (error != 0 || (repair != Repair::kAll && !only_leaked)) co_return error;
   error = co_await set_copied_flags(result);
   if (error == 0) error = co_await flush();
   co_return error;
+}
+
+bool Checker::overlaps_what_changes() {
+  auto& told = told_by_themselves_;
+  std::erase_if(told, [](const Extent& extent) { return extent.length == 0; });
+  std::ranges::sort(told, {}, &Extent::offset);
+  // How far those reach that begin no later.
+  std::vector<std::uint64_t> ends;
+  std::uint64_t end = 0;
+  for (const Extent& extent : told)
+    ends.push_back(end = std::max(end, extent.offset + extent.length));
+  const auto overlaps = [&](std::uint64_t offset, std::uint64_t length) {
+    const auto after = std::ranges::lower_bound(told, offset + length, {}, &Extent::offset);
+    return after != told.begin() &&
+           ends[static_cast<std::size_t>(after - told.begin()) - 1] > offset;
+  };
+  const std::uint64_t cluster_bytes = geometry_.cluster_bytes();
+  const auto is_hit = [&](std::uint64_t offset) { return overlaps(offset, cluster_bytes); };
+  return is_hit(0) || overlaps(header_.l1_table_offset, std::uint64_t{header_.l1_entries} * 8) ||
+         overlaps(header_.refcount_table_offset, refcount_table_.size() * 8) ||
+         std::ranges::any_of(refcount_table_,
+                             [&](std::uint64_t entry) {
+                               return (entry & ~kRefcountTableReservedMask) != 0 &&
+                                      is_hit(entry & ~kRefcountTableReservedMask);
+                             }) ||
+         std::ranges::any_of(tables_, [&](const Named& table) { return is_hit(table.offset); });
 }
 
 // In place: blocks that are there, and nobody else's.
@@ -741,6 +830,7 @@ Task<int> repair_image(blockdev::RawNode& file, IoContext& context, Header& head
                        const TellFinding& tell, RepairResult& result) {
   // Refcounts that have been set right may show that a table can be repaired.
   constexpr int kPasses = 2;
+  std::uint64_t snapshot_corruptions = 0;
   for (int pass = 0; pass < kPasses; ++pass) {
     CheckResult found;
     RepairResult repaired;
@@ -752,9 +842,19 @@ Task<int> repair_image(blockdev::RawNode& file, IoContext& context, Header& head
     result.leaks_fixed += repaired.leaks_fixed;
     result.corruptions_fixed += repaired.corruptions_fixed;
     if (error != 0) co_return error;
+    snapshot_corruptions = found.snapshot_corruptions;
     if (repaired.leaks_fixed + repaired.corruptions_fixed == 0) break;
   }
-  co_return 0;
+  if (repair != Repair::kAll || snapshot_corruptions == 0) co_return 0;
+  tell("Repairing the snapshot table: a new one");
+  SnapshotEditor editor(file, context, header);
+  const int error = co_await editor.mend();
+  if (error == 0) {
+    header = editor.header();
+    result.corruptions_fixed += snapshot_corruptions;
+  }
+  // What else is wrong forbids it, and stays to be told of.
+  co_return error == EINVAL || error == EFBIG ? 0 : error;
 }
 
 Task<int> mark_sound(blockdev::RawNode& file, IoContext& context, Header& header) {

@@ -26,6 +26,10 @@ struct CheckResult {
   std::uint64_t check_errors{0};  // what could not be judged
   std::uint64_t corruptions{0};
   std::uint64_t leaks{0};
+  std::string failure;  // why judging ended early, which is a check_error; empty: it did not
+  // Of the corruptions: what a snapshot table written anew does not have; refcounts.
+  std::uint64_t snapshot_corruptions{0};
+  std::uint64_t refcounts_too_low{0};
   std::uint64_t image_end_offset{0};
   // Of the disk as it is now, without its snapshots; guest clusters.
   std::uint64_t total_clusters{0};
@@ -53,8 +57,10 @@ blockdev::Task<int> survey_image(blockdev::RawNode& file, blockdev::IoContext& c
                                  std::vector<std::uint32_t>& references);
 
 enum class Repair : std::uint8_t {
-  kLeaks,  // refcounts that are too high are lowered
-  kAll,    // and those too low raised, COPIED flags set right, refcount structures written anew
+  kLeaks,  // refcounts that are too high are lowered; if nothing else was wrong, COPIED flags
+           // are set to tell so
+  kAll,    // and those too low raised, COPIED flags set right, refcount structures written anew,
+           // and so the snapshot table where entries lack what they need or have too much
 };
 
 struct RepairResult {
@@ -63,15 +69,16 @@ struct RepairResult {
 };
 
 // Judges, and repairs what the references say how to. Entries that lead nowhere stay, for nobody
-// knows what they were; unless they are of clusters that read as zeroes, and lose their space.
-// `header` changes where new refcount structures are written.
+// knows what they were; unless they are of clusters that read as zeroes, and lose their space, or
+// of snapshots that have nothing at all. `header` changes where new structures are written.
 //
 // Whatever interrupts it leaves the image no worse, and it can be repeated:
 //   - refcount blocks are changed in place, an entry at a time to what it ought to be;
 //   - where the table or a block cannot be used, or one is missing, a new table and new blocks are
 //     written behind the end of the file, flushed, and put in place by one write of the header;
 //   - flags follow when the refcounts that they tell of are stable. A table that something else
-//     claims too is not touched.
+//     claims too is not touched;
+//   - a new snapshot table comes last, as image_editor.h has it.
 // Memory: 4 bytes for each cluster more than judging, and the sectors of L2 tables that change.
 // Errors: as check_image(), and EFBIG: the new table would be too large.
 blockdev::Task<int> repair_image(blockdev::RawNode& file, blockdev::IoContext& context,

@@ -132,9 +132,12 @@ Expected<void> Decoder::decode_extension(std::uint32_t type, std::size_t offset,
     case kExtensionBitmaps:
       // "Bitmaps extension": without the bit it may say anything, and its clusters may be others'.
       if ((header_.autoclear_features & kAutoclearBitmaps) == 0) return {};
-      if (length < 24) return corrupt("its bitmaps extension is too short");
+      if (length != kBitmapsExtensionBytes || at<std::uint32_t>(offset + 4) != 0)
+        return corrupt("its bitmaps extension has another length, or reserved bits set");
       header_.bitmap_count = at<std::uint32_t>(offset);
       header_.bitmap_directory = {at<std::uint64_t>(offset + 16), at<std::uint64_t>(offset + 8)};
+      if (header_.bitmap_count == 0 || header_.bitmap_directory->length == 0)
+        return corrupt("its bitmaps extension names no bitmaps");
       return {};
     default:
       return {};  // "can be safely ignored"

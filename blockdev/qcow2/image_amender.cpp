@@ -21,8 +21,6 @@ using blockdev::Task;
 
 namespace {
 
-// "Snapshot table entry": version 3 wants the size of the disk of each.
-constexpr std::uint32_t kSnapshotExtraBytesV3 = 16;
 // Of version 2.
 constexpr unsigned kRefcountOrderV2 = 4;
 // L2 tables that are looked through in one go, in bytes.
@@ -81,18 +79,6 @@ int ImageAmender::check_refcounts() {
   if (found == references_.end()) return 0;
   return refuse(fmt::format("a cluster has {} owners, too many for refcounts of {} bits", *found,
                             1U << header_.geometry.refcount_order));
-}
-
-// "Snapshot extra data": what version 3 wants, from what there is.
-Task<int> ImageAmender::upgrade_snapshots() {
-  for (KeptSnapshot& snapshot : snapshots_) {
-    if (snapshot.entry.extra_bytes >= kSnapshotExtraBytesV3) continue;
-    SnapshotEntry entry = snapshot.entry;
-    entry.name = snapshot.name;
-    snapshot.bytes = encode_snapshot(entry, snapshot.id);
-  }
-  const int error = co_await write_snapshots();
-  co_return error;
 }
 
 Task<int> ImageAmender::drop_bitmaps() {
@@ -268,7 +254,10 @@ Task<int> ImageAmender::amend(const Amendment& amendment) {
   int error = co_await prepare(amendment, header_.size_bytes);
   if (error != 0) co_return error;
   const bool rewrites = changes_tables(amendment);
-  if (is_upgrade && !snapshots_.empty()) error = co_await upgrade_snapshots();
+  if (is_upgrade && !snapshots_.empty()) {
+    complete_snapshots();
+    error = co_await write_snapshots();
+  }
   if (is_downgrade && error == 0) error = co_await downgrade();
   if (rewrites && error == 0) error = co_await write_refcounts();
   if (error != 0) co_return error;

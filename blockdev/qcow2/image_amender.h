@@ -75,7 +75,6 @@ class ImageAmender final : public ImageEditor {
   [[nodiscard]] int check_properties(const Amendment& amendment, std::uint64_t disk_bytes);
   [[nodiscard]] int check_downgrade(std::uint64_t disk_bytes);
   [[nodiscard]] int check_refcounts();
-  blockdev::Task<int> upgrade_snapshots();
   blockdev::Task<int> downgrade();
   blockdev::Task<int> drop_bitmaps();
   blockdev::Task<int> load_l1_tables(std::vector<L1Table>& tables);

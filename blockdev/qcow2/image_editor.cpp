@@ -57,11 +57,13 @@ Task<int> ImageEditor::read_words(Extent extent, std::vector<std::uint64_t>& wor
   co_return 0;
 }
 
-Task<int> ImageEditor::survey() {
+Task<int> ImageEditor::survey(bool only_refcounts) {
   CheckResult result;
   const TellFinding silent = [](const std::string&) {};
   int error = co_await survey_image(file_, context_, header_, silent, result, references_);
-  if (error == 0 && (result.corruptions > 0 || result.check_errors > 0)) {
+  const std::uint64_t corruptions =
+      only_refcounts ? result.refcounts_too_low + result.leaks : result.corruptions;
+  if (error == 0 && (corruptions > 0 || result.check_errors > 0)) {
     why_ = "it has errors; see 'vblk img check' for them";
     error = EINVAL;
   }
@@ -152,6 +154,20 @@ Task<int> ImageEditor::release_bitmap(const BitmapEntry& entry) {
 }
 
 Task<int> ImageEditor::load_snapshots() {
+  const int error = co_await load_snapshots(file_.data_bytes());
+  co_return error;
+}
+
+void ImageEditor::complete_snapshots() {
+  for (KeptSnapshot& snapshot : snapshots_) {
+    if (snapshot.entry.extra_bytes >= kSnapshotExtraBytesV3) continue;
+    SnapshotEntry entry = snapshot.entry;
+    entry.name = snapshot.name;
+    snapshot.bytes = encode_snapshot(entry, snapshot.id);
+  }
+}
+
+Task<int> ImageEditor::load_snapshots(std::uint64_t file_end) {
   const VisitSnapshot visit = [this](const SnapshotEntry& entry) {
     snapshots_.push_back({{entry, std::string(entry.id), std::string(entry.name)}, {}});
     snapshots_.back().entry.id = {};
@@ -162,7 +178,7 @@ Task<int> ImageEditor::load_snapshots() {
     return true;
   };
   SnapshotTable table;
-  int error = co_await visit_snapshots(file_, context_, header_, file_.data_bytes(), visit, table);
+  int error = co_await visit_snapshots(file_, context_, header_, file_end, visit, table);
   if (!table.why.empty()) why_ = table.why;
   if (error != 0 || table.length_bytes == 0) co_return error;
   snapshots_bytes_ = table.length_bytes;

@@ -36,6 +36,8 @@ class ImageEditor {
  public:
   // Of an errno value that an editor has returned; empty: the file failed.
   [[nodiscard]] const std::string& why() const { return why_; }
+  // As the image has it, once an edit has succeeded.
+  [[nodiscard]] const Header& header() const { return header_; }
 
  protected:
   // With its entry of the snapshot table, padding and what in it nobody here knows included.
@@ -50,8 +52,9 @@ class ImageEditor {
   ImageEditor(const ImageEditor&) = delete;
   ImageEditor& operator=(const ImageEditor&) = delete;
 
-  // Surveys the image and finds its free clusters. EINVAL: it has errors.
-  blockdev::Task<int> survey();
+  // Surveys the image and finds its free clusters. EINVAL: it has errors. With `only_refcounts`:
+  // its refcounts are not what the references say.
+  blockdev::Task<int> survey(bool only_refcounts = false);
   blockdev::Task<int> read_words(Extent extent, std::vector<std::uint64_t>& words);
   // Once more or once less for each cluster of [offset, +length). False: there is no room for it in
   // a refcount.
@@ -62,8 +65,11 @@ class ImageEditor {
   blockdev::Task<int> write(std::uint64_t offset, std::span<std::byte> bytes);
   // A table of 64-bit entries, padded to whole clusters.
   blockdev::Task<int> write_words(std::uint64_t offset, const std::vector<std::uint64_t>& words);
-  // The snapshot table, into `snapshots_`.
+  // The snapshot table, into `snapshots_`; as far as `file_end`.
+  blockdev::Task<int> load_snapshots(std::uint64_t file_end);
   blockdev::Task<int> load_snapshots();
+  // Snapshots get the extra data that version 3 wants, from what there is.
+  void complete_snapshots();
   // `snapshots_` in a new table, for the next header; the old one becomes free.
   blockdev::Task<int> write_snapshots();
   // A bitmap's table and data become free.

@@ -230,6 +230,23 @@ Task<int> SnapshotEditor::apply(std::string_view id_or_name) {
   co_return error;
 }
 
+Task<int> SnapshotEditor::mend() {
+  int error = co_await survey(true);
+  if (error == 0) error = co_await load_snapshots(snapshot_table_end(header_));
+  if (error != 0) co_return error;
+  // What a count that is too high or a table beyond the end makes of zeroes.
+  std::erase_if(snapshots_, [](const KeptSnapshot& snapshot) {
+    return snapshot.id.empty() && snapshot.name.empty() && snapshot.entry.l1_table.length == 0;
+  });
+  for (KeptSnapshot& snapshot : snapshots_) snapshot.bytes = trim_snapshot(snapshot.bytes);
+  if (header_.version >= 3) complete_snapshots();
+  // Nothing is punched out of a file with errors.
+  error = co_await write_snapshots();
+  if (error == 0) error = co_await write_refcounts();
+  if (error == 0) error = co_await switch_fields();
+  co_return error;
+}
+
 Task<int> SnapshotEditor::empty() {
   int error = co_await load();
   if (error == 0) error = co_await count(l1_table_, -1, true);

@@ -9,6 +9,7 @@
 //   apply    copies of the snapshot's, the same                 stay
 //   remove   those in which flags change are written anew       become free
 //   empty    an L1 table that names nothing                     stay
+//   mend     stay                                               stay
 //
 // COPIED flags in tables of snapshots say nothing ("L2 table entry": only accurate for the active
 // L1 table), so they may stay as they are.
@@ -49,6 +50,9 @@ class SnapshotEditor final : public ImageEditor {
   // The disk has nothing of its own any more, and reads as its backing file, or zeroes. Snapshots
   // keep what they have.
   blockdev::Task<int> empty();
+  // For check.h: the snapshot table is written anew, complete, without what is too much, and
+  // without entries that are nobody's. Other errors stay. EINVAL: the refcounts are not right.
+  blockdev::Task<int> mend();
 
  private:
   // What the L2 tables that an L1 table names name, once more or once less; the tables too if

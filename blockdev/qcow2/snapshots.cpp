@@ -121,6 +121,19 @@ std::vector<std::byte> encode_snapshot(const SnapshotEntry& entry, std::string_v
   return bytes;
 }
 
+std::vector<std::byte> trim_snapshot(std::span<const std::byte> bytes) {
+  const auto extra_bytes = load_be<std::uint32_t>(bytes.data() + kExtraBytesAt);
+  const std::uint64_t length = entry_bytes(bytes.data());
+  const std::uint32_t kept_bytes = std::min(extra_bytes, kSnapshotExtraBytesMax);
+  const std::uint64_t trimmed_length = length - (extra_bytes - kept_bytes);
+  std::vector<std::byte> trimmed((trimmed_length + 7) / 8 * 8);
+  const auto texts = bytes.subspan(kFixedBytes + extra_bytes, length - kFixedBytes - extra_bytes);
+  std::ranges::copy(bytes.first(kFixedBytes + kept_bytes), trimmed.begin());
+  std::ranges::copy(texts, trimmed.begin() + static_cast<std::ptrdiff_t>(kFixedBytes + kept_bytes));
+  store_be(trimmed.data() + kExtraBytesAt, kept_bytes);
+  return trimmed;
+}
+
 Expected<std::vector<Snapshot>> read_snapshots(blockdev::RawNode& file, const Header& header,
                                                const blockdev::MakePrivateContext& make) {
   const auto context = make();

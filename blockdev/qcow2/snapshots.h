@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,6 +17,11 @@
 #include "blockdev/task.h"
 
 namespace vblk::qcow2 {
+
+// "Snapshot extra data": version 3 wants the sizes of the machine's state and of the disk. More
+// than so much is nothing anybody knows.
+inline constexpr std::uint32_t kSnapshotExtraBytesV3 = 16;
+inline constexpr std::uint32_t kSnapshotExtraBytesMax = 1024;
 
 // One entry. The texts are the table's own, and any bytes.
 struct SnapshotEntry {
@@ -49,9 +55,18 @@ blockdev::Task<int> visit_snapshots(blockdev::BlockNode& file, blockdev::IoConte
                                     const Header& header, std::uint64_t file_end,
                                     const VisitSnapshot& visit, SnapshotTable& table);
 
+// The longest reach of a table, as if the file went on for ever: beyond its end there are zeroes.
+[[nodiscard]] inline std::uint64_t snapshot_table_end(const Header& header) {
+  return header.snapshots_offset + kSnapshotTableBytesMax;
+}
+
 // The bytes of an entry in the table, padded; with `id` in place of the entry's.
 [[nodiscard]] std::vector<std::byte> encode_snapshot(const SnapshotEntry& entry,
                                                      std::string_view id);
+
+// The bytes of an entry as it is in the table, with no more than kSnapshotExtraBytesMax of its
+// extra data.
+[[nodiscard]] std::vector<std::byte> trim_snapshot(std::span<const std::byte> bytes);
 
 // An entry that is kept.
 struct Snapshot {

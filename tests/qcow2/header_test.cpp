@@ -47,6 +47,17 @@ class FirstCluster {
     extensions_end_ += 8 + (content.size() + 7) / 8 * 8;
     return *this;
   }
+  // The bitmaps extension, with the bit that vouches for it.
+  FirstCluster& set_bitmaps(std::uint32_t count, std::uint32_t reserved, std::uint64_t length,
+                            std::uint64_t offset) {
+    Bytes content(24);
+    put_be(content, 0, 4, count);
+    put_be(content, 4, 4, reserved);
+    put_be(content, 8, 8, length);
+    put_be(content, 16, 8, offset);
+    set(88, 8, kAutoclearBitmaps);
+    return extension(0x23852875, {reinterpret_cast<const char*>(content.data()), content.size()});
+  }
   FirstCluster& cut(std::size_t length) {
     bytes_.resize(length);
     return *this;
@@ -203,6 +214,7 @@ TEST(Qcow2Header, of_version_2_has_16_bit_refcounts_whatever_follows) {
 TEST(Qcow2Header, has_extensions_that_are_decoded) {
   FirstCluster cluster;
   std::string bitmaps(24, '\0');
+  bitmaps[3] = 1;   // one of them
   bitmaps[14] = 1;  // size 256
   bitmaps[21] = 2;  // offset 2 * 65536
   cluster.extension(0x12345678, "not known, and that is fine")
@@ -363,12 +375,15 @@ const std::vector<Refusal> refusals{
      "encryption header pointer is too short"},
     {"bitmaps_short",
      [](auto& c) { c.set(88, 8, kAutoclearBitmaps).extension(0x23852875, "short"); }, kCorrupt,
-     "bitmaps extension is too short"},
-    {"bitmaps_offset",
-     [](auto& c) {
-       c.set(88, 8, kAutoclearBitmaps).extension(0x23852875, std::string(23, '\0') + '\1');
-     },
-     kCorrupt, "bitmap directory does not begin"},
+     "bitmaps extension has another length"},
+    {"bitmaps_reserved", [](auto& c) { c.set_bitmaps(1, 1, 64, kCluster); }, kCorrupt,
+     "reserved bits"},
+    {"bitmaps_none", [](auto& c) { c.set_bitmaps(0, 0, 64, kCluster); }, kCorrupt,
+     "names no bitmaps"},
+    {"bitmaps_directory_empty", [](auto& c) { c.set_bitmaps(1, 0, 0, kCluster); }, kCorrupt,
+     "names no bitmaps"},
+    {"bitmaps_offset", [](auto& c) { c.set_bitmaps(1, 0, 64, 1); }, kCorrupt,
+     "bitmap directory does not begin"},
 };
 
 INSTANTIATE_TEST_SUITE_P(Rules, Qcow2HeaderRefusal, ::testing::ValuesIn(refusals),
