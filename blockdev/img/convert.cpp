@@ -115,6 +115,7 @@ Expected<ConvertOptions> parse_options(const Arguments& arguments) {
   options.source_format = arguments.value_or("f", "");
   options.target_format = arguments.value_or("O", "raw");
   options.snapshot = arguments.value_or("l", "");
+  if (arguments.has("l") && options.snapshot.empty()) return wrong("-l names no snapshot");
   options.lock = !arguments.has("U") && !arguments.has("force-share");
   options.into_existing = arguments.has("n");
   options.target_is_zero = arguments.has("target-is-zero");

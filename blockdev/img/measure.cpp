@@ -91,6 +91,8 @@ Expected<std::optional<std::uint64_t>> bitmap_bytes(const SourceOptions& options
 }
 
 Expected<Measure> measure_source(const Arguments& arguments, const CreateOptions& create) {
+  if (arguments.has("l") && arguments.value_or("l", "").empty())
+    return make_error(ErrorKind::kInvalidArgument, "-l names no snapshot");
   const SourceOptions options{.path = arguments.names()[0],
                               .format = arguments.value_or("f", ""),
                               .snapshot = arguments.value_or("l", ""),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <optional>
 #include <span>
 #include <utility>
 
@@ -160,23 +161,61 @@ Expected<std::vector<Snapshot>> read_snapshots(blockdev::RawNode& file, const He
       error);
 }
 
+namespace {
+
+struct Search {
+  std::optional<std::string> id;
+  std::optional<std::string> name;
+  bool is_either{false};  // what is given as an ID may be a name
+};
+
+// "snapshot.id=1,snapshot.name=x" as of -o: ",," is a comma within a value, and the last one
+// counts.
+Expected<Search> parse_search(std::string_view text) {
+  constexpr std::string_view kPrefix = "snapshot.";
+  if (!text.starts_with(kPrefix)) return Search{.id = std::string(text), .is_either = true};
+  Search search;
+  while (!text.empty()) {
+    std::string word;
+    std::size_t at = 0;
+    for (; at < text.size(); ++at) {
+      if (text[at] == ',' && !text.substr(at + 1).starts_with(',')) break;
+      if (text[at] == ',') ++at;
+      word += text[at];
+    }
+    text.remove_prefix(std::min(at + 1, text.size()));
+    const std::size_t equals = word.find('=');
+    const std::string key = word.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "on" : word.substr(equals + 1);
+    if (key == "snapshot.id") {
+      search.id = value;
+    } else if (key == "snapshot.name") {
+      search.name = value;
+    } else {
+      return make_error(ErrorKind::kInvalidArgument,
+                        fmt::format("a snapshot is searched for by snapshot.id and snapshot.name, "
+                                    "not by '{}'",
+                                    key));
+    }
+  }
+  return search;
+}
+
+}  // namespace
+
 Expected<Header> header_of_snapshot(blockdev::RawNode& file, const Header& header,
                                     std::string_view id_or_name,
                                     const blockdev::MakePrivateContext& make) {
   const auto snapshots = read_snapshots(file, header, make);
   if (!snapshots) return std::unexpected(snapshots.error());
-  constexpr std::string_view kById = "snapshot.id=";
-  constexpr std::string_view kByName = "snapshot.name=";
-  auto found = snapshots->end();
-  if (id_or_name.starts_with(kById)) {
-    found = std::ranges::find(*snapshots, id_or_name.substr(kById.size()), &Snapshot::id);
-  } else if (id_or_name.starts_with(kByName)) {
-    found = std::ranges::find(*snapshots, id_or_name.substr(kByName.size()), &Snapshot::name);
-  } else {
-    found = std::ranges::find(*snapshots, id_or_name, &Snapshot::id);
-    if (found == snapshots->end())
-      found = std::ranges::find(*snapshots, id_or_name, &Snapshot::name);
-  }
+  const auto search = parse_search(id_or_name);
+  if (!search) return std::unexpected(search.error());
+  auto found = std::ranges::find_if(*snapshots, [&search](const Snapshot& snapshot) {
+    return (!search->id || *search->id == snapshot.id) &&
+           (!search->name || *search->name == snapshot.name);
+  });
+  if (found == snapshots->end() && search->is_either)
+    found = std::ranges::find(*snapshots, id_or_name, &Snapshot::name);
   if (found == snapshots->end()) {
     return make_error(ErrorKind::kNotFound,
                       fmt::format("image '{}' has no snapshot '{}'", file.name(), id_or_name));

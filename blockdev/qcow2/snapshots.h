@@ -80,8 +80,8 @@ Expected<std::vector<Snapshot>> read_snapshots(blockdev::RawNode& file, const He
                                                const blockdev::MakePrivateContext& make);
 
 // The header of the disk as it was in the snapshot that `id_or_name` names, an ID before a name, or
-// either alone as "snapshot.id=1", "snapshot.name=x": with that one's L1 table and size. To be
-// opened read-only. Errors: kNotFound, and as above.
+// either alone or both as "snapshot.id=1,snapshot.name=x": with that one's L1 table and size. To be
+// opened read-only. Errors: kNotFound, kInvalidArgument (another key), and as above.
 Expected<Header> header_of_snapshot(blockdev::RawNode& file, const Header& header,
                                     std::string_view id_or_name,
                                     const blockdev::MakePrivateContext& make);

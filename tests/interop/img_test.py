@@ -359,6 +359,15 @@ def converts_overlays(report, vblk, folder, rng):
         vblk.works("convert", "-l", name, "-O", "raw", top, folder / "snapshot.raw")
         report.check(f"-l {name} is the disk as it was",
                      identical(folder / "before.raw", "raw", folder / "snapshot.raw", "raw")[0] == 0)
+    wrong = []
+    for name in ("snapshot.id=1,snapshot.name=before", "snapshot.name=before,snapshot.id=1", "snapshot.id=2,snapshot.name=before",
+                 "snapshot.id=1,snapshot.name=other", "snapshot.id=2,snapshot.id=1", "snapshot.id=1,snapshot.id=2", "snapshot.id=",
+                 "snapshot.name=before,,x", "snapshot.nonsense=1", "snapshot.id=1,nonsense=1", "snapshot.", "other", ""):
+        ended = [tool("convert", "-l", name, "-O", "raw", top, folder / "snapshot.raw")[0] for tool in (QEMU, vblk)]
+        ended += [tool("measure", "-l", name, "-O", "raw", top)[0] for tool in (QEMU, vblk)]
+        if ended[0] != ended[1] or ended[2] != ended[3]:
+            wrong.append(f"{name}: {ended}")
+    report.check("-l takes what qemu-img takes for a snapshot, and nothing else", not wrong, "\n".join(wrong))
     target = folder / "target.qcow2"
     QEMU.works("create", "-f", "qcow2", target, "10M")
     qemu_io(target, "write -P 11 0 9M")
