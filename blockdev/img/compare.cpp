@@ -52,7 +52,14 @@ class Comparison {
   // Compares [begin, end); `b` may be nullptr, for zeroes.
   Comparison(BlockNode* a, BlockNode* b, std::uint64_t begin, std::uint64_t end, bool strict,
              Progress& progress)
-      : a_(a), b_(b), next_(begin), end_(end), strict_(strict), progress_(progress) {}
+      : a_(a),
+        b_(b),
+        status_a_(a, kWholeChain),
+        status_b_(b, kWholeChain),
+        next_(begin),
+        end_(end),
+        strict_(strict),
+        progress_(progress) {}
 
   Expected<std::optional<Finding>> run();
 
@@ -71,6 +78,8 @@ class Comparison {
 
   BlockNode* const a_;
   BlockNode* const b_;
+  StatusReader status_a_;
+  StatusReader status_b_;
   std::atomic<std::uint64_t> next_;
   const std::uint64_t end_;
   const bool strict_;
@@ -98,22 +107,13 @@ std::optional<std::uint64_t> not_zero(std::span<const std::byte> bytes) {
   }
 }
 
-// How `node` has a range; nothing is there of one that is nullptr.
-Task<int> status_of(BlockNode* node, IoContext& context, std::uint64_t at, std::uint64_t length,
-                    ChainStatus& status) {
-  status = {.is_zero = true, .length_bytes = length};
-  if (node == nullptr) co_return 0;
-  const int error = co_await chain_status(*node, context, at, length, kWholeChain, status);
-  co_return error;
-}
-
 Task<int> Comparison::compare(IoContext& context, std::uint64_t at, std::uint64_t end,
                               Buffers& buffers) {
   while (at < end) {
     ChainStatus a;
     ChainStatus b;
-    int error = co_await status_of(a_, context, at, end - at, a);
-    if (error == 0) error = co_await status_of(b_, context, at, end - at, b);
+    int error = co_await status_a_.read(context, at, end - at, a);
+    if (error == 0) error = co_await status_b_.read(context, at, end - at, b);
     if (error != 0) {
       found({.offset = at, .what = Finding::What::kCannotMap, .error = error});
       co_return 0;

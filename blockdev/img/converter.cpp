@@ -41,6 +41,12 @@ Converter::Converter(const ConvertPlan& plan, Progress& progress)
                        ? kChunkBytes
                        : std::max(kChunkBytes, plan.writer->header().geometry.cluster_bytes())),
       next_write_(std::chrono::steady_clock::now()) {
+  std::uint64_t begin = 0;
+  for (Source* const source : plan_.sources) {
+    parts_.push_back(
+        {source, begin, std::make_unique<StatusReader>(source->node.get(), plan_.depth_max)});
+    begin += source->size_bytes();
+  }
   // Where every cluster is mapped, each has to be placed.
   may_skip_ = zeroes_need_nothing() && (plan.writer == nullptr || !plan.writer->maps_everything());
 }
@@ -108,14 +114,12 @@ Task<int> Converter::work(IoContext& context) {
   co_return 0;
 }
 
-// The source that has `offset`, and where it begins; nullptr: beyond the last.
-Source* Converter::source_at(std::uint64_t offset, std::uint64_t& begin) const {
-  begin = 0;
-  for (Source* const source : plan_.sources) {
-    if (offset < begin + source->size_bytes()) return source;
-    begin += source->size_bytes();
-  }
-  return nullptr;
+// The one that has `offset`; nullptr: beyond the last.
+const Converter::Part* Converter::part_at(std::uint64_t offset) const {
+  const auto next = std::ranges::upper_bound(parts_, offset, {}, &Part::begin);
+  if (next == parts_.begin()) return nullptr;
+  const Part& part = *std::prev(next);
+  return offset - part.begin < part.source->size_bytes() ? &part : nullptr;
 }
 
 // How the chunk is stored, in pieces side by side.
@@ -125,15 +129,13 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
     co_return 0;
   }
   for (std::uint64_t at = chunk.begin; at < chunk.end;) {
-    std::uint64_t begin = 0;
-    Source* const source = source_at(at, begin);
+    const Part* const part = part_at(at);
     Piece piece{.begin = at, .end = plan_.size_bytes, .content = Content::kZero};
-    if (source != nullptr) {
+    if (part != nullptr) {
       // Further than the chunk reaches: what has nothing is passed over as a whole.
       ChainStatus status;
-      const int error =
-          co_await chain_status(*source->node, context, at - begin,
-                                source->size_bytes() - (at - begin), plan_.depth_max, status);
+      const int error = co_await part->status->read(
+          context, at - part->begin, part->source->size_bytes() - (at - part->begin), status);
       if (error != 0) co_return error;
       piece.end = at + status.length_bytes;
       if (status.is_data) {
@@ -202,14 +204,14 @@ Task<int> Converter::read_piece(IoContext& context, std::uint64_t at, std::span<
     at += skip_bytes;
   }
   while (!bytes.empty()) {
-    std::uint64_t begin = 0;
-    Source* const source = source_at(at, begin);
-    if (source == nullptr) {
+    const Part* const part = part_at(at);
+    if (part == nullptr) {
       std::ranges::fill(bytes, std::byte{0});
       break;
     }
-    const auto length = std::min<std::uint64_t>(bytes.size(), begin + source->size_bytes() - at);
-    group.start(*source->node, BlockOperation::kRead, at - begin, {{bytes.data(), length}});
+    const std::uint64_t in_part = at - part->begin;
+    const auto length = std::min<std::uint64_t>(bytes.size(), part->source->size_bytes() - in_part);
+    group.start(*part->source->node, BlockOperation::kRead, in_part, {{bytes.data(), length}});
     at += length;
     bytes = bytes.subspan(length);
   }

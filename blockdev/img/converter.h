@@ -13,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -96,10 +97,17 @@ class Converter {
     if (plan_.sparse_bytes == 0) return false;
     return plan_.writer != nullptr ? plan_.depth_max == kWholeChain : plan_.target_reads_zero;
   }
-  [[nodiscard]] Source* source_at(std::uint64_t offset, std::uint64_t& begin) const;
+  // A source, and where it begins in the new disk.
+  struct Part {
+    Source* source;
+    std::uint64_t begin;
+    std::unique_ptr<StatusReader> status;
+  };
+  [[nodiscard]] const Part* part_at(std::uint64_t offset) const;
 
   const ConvertPlan& plan_;
   Progress& progress_;
+  std::vector<Part> parts_;
   std::uint64_t chunk_bytes_;
   bool may_skip_;
   Turns turns_;

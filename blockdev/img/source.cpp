@@ -42,6 +42,9 @@ constexpr std::array kOtherFormats{Magic{"KDMV", 0, "vmdk"},
                                    Magic{"\x7f\x10\xda\xbe", 64, "vdi"}};
 constexpr std::string_view kQcow2Magic{"QFI\xfb"};
 
+// Stretches of data that are worth remembering: those that are asked for again and again.
+constexpr std::uint64_t kLongBytes = std::uint64_t{4} << 20;
+
 std::unexpected<Error> cannot_open(const std::string& path, int error) {
   return make_error(kind_of_errno(error),
                     fmt::format("cannot open '{}': {}", path, describe_errno(error)), error);
@@ -227,6 +230,33 @@ Task<int> chain_status(BlockNode& top, IoContext& context, std::uint64_t offset,
     status.length_bytes = length;
     node = backing;
   }
+}
+
+Task<int> StatusReader::read(IoContext& context, std::uint64_t offset, std::uint64_t length,
+                             ChainStatus& status) {
+  status = {.is_zero = true, .length_bytes = length};
+  if (top_ == nullptr) co_return 0;
+  {
+    const std::lock_guard lock(mutex_);
+    if (offset >= begin_ && offset - begin_ < data_.length_bytes) {
+      status = data_;
+      status.length_bytes = std::min(length, data_.length_bytes - (offset - begin_));
+      co_return 0;
+    }
+  }
+  // As far as the disk goes.
+  const int error = co_await chain_status(*top_, context, offset, top_->size_bytes() - offset,
+                                          depth_max_, status);
+  if (error != 0) co_return error;
+  status.file_offset.reset();
+  status.file = nullptr;
+  if (status.is_data && status.length_bytes >= kLongBytes) {
+    const std::lock_guard lock(mutex_);
+    begin_ = offset;
+    data_ = status;
+  }
+  status.length_bytes = std::min(length, status.length_bytes);
+  co_return 0;
 }
 
 }  // namespace vblk::img

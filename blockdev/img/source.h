@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -79,5 +80,33 @@ struct ChainStatus {
 Task<int> chain_status(BlockNode& top, IoContext& context, std::uint64_t offset,
                        std::uint64_t length, unsigned depth_max, ChainStatus& status);
 inline constexpr unsigned kWholeChain = ~0U;
+
+// Asks for the status of a disk's ranges, many of them, in no particular order, and remembers the
+// last long stretch of data. Some file systems look through every extent of a file up to the next
+// hole; where there is none, asking again for each MiB would take time that grows with the square
+// of the size.
+//
+// What is remembered stays true while nobody writes to the disk. Where somebody does (-U), a
+// stretch of data may have become a hole: that is data all the same, whose bytes are zeroes.
+//
+// Any thread.
+class StatusReader {
+ public:
+  // `top` may be nullptr: nothing is there, and all reads as zeroes.
+  StatusReader(BlockNode* top, unsigned depth_max) : top_(top), depth_max_(depth_max) {}
+  StatusReader(const StatusReader&) = delete;
+  StatusReader& operator=(const StatusReader&) = delete;
+
+  // As chain_status(), without where in a file it is.
+  Task<int> read(IoContext& context, std::uint64_t offset, std::uint64_t length,
+                 ChainStatus& status);
+
+ private:
+  BlockNode* const top_;
+  const unsigned depth_max_;
+  std::mutex mutex_;  // over what follows
+  std::uint64_t begin_{0};
+  ChainStatus data_;  // from begin_ on
+};
 
 }  // namespace vblk::img

@@ -1,5 +1,8 @@
 // The pieces of `vblk img` that have corners: what a user types, and what a user reads.
+#include <algorithm>
 #include <array>
+#include <cerrno>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -8,10 +11,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "blockdev/block_node.h"
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
+#include "blockdev/img/engines.h"
 #include "blockdev/img/json.h"
 #include "blockdev/img/names.h"
+#include "blockdev/img/source.h"
 #include "blockdev/img/zeroes.h"
 
 namespace vblk::img {
@@ -121,6 +127,73 @@ TEST(ImgZeroes, are_told_from_everything_else) {
       bytes[at] = std::byte{0};
     }
   }
+}
+
+// A disk of data up to a hole and behind it, which counts how often it is asked.
+class CountedDisk final : public blockdev::BlockNode {
+ public:
+  CountedDisk(std::uint64_t size, std::uint64_t hole, std::uint64_t hole_end)
+      : hole_(hole), hole_end_(hole_end) {
+    size_bytes_.store(size);
+  }
+  Task<int> range_status(IoContext& /*context*/, std::uint64_t offset, std::uint64_t length,
+                         blockdev::RangeStatus& status) override {
+    ++asked;
+    const bool is_hole = offset >= hole_ && offset < hole_end_;
+    const std::uint64_t end = is_hole ? hole_end_ : offset < hole_ ? hole_ : size_bytes();
+    status = {
+        .kind = is_hole ? blockdev::RangeStatus::Kind::kZero : blockdev::RangeStatus::Kind::kData,
+        .length_bytes = std::min(length, end - offset)};
+    co_return 0;
+  }
+  int asked{0};
+
+ private:
+  void do_submit(blockdev::BlockRequest& request, IoContext& context) override {
+    context.complete_later(request, EIO);
+  }
+  const std::uint64_t hole_;
+  const std::uint64_t hole_end_;
+};
+
+TEST(ImgStatus, of_a_long_stretch_of_data_is_asked_for_once) {
+  constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+  CountedDisk disk(300 * kMiB, 100 * kMiB, 101 * kMiB);
+  StatusReader reader(&disk, kWholeChain);
+  const auto context = make_context();
+  ASSERT_TRUE(context) << context.error().message;
+  const auto read = [&](std::uint64_t offset, std::uint64_t length) {
+    ChainStatus status;
+    EXPECT_EQ((*context)->run(reader.read((*context)->context(), offset, length, status)), 0);
+    return status;
+  };
+  // From the middle, so that what lies before is not known by it.
+  EXPECT_EQ(read(10 * kMiB, kMiB).length_bytes, kMiB);
+  for (std::uint64_t at = 11; at < 100; ++at) {
+    const ChainStatus status = read(at * kMiB, 3 * kMiB);
+    EXPECT_TRUE(status.is_data && status.is_present && !status.is_zero);
+    EXPECT_EQ(status.length_bytes, std::min<std::uint64_t>(3, 100 - at) * kMiB);
+  }
+  EXPECT_EQ(disk.asked, 1);
+  EXPECT_TRUE(read(9 * kMiB, kMiB).is_data);
+  EXPECT_EQ(disk.asked, 2);
+  const ChainStatus hole = read(100 * kMiB, 5 * kMiB);
+  EXPECT_TRUE(hole.is_zero && !hole.is_data);
+  EXPECT_EQ(hole.length_bytes, kMiB);
+  EXPECT_TRUE(read(101 * kMiB, kMiB).is_data);
+  EXPECT_TRUE(read(299 * kMiB, kMiB).is_data);
+  EXPECT_EQ(disk.asked, 4);
+  EXPECT_EQ(read(299 * kMiB, kMiB).length_bytes, kMiB);
+}
+
+TEST(ImgStatus, of_nothing_is_zeroes) {
+  StatusReader reader(nullptr, kWholeChain);
+  const auto context = make_context();
+  ASSERT_TRUE(context) << context.error().message;
+  ChainStatus status;
+  EXPECT_EQ((*context)->run(reader.read((*context)->context(), 5, 7, status)), 0);
+  EXPECT_TRUE(status.is_zero && !status.is_data);
+  EXPECT_EQ(status.length_bytes, 7U);
 }
 
 }  // namespace
