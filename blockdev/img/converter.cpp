@@ -128,6 +128,7 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
     pieces.push_back({chunk.begin, chunk.end, Content::kData});
     co_return 0;
   }
+  int told = 0;  // once for a chunk
   for (std::uint64_t at = chunk.begin; at < chunk.end;) {
     const Part* const part = part_at(at);
     Piece piece{.begin = at, .end = plan_.size_bytes, .content = Content::kZero};
@@ -136,7 +137,16 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
       ChainStatus status;
       const int error = co_await part->status->read(
           context, at - part->begin, part->source->size_bytes() - (at - part->begin), status);
-      if (error != 0) co_return error;
+      if (error != 0 && !plan_.salvage) co_return error;
+      if (error != 0) {
+        // Perhaps it can be read all the same; what comes behind it may be stored otherwise.
+        if (!plan_.quiet && error != told) {
+          warn("vblk img: warning: cannot find out what there is at byte {}: {}; taken as data\n",
+               at, describe_errno(error));
+        }
+        told = error;
+        status = {.is_data = true, .length_bytes = blockdev::kSectorBytes};
+      }
       piece.end = at + status.length_bytes;
       if (status.is_data) {
         piece.content = Content::kData;

@@ -381,6 +381,29 @@ def converts_overlays(report, vblk, folder, rng):
         path.unlink()
 
 
+def salvages(report, vblk, folder, rng):
+    """What cannot be found out or read becomes zeroes, sector by sector; the rest is there."""
+    sound, broken = folder / "sound.qcow2", folder / "broken.qcow2"
+    wrong = []
+    for options in (["-o", "cluster_size=4k"], []):
+        QEMU.works("create", "-q", "-f", "qcow2", *options, sound, "4M")
+        qemu_io(sound, "write -P 7 0 1M", "write -P 8 3M 500k")
+        for places in (1, 3):
+            shutil.copy(sound, broken)
+            damage = Damage(broken)
+            for place in rng.sample(damage.l2, places):
+                damage.flip(place, 512)
+            outputs = [folder / "theirs.raw", folder / "ours.raw"]
+            ended = [tool("convert", "--salvage", "-q", "-O", "raw", broken, output) for tool, output in zip((QEMU, vblk), outputs)]
+            plain = vblk("convert", "-O", "raw", broken, folder / "none.raw")
+            if ended[0][0] != 0 or ended[1][0] != 0 or outputs[0].read_bytes() != outputs[1].read_bytes() or \
+                    plain[0] != 1 or (folder / "none.raw").exists():
+                wrong.append(f"{options} {places}: {ended} {plain}")
+    report.check("convert --salvage goes on behind L2 entries that cannot be, as qemu-img does", not wrong, "\n".join(wrong))
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def refuses_to_convert(report, vblk, folder, options):
     raw, image = folder / "a b:c.raw", folder / "image.qcow2"
     raw.write_bytes(b"1" * MIB)
@@ -1728,6 +1751,7 @@ def main():
         "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
         "refuses_to_convert": lambda folder: refuses_to_convert(report, vblk, folder, options),
         "leaves_nothing_half": lambda folder: leaves_nothing_half(report, vblk, folder, options, rng),
+        "salvages": lambda folder: salvages(report, vblk, folder, rng),
         "makes_two_files": lambda folder: makes_two_files(report, vblk, folder, rng),
         "speaks_to_nobody": lambda folder: speaks_to_nobody(report, vblk, folder, rng),
         "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
