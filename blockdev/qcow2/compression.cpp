@@ -12,44 +12,74 @@ namespace {
 constexpr int kRawDeflateWindowBits = -12;  // negative: no zlib header
 constexpr int kZstdWindowBitsMax = 23;  // a cluster is 2 MiB at most; as QEMU's encoder makes it
 
-bool inflate_cluster(std::span<const std::byte> compressed, std::span<std::byte> cluster) {
-  z_stream stream{};
-  if (inflateInit2(&stream, kRawDeflateWindowBits) != Z_OK) return false;
-  // zlib's interface is from before const.
-  stream.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(compressed.data()));
-  stream.avail_in = static_cast<uInt>(compressed.size());
-  stream.next_out = reinterpret_cast<Bytef*>(cluster.data());
-  stream.avail_out = static_cast<uInt>(cluster.size());
-  const int result = inflate(&stream, Z_FINISH);
-  // Z_BUF_ERROR with a full cluster: the end mark lies beyond what is needed.
-  const bool is_whole = (result == Z_STREAM_END || result == Z_BUF_ERROR) && stream.avail_out == 0;
-  inflateEnd(&stream);
-  return is_whole;
-}
+// What follows is set up once for a thread, and then only set back: setting up takes memory from
+// the kernel, for some of them as much time as a cluster of 64 KiB.
 
-bool unzstd_cluster(std::span<const std::byte> compressed, std::span<std::byte> cluster) {
-  const std::unique_ptr<ZSTD_DCtx, decltype(&ZSTD_freeDCtx)> context(ZSTD_createDCtx(),
-                                                                     &ZSTD_freeDCtx);
-  if (!context) return false;
-  ZSTD_DCtx_setParameter(context.get(), ZSTD_d_windowLogMax, kZstdWindowBitsMax);
-  ZSTD_inBuffer input{compressed.data(), compressed.size(), 0};
-  ZSTD_outBuffer output{cluster.data(), cluster.size(), 0};
-  // By streaming: the data is followed by what else is in its last sector.
-  while (output.pos < output.size) {
-    const std::size_t before = output.pos + input.pos;
-    const std::size_t result = ZSTD_decompressStream(context.get(), &output, &input);
-    if (ZSTD_isError(result) != 0 || output.pos + input.pos == before) return false;
-    if (result == 0) break;
+class Inflater {
+ public:
+  Inflater() = default;
+  ~Inflater() {
+    if (is_ready_) inflateEnd(&stream_);
   }
-  return output.pos == output.size;
-}
+  Inflater(const Inflater&) = delete;
+  Inflater& operator=(const Inflater&) = delete;
+
+  bool run(std::span<const std::byte> compressed, std::span<std::byte> cluster) {
+    if (!is_ready_) is_ready_ = inflateInit2(&stream_, kRawDeflateWindowBits) == Z_OK;
+    if (!is_ready_ || inflateReset(&stream_) != Z_OK) return false;
+    // zlib's interface is from before const.
+    stream_.next_in = reinterpret_cast<Bytef*>(const_cast<std::byte*>(compressed.data()));
+    stream_.avail_in = static_cast<uInt>(compressed.size());
+    stream_.next_out = reinterpret_cast<Bytef*>(cluster.data());
+    stream_.avail_out = static_cast<uInt>(cluster.size());
+    const int result = inflate(&stream_, Z_FINISH);
+    // Z_BUF_ERROR with a full cluster: the end mark lies beyond what is needed.
+    return (result == Z_STREAM_END || result == Z_BUF_ERROR) && stream_.avail_out == 0;
+  }
+
+ private:
+  z_stream stream_{};
+  bool is_ready_{false};
+};
+
+class Unzstd {
+ public:
+  bool run(std::span<const std::byte> compressed, std::span<std::byte> cluster) {
+    if (!context_) {
+      context_.reset(ZSTD_createDCtx());
+      if (!context_) return false;
+      ZSTD_DCtx_setParameter(context_.get(), ZSTD_d_windowLogMax, kZstdWindowBitsMax);
+    }
+    ZSTD_DCtx_reset(context_.get(), ZSTD_reset_session_only);
+    ZSTD_inBuffer input{compressed.data(), compressed.size(), 0};
+    ZSTD_outBuffer output{cluster.data(), cluster.size(), 0};
+    // By streaming: the data is followed by what else is in its last sector.
+    while (output.pos < output.size) {
+      const std::size_t before = output.pos + input.pos;
+      const std::size_t result = ZSTD_decompressStream(context_.get(), &output, &input);
+      if (ZSTD_isError(result) != 0 || output.pos + input.pos == before) return false;
+      if (result == 0) break;
+    }
+    return output.pos == output.size;
+  }
+
+ private:
+  struct Free {
+    void operator()(ZSTD_DCtx* context) const { ZSTD_freeDCtx(context); }
+  };
+  std::unique_ptr<ZSTD_DCtx, Free> context_;
+};
 
 }  // namespace
 
 bool decompress(Compression compression, std::span<const std::byte> compressed,
                 std::span<std::byte> cluster) {
-  return compression == Compression::kZlib ? inflate_cluster(compressed, cluster)
-                                           : unzstd_cluster(compressed, cluster);
+  if (compression == Compression::kZlib) {
+    thread_local Inflater inflater;
+    return inflater.run(compressed, cluster);
+  }
+  thread_local Unzstd unzstd;
+  return unzstd.run(compressed, cluster);
 }
 
 namespace {
@@ -57,7 +87,6 @@ namespace {
 // As QEMU makes them: the window of the format, the memory that goes with it.
 constexpr int kDeflateMemoryLevel = 9;
 
-// Set up once for a thread: that costs as much as a cluster of 64 KiB.
 class Deflater {
  public:
   Deflater() {

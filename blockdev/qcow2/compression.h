@@ -10,8 +10,8 @@
 namespace vblk::qcow2 {
 
 // Fills `cluster` from `compressed`, which may hold more than that takes. Returns false if the data
-// is damaged or ends too early. Memory: some 20 KiB for deflate; for zstd the window, which is
-// refused beyond 8 MiB.
+// is damaged or ends too early, or there is no memory. Memory, kept for the thread: some 20 KiB for
+// deflate; for zstd the window, which is refused beyond 8 MiB.
 [[nodiscard]] bool decompress(Compression compression, std::span<const std::byte> compressed,
                               std::span<std::byte> cluster);
 

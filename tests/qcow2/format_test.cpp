@@ -60,6 +60,10 @@ TEST(Qcow2Format, decompresses_what_it_has_compressed) {
       compressed.resize(length + 511, std::byte{0xa5});
       EXPECT_TRUE(decompress(compression, compressed, back));
       EXPECT_EQ(back, cluster);
+      // What ends too early leaves nothing behind for the next.
+      EXPECT_FALSE(decompress(compression, std::span(compressed).first(length / 2), back));
+      EXPECT_TRUE(decompress(compression, compressed, back));
+      EXPECT_EQ(back, cluster);
       for (std::byte& byte : cluster) byte = static_cast<std::byte>(random());
       EXPECT_EQ(compress(compression, cluster, std::span(compressed).first(length)), 0U);
     }
