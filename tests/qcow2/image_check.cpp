@@ -13,6 +13,7 @@ namespace {
 constexpr std::uint64_t kOffset = 0x00ff'ffff'ffff'fe00;
 constexpr std::uint64_t kCopied = std::uint64_t{1} << 63;
 constexpr std::uint64_t kCompressed = std::uint64_t{1} << 62;
+constexpr std::uint64_t kSnapshotBytesMax = std::uint64_t{1} << 26;
 
 class Checker {
  public:
@@ -33,6 +34,7 @@ class Checker {
   }
   std::uint64_t refcount(std::uint64_t cluster);
   void check_refcount_structures();
+  void check_snapshots(std::uint64_t disk_size);
   Tags check_disk(std::uint64_t l1, std::uint64_t l1_entries, std::uint64_t size, bool is_active);
   void check_copied(std::uint64_t entry, std::uint64_t host, const char* what, std::uint64_t guest);
   void check_entry(std::uint64_t entry_at, std::uint64_t guest, bool is_active, Tags& tags);
@@ -61,6 +63,7 @@ bool Checker::is_inside(std::uint64_t offset, std::uint64_t length, const char* 
 }
 
 void Checker::refer(std::uint64_t offset, std::uint64_t length) {
+  if (length == 0) return;
   for (std::uint64_t cluster = offset / cluster_; cluster <= (offset + length - 1) / cluster_;
        ++cluster) {
     if (cluster >= references_.size()) references_.resize(cluster + 1);
@@ -194,6 +197,28 @@ Tags Checker::check_disk(std::uint64_t l1, std::uint64_t l1_entries, std::uint64
   return tags;
 }
 
+void Checker::check_snapshots(std::uint64_t disk_size) {
+  const std::uint64_t count = get_be(image_, 60, 4);
+  if (count == 0) return;
+  const std::uint64_t table = get_be(image_, 64, 8);
+  std::uint64_t at = table;
+  for (std::uint64_t i = 0; i < count; ++i) {
+    if (at + 40 > image_.size()) return error("the snapshot table lies beyond the end of the file");
+    const std::uint64_t extra_bytes = get_be(image_, at + 36, 4);
+    const std::uint64_t text_bytes = get_be(image_, at + 12, 2) + get_be(image_, at + 14, 2);
+    // Its own size: that of the disk may have changed since.
+    const std::uint64_t size = extra_bytes >= 16 ? word(at + 48) : disk_size;
+    const std::uint64_t l1_entries = get_be(image_, at + 8, 4);
+    // Nothing that the tests make.
+    if (size > kSnapshotBytesMax || l1_entries > image_.size() / 8)
+      return error(fmt::format("snapshot {} cannot be", i));
+    Tags tags = check_disk(word(at), l1_entries, size, false);
+    if (i == 0) checked_.snapshot = std::move(tags);
+    at += (40 + extra_bytes + text_bytes + 7) / 8 * 8;
+  }
+  if (is_inside(table, at - table, "the snapshot table")) refer(table, at - table);
+}
+
 CheckedImage Checker::check() {
   if (image_.size() < 104 || get_be(image_, 0, 4) != 0x514649fb) {
     error("there is no header");
@@ -211,15 +236,7 @@ CheckedImage Checker::check() {
   refer(0, 1);
   check_refcount_structures();
   checked_.disk = check_disk(get_be(image_, 40, 8), get_be(image_, 36, 4), size, true);
-  if (get_be(image_, 60, 4) == 1) {
-    const std::uint64_t table = get_be(image_, 64, 8);
-    if (is_inside(table, 64, "the snapshot table")) {
-      refer(table, 58);
-      // Its own size: that of the disk may have changed since.
-      checked_.snapshot =
-          check_disk(word(table), get_be(image_, table + 8, 4), word(table + 48), false);
-    }
-  }
+  check_snapshots(size);
   for (std::uint64_t cluster = 0; cluster < references_.size(); ++cluster) {
     const std::uint64_t count = refcount(cluster);
     if (count < references_[cluster])
