@@ -1,5 +1,6 @@
 #include "blockdev/flush_now.h"
 
+#include <chrono>
 #include <future>
 
 #include <fmt/core.h>
@@ -7,6 +8,11 @@
 #include "blockdev/block_request.h"
 
 namespace vblk::blockdev {
+
+namespace {
+// How long an I/O thread may take before it is asked whether it has overlooked what it was given.
+constexpr std::chrono::milliseconds kAskAfter{500};
+}  // namespace
 
 Expected<void> flush_now(BlockNode& node, IoThread& thread) {
   if (node.limits().read_only) return {};
@@ -19,6 +25,7 @@ Expected<void> flush_now(BlockNode& node, IoThread& thread) {
   };
   auto outcome = request.done.get_future();
   thread.loop().post([&node, &thread, &request] { node.submit(request, thread.context()); });
+  while (outcome.wait_for(kAskAfter) != std::future_status::ready) thread.interrupt();
   const int error = outcome.get();
   if (error == 0) return {};
   return make_error(ErrorKind::kIo,

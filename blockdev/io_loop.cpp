@@ -22,6 +22,7 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 
+#include "aio/event_fd.h"
 #include "blockdev/poll_policy.h"
 #include "blockdev/poll_trial.h"
 
@@ -144,6 +145,31 @@ struct FdWatchState {
   OperationMemory memory;
 };
 
+// What wakes a loop for a post, besides Asio. Asio changes how epoll watches a descriptor that is
+// readable all the time, of which epoll then has to tell once more. There have been kernels that
+// sometimes did not (Linux 5.3, boostorg/asio issue 320), and from then on Asio takes its loop for
+// woken and wakes it no more. An eventfd that is written to is no such matter.
+class Bell {
+ public:
+  Bell() {
+    const auto fd = aio::make_event_fd("a loop");
+    if (!fd) {
+      throw std::system_error(fd.error().errno_value, std::generic_category(), fd.error().message);
+    }
+    fd_ = *fd;
+  }
+  ~Bell() { ::close(fd_); }
+  Bell(const Bell&) = delete;
+  Bell& operator=(const Bell&) = delete;
+
+  [[nodiscard]] int fd() const { return fd_; }
+  void ring() const { aio::signal_event_fd(fd_); }
+  void silence() const { aio::drain_event_fd(fd_); }
+
+ private:
+  int fd_{-1};
+};
+
 }  // namespace
 
 struct IoLoop::State {
@@ -170,6 +196,7 @@ struct IoLoop::State {
   void run_asio_ready();
 
   WaitProbe probe;
+  Bell bell;
   asio::io_context io{1};  // one thread runs it; others only post
   asio::executor_work_guard<asio::io_context::executor_type> guard{io.get_executor()};
   std::vector<Poller*>& active_in(PollStage stage) {
@@ -183,6 +210,7 @@ struct IoLoop::State {
   std::uint64_t busy_cycles{0};
   std::vector<std::shared_ptr<FdWatchState>> watches;
   std::vector<std::shared_ptr<FdWatchState>> unarmed;  // of those; room for all
+  std::unique_ptr<Watch> bell_watch;
   std::atomic<bool> posted{false};
   std::atomic<bool> stopping{false};
   std::atomic<std::thread::id> owner;
@@ -406,9 +434,14 @@ void IoLoop::State::wake_up(PollStage stage, std::size_t count) {
   }
 }
 
-IoLoop::IoLoop(IoLoopOptions options) : state_(std::make_unique<State>(options)) {}
+IoLoop::IoLoop(IoLoopOptions options) : state_(std::make_unique<State>(options)) {
+  state_->bell_watch = watch(state_->bell.fd(), [this] { state_->bell.silence(); });
+}
 
-IoLoop::~IoLoop() { assert(state_->watches.empty() && "watches must die before their loop"); }
+IoLoop::~IoLoop() {
+  state_->bell_watch.reset();
+  assert(state_->watches.empty() && "watches must die before their loop");
+}
 
 void IoLoop::run() {
   State& state = *state_;
@@ -440,6 +473,7 @@ void IoLoop::stop() {
 void IoLoop::post(std::move_only_function<void()> function) {
   asio::post(state_->io, std::move(function));
   state_->posted.store(true, std::memory_order_release);
+  state_->bell.ring();
 }
 
 void IoLoop::run_and_wait(std::move_only_function<void()> function) {

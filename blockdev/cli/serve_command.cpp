@@ -3,6 +3,7 @@
 // Threads: one device is served by this thread, of several each by a thread of its own. Signals
 // arrive on SignalWatcher's thread.
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstddef>
@@ -16,6 +17,7 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <time.h>
 #include <unistd.h>
 #include <utility>
 #include <variant>
@@ -40,6 +42,10 @@ namespace {
 // the whole process group, and a terminal's Ctrl-C reaches who is also told by its parent.
 constexpr std::chrono::seconds kSameSignal{1};
 
+// After the first, the server is asked again this often, until it has ended: whatever may get lost
+// on the way to a thread that waits, an end is not to depend on it.
+constexpr timespec kAskAgain{.tv_sec = 1, .tv_nsec = 0};
+
 // SIGTERM and SIGINT as an ordinary thread that waits for them: no handler, nothing to be careful
 // about in one. The first asks the server to stop; another one, a second later or more, ends the
 // process at once, for a disk that never answers.
@@ -55,16 +61,22 @@ class SignalWatcher {
   SignalWatcher(const SignalWatcher&) = delete;
   SignalWatcher& operator=(const SignalWatcher&) = delete;
 
-  void start(std::move_only_function<void()> on_first) {
-    thread_ = std::thread([this, on_first = std::move(on_first)]() mutable {
+  // `ask` is called at the first signal, and now and then from then on.
+  void start(std::move_only_function<void()> ask) {
+    thread_ = std::thread([this, ask = std::move(ask)]() mutable {
       using Clock = std::chrono::steady_clock;
-      int signal = 0;
       std::optional<Clock::time_point> first;
-      while (sigwait(&signals_, &signal) == 0 && !finished_) {
+      for (;;) {
+        const int signal = ::sigtimedwait(&signals_, nullptr, first ? &kAskAgain : nullptr);
+        if (finished_) return;
+        if (signal < 0) {
+          if (errno == EAGAIN) ask();  // otherwise EINTR
+          continue;
+        }
         if (!first) {
           first = Clock::now();
           log::info("{}: draining and flushing", name_of(signal));
-          on_first();
+          ask();
         } else if (Clock::now() - *first >= kSameSignal) {
           log::error("second {}: leaving without waiting for requests in flight", name_of(signal));
           ::_exit(kExitFailure);

@@ -17,6 +17,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <fmt/core.h>
 
+#include "aio/event_fd.h"
 #include "blockdev/flush_now.h"
 #include "blockdev/log.h"
 #include "blockdev/unix_listener.h"
@@ -29,11 +30,31 @@ namespace {
 constexpr std::chrono::milliseconds kAcceptPause{500};
 }  // namespace
 
+// Other threads reach the server's by post(). Asio would wake its loop by itself: by changing how
+// epoll watches a descriptor that is readable all the time, of which epoll then has to tell once
+// more. There have been kernels that sometimes did not (Linux 5.3, boostorg/asio issue 320), and
+// from then on Asio takes its loop for woken and wakes it no more: a server would hear of no
+// SIGTERM until a frontend comes. So there is a bell as well, an eventfd that is written to.
 struct Server::State {
   State(virtio::BlkDevice& blk_device,
         const std::vector<std::unique_ptr<blockdev::IoThread>>& threads)
       : device(blk_device), io_threads(threads) {}
+  ~State() {
+    disconnect();
+    for (auto* watch : {&ringing, &listening}) {
+      if (watch->is_open()) watch->release();
+    }
+  }
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
 
+  // Has `function` run on the server's thread. Any thread.
+  template <typename Function>
+  void post(Function function) {
+    asio::post(io, std::move(function));
+    aio::signal_event_fd(bell.get());
+  }
+  void listen_to_bell();
   void wait_for_frontend();
   void accept();
   void accept_later();
@@ -49,7 +70,9 @@ struct Server::State {
   std::optional<blockdev::UnixListener> listener;
   UniqueFd inherited;  // listening
   int listening_fd{-1};
+  UniqueFd bell;
   asio::io_context io{1};
+  asio::posix::stream_descriptor ringing{io};     // watches the bell; owns nothing
   asio::posix::stream_descriptor listening{io};   // watches; owns nothing
   asio::posix::stream_descriptor connection{io};  // watches; the backend owns the socket
   asio::steady_timer pause{io};
@@ -85,10 +108,15 @@ Expected<std::unique_ptr<Server>> Server::create(
     const ServerOptions& options, virtio::BlkDevice& device,
     const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads) {
   assert(!io_threads.empty());
+  const auto bell = aio::make_event_fd("the server");
+  if (!bell) return std::unexpected(bell.error());
   auto state = std::make_unique<State>(device, io_threads);
+  state->bell.reset(*bell);
+  state->ringing.assign(*bell);
+  state->listen_to_bell();
   state->backend_options = options.backend;
   state->backend_options.on_broken = [broken = state.get()] {
-    asio::post(broken->io, [broken] {
+    broken->post([broken] {
       if (broken->backend != nullptr) broken->backend->tell_needs_reset();
     });
   };
@@ -126,9 +154,16 @@ Expected<std::unique_ptr<Server>> Server::create(
 
 Server::Server(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
-Server::~Server() {
-  state_->disconnect();
-  if (state_->listening.is_open()) state_->listening.release();
+Server::~Server() = default;
+
+// What was posted runs behind this, in the same round of the loop.
+void Server::State::listen_to_bell() {
+  ringing.async_wait(asio::posix::stream_descriptor::wait_read,
+                     [this](const boost::system::error_code& error) {
+                       if (error) return;
+                       aio::drain_event_fd(bell.get());
+                       listen_to_bell();
+                     });
 }
 
 void Server::State::wait_for_frontend() {
@@ -217,11 +252,11 @@ Expected<void> Server::run() {
 }
 
 void Server::request_stop() {
-  asio::post(state_->io, [state = state_.get()] { state->stop(); });
+  state_->post([state = state_.get()] { state->stop(); });
 }
 
 void Server::notify_config_change() {
-  asio::post(state_->io, [state = state_.get()] {
+  state_->post([state = state_.get()] {
     if (state->backend != nullptr) state->backend->notify_config_change();
   });
 }
@@ -229,7 +264,7 @@ void Server::notify_config_change() {
 std::optional<ServerStatus> Server::status() {
   constexpr std::chrono::seconds kPatience{2};
   const auto answer = std::make_shared<std::promise<ServerStatus>>();
-  asio::post(state_->io, [state = state_.get(), answer] {
+  state_->post([state = state_.get(), answer] {
     ServerStatus status;
     if (state->backend != nullptr) {
       status = {.connected = true,
