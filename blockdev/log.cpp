@@ -3,6 +3,8 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 
@@ -43,11 +45,17 @@ spdlog::logger& logger() {
   return the_logger;
 }
 
-// Lines by peers in the window that is open now.
+// Lines by the peers of one device in the window that is open now.
+struct PeerWindow {
+  std::chrono::steady_clock::time_point end;
+  unsigned count{0};
+};
+
+// By thread_subject: what one device's guest does takes no lines from another's. As many as there
+// are devices in this process.
 struct PeerLines {
   std::mutex mutex;
-  std::chrono::steady_clock::time_point window_end;
-  unsigned count{0};
+  std::map<std::string, PeerWindow, std::less<>> windows;
 };
 
 PeerLines& peer_lines() {
@@ -76,17 +84,15 @@ bool peer_line_allowed() {
   constexpr std::chrono::seconds kWindow{10};
   PeerLines& lines = peer_lines();
   const std::scoped_lock lock(lines.mutex);
+  PeerWindow& window = lines.windows[thread_subject];
   const auto now = std::chrono::steady_clock::now();
-  if (now >= lines.window_end) {
-    lines.window_end = now + kWindow;
-    lines.count = 0;
-  }
-  if (lines.count < kPeerLinesMax) {
-    ++lines.count;
+  if (now >= window.end) window = {.end = now + kWindow};
+  if (window.count < kPeerLinesMax) {
+    ++window.count;
     return true;
   }
-  if (lines.count == kPeerLinesMax) {
-    ++lines.count;
+  if (window.count == kPeerLinesMax) {
+    ++window.count;
     warning("more than {} lines about the frontend or the guest in {} s: leaving them out for now",
             kPeerLinesMax, kWindow.count());
   }
