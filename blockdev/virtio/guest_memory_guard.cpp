@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <sys/mman.h>
 
 namespace vblk::virtio {
@@ -22,20 +23,44 @@ struct GuardedMapping {
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 static_assert(std::atomic<std::uintptr_t>::is_always_lock_free);
 
+// A part of the table, made when it is needed and never taken away: the handler may be looking.
+constexpr std::size_t kBlockSize = 512;
+using Block = std::array<GuardedMapping, kBlockSize>;
+static_assert(kGuardedMappingsMax % kBlockSize == 0);
+
 // NOLINTBEGIN(cppcoreguidelines-avoid-non-const-global-variables): a signal handler has no other.
-std::array<GuardedMapping, kGuardedMappingsMax> guarded_mappings;
+std::array<std::atomic<Block*>, kGuardedMappingsMax / kBlockSize> blocks;  // filled front to back
 std::atomic<std::uint64_t> fault_count{0};
 std::mutex registration_mutex;
 struct sigaction previous_action;
 // NOLINTEND(cppcoreguidelines-avoid-non-const-global-variables)
 
 GuardedMapping* find_mapping(std::uintptr_t address) {
-  for (GuardedMapping& mapping : guarded_mappings) {
-    const std::uintptr_t begin = mapping.begin.load(std::memory_order_acquire);
-    if (begin != 0 && address >= begin && address < mapping.end.load(std::memory_order_relaxed))
-      return &mapping;
+  for (const auto& each : blocks) {
+    Block* const block = each.load(std::memory_order_acquire);
+    if (block == nullptr) return nullptr;
+    for (GuardedMapping& mapping : *block) {
+      const std::uintptr_t begin = mapping.begin.load(std::memory_order_acquire);
+      if (begin != 0 && address >= begin && address < mapping.end.load(std::memory_order_relaxed))
+        return &mapping;
+    }
   }
   return nullptr;
+}
+
+// Of an entry that guard_memory() has given out.
+GuardedMapping& mapping_of(int entry) {
+  const auto index = static_cast<std::size_t>(entry);
+  return (*blocks[index / kBlockSize].load(std::memory_order_acquire))[index % kBlockSize];
+}
+
+// Under the mutex. Nothing: there is no memory for more.
+Block* block_at(std::size_t index) {
+  Block* block = blocks[index].load(std::memory_order_relaxed);
+  if (block != nullptr) return block;
+  block = new (std::nothrow) Block();
+  blocks[index].store(block, std::memory_order_release);
+  return block;
 }
 
 bool replace_page(const GuardedMapping& mapping, std::uintptr_t address) {
@@ -77,8 +102,10 @@ void install_handler_once() {
 int guard_memory(void* begin, std::size_t size_bytes, std::size_t page_bytes) {
   install_handler_once();
   const std::scoped_lock lock(registration_mutex);
-  for (std::size_t i = 0; i < guarded_mappings.size(); ++i) {
-    GuardedMapping& mapping = guarded_mappings[i];
+  for (std::size_t i = 0; i < kGuardedMappingsMax; ++i) {
+    Block* const block = block_at(i / kBlockSize);
+    if (block == nullptr) return -1;
+    GuardedMapping& mapping = (*block)[i % kBlockSize];
     if (mapping.begin.load(std::memory_order_relaxed) != 0) continue;
     const auto address = reinterpret_cast<std::uintptr_t>(begin);
     mapping.end.store(address + size_bytes, std::memory_order_relaxed);
@@ -92,11 +119,11 @@ int guard_memory(void* begin, std::size_t size_bytes, std::size_t page_bytes) {
 
 void unguard_memory(int entry) {
   const std::scoped_lock lock(registration_mutex);
-  guarded_mappings[static_cast<std::size_t>(entry)].begin.store(0, std::memory_order_release);
+  mapping_of(entry).begin.store(0, std::memory_order_release);
 }
 
 bool guarded_memory_faulted(int entry) {
-  return guarded_mappings[static_cast<std::size_t>(entry)].faulted.load(std::memory_order_acquire);
+  return mapping_of(entry).faulted.load(std::memory_order_acquire);
 }
 
 std::uint64_t guarded_memory_fault_count() { return fault_count.load(std::memory_order_acquire); }

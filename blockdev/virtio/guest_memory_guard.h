@@ -9,8 +9,8 @@
 //   free          0       guard_memory() claims it
 //   in use        != 0    unguard_memory() frees it; the handler sets `faulted`
 //
-// The table is a fixed array of atomics, because a signal handler may take no lock. The kernel's
-// own accesses (preadv into such memory) fail with EFAULT and need none of this.
+// The table is of atomics, because a signal handler may take no lock, and grows in blocks. The
+// kernel's own accesses (preadv into such memory) fail with EFAULT and need none of this.
 #pragma once
 
 #include <cstddef>
@@ -18,9 +18,11 @@
 
 namespace vblk::virtio {
 
-// Regions guarded at once in this process: two tables of GuestMemory::kMaxRegions (a new one is
-// mapped before the old one goes) for each of two connections, and so two in-flight areas.
-inline constexpr std::size_t kGuardedMappingsMax = std::size_t{2} * 2 * (512 + 1);
+// Regions guarded at once in this process. A connection has no more than GuestMemory::kMaxRegions
+// (512), the eight of a table that is to replace them, and two each of in-flight areas and logs:
+// 524. So what one device's frontend shares leaves room for 124 others'. The kernel takes as many
+// mappings of a process, unless told otherwise (vm.max_map_count).
+inline constexpr std::size_t kGuardedMappingsMax = 65'536;
 
 // Guards [begin, begin + size_bytes), both multiples of `page_bytes`. Installs the handler first
 // time. Returns the entry, or -1 if the table is full. Any thread.
