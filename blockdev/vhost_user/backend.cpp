@@ -142,12 +142,14 @@ Backend::Backend(UniqueFd socket, virtio::BlkDevice& device,
       device_(device),
       io_threads_(io_threads),
       options_(options),
-      rings_(device.options().queue_count) {
-  for (std::size_t i = 0; i < rings_.size(); ++i) rings_[i].index = static_cast<std::uint16_t>(i);
+      session_(device.options().queue_count) {}
+
+Backend::Session::Session(std::size_t ring_count) : rings(ring_count) {
+  for (std::size_t i = 0; i < rings.size(); ++i) rings[i].index = static_cast<std::uint16_t>(i);
 }
 
 Backend::~Backend() {
-  for (Ring& ring : rings_) stop(ring, Afterwards::kConnectionEnds);
+  for (Ring& ring : session_.rings) stop(ring, Afterwards::kConnectionEnds);
   give_up_unused_disk();
   device_.reset();
 }
@@ -223,14 +225,17 @@ bool Backend::negotiated_protocol(unsigned number) const {
 }
 
 bool Backend::any_ring_runs() const {
-  return std::ranges::any_of(rings_, [](const Ring& ring) { return ring.queue != nullptr; });
+  return std::ranges::any_of(session_.rings,
+                             [](const Ring& ring) { return ring.queue != nullptr; });
 }
 
 std::uint32_t Backend::base_of(const Ring& ring) const {
   return ring.next_avail.value_or(has_packed_rings() ? virtio::kPackedBaseInitial : 0);
 }
 
-bool Backend::has_packed_rings() const { return (features_ & bit(virtio::kFRingPacked)) != 0; }
+bool Backend::has_packed_rings() const {
+  return (session_.features & bit(virtio::kFRingPacked)) != 0;
+}
 
 // ---- Features and config space
 
@@ -246,13 +251,13 @@ Expected<void> Backend::set_features(Message& message) {
     std::uint64_t of_the_device = features & ~bit(kFProtocolFeatures);
     if (options_.handover != nullptr) of_the_device &= ~bit(kFLogAll);
     auto set = device_.set_features(of_the_device);
-    features_accepted_ = set.has_value();
+    session_.features_accepted = set.has_value();
     if (!set) return set;
-    features_ = features;
+    session_.features = features;
     carry_writeback_over();
     // "the back-end must enable all rings immediately" ("Ring states").
     if ((features & bit(kFProtocolFeatures)) == 0) {
-      for (Ring& ring : rings_) ring.enabled = true;
+      for (Ring& ring : session_.rings) ring.enabled = true;
     }
     return {};
   });
@@ -267,13 +272,10 @@ Expected<void> Backend::accept_silently(Message& /*message*/) { return {}; }
 Expected<void> Backend::set_owner(Message& /*message*/) {
   const bool is_first = !std::exchange(has_owner_, true);
   if (is_first || any_ring_runs()) return {};
-  reset();
-  for (Ring& ring : rings_) ring.base_before_reset.reset();
-  memory_.reset();
-  inflight_.reset();
-  inflight_is_of_before_reset_ = false;
-  log_.reset();
-  log_event_.reset();
+  session_ = Session(session_.rings.size());
+  needs_reset_ = false;
+  give_up_unused_disk();
+  device_.reset();
   return {};
 }
 
@@ -296,7 +298,7 @@ Expected<void> Backend::set_protocol_features(Message& message) {
 }
 
 Expected<void> Backend::get_queue_num(Message& message) {
-  return reply_u64(message, rings_.size());
+  return reply_u64(message, session_.rings.size());
 }
 
 Expected<void> Backend::set_backend_req_fd(Message& message) {
@@ -344,7 +346,7 @@ Expected<void> Backend::set_config(Message& message) {
   auto written = device_.write_config(head.offset, bytes);
   if (!written) return written;
   // Only `writeback` can be written.
-  if (inflight_ != nullptr) inflight_->keep_writeback(!device_.write_through());
+  if (session_.inflight != nullptr) session_.inflight->keep_writeback(!device_.write_through());
   if (!was_writeback || !device_.write_through()) return {};
   // From here on the driver sends no flush: what it has written before must be stable as well, and
   // so must what is still on its way and was begun without write-through.
@@ -359,7 +361,7 @@ Expected<void> Backend::replace_memory(
   auto memory = virtio::GuestMemory::create(std::move(regions));
   if (!memory) return std::unexpected(std::move(memory.error()));
   return while_quiesced([this, &memory]() -> Expected<void> {
-    memory_ = std::move(*memory);
+    session_.memory = std::move(*memory);
     return {};
   });
 }
@@ -396,7 +398,8 @@ Expected<void> Backend::add_mem_reg(Message& message) {
                                           wire.user_address, wire.mmap_offset);
   if (!region) return std::unexpected(std::move(region.error()));
   std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions;
-  if (memory_) regions.assign(memory_->regions().begin(), memory_->regions().end());
+  if (session_.memory)
+    regions.assign(session_.memory->regions().begin(), session_.memory->regions().end());
   regions.push_back(std::move(*region));
   return replace_memory(std::move(regions));
 }
@@ -405,7 +408,8 @@ Expected<void> Backend::add_mem_reg(Message& message) {
 Expected<void> Backend::rem_mem_reg(Message& message) {
   const auto wire = payload_of<SingleMemoryRegion>(message).region;
   std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions;
-  if (memory_) regions.assign(memory_->regions().begin(), memory_->regions().end());
+  if (session_.memory)
+    regions.assign(session_.memory->regions().begin(), session_.memory->regions().end());
   const auto removed = std::erase_if(regions, [&wire](const auto& region) {
     return region->guest_address() == wire.guest_address &&
            region->size_bytes() == wire.size_bytes && region->user_address() == wire.user_address;
@@ -443,8 +447,9 @@ Expected<virtio::InflightDescription> Backend::inflight_description(const Messag
     return refused("INFLIGHT_SHMFD was not negotiated");
   Inflight wire{};
   std::memcpy(&wire, message.payload.data(), kInflightBytesMin);
-  if (wire.queue_count == 0 || wire.queue_count > rings_.size()) {
-    return refused(fmt::format("for {} queues; there are {}", wire.queue_count, rings_.size()));
+  if (wire.queue_count == 0 || wire.queue_count > session_.rings.size()) {
+    return refused(
+        fmt::format("for {} queues; there are {}", wire.queue_count, session_.rings.size()));
   }
   if (wire.queue_size == 0 || wire.queue_size > device_.options().queue_size_max) {
     return refused(fmt::format("for queues of {} entries; up to {} are taken, see --queue-size",
@@ -482,13 +487,13 @@ Expected<void> Backend::set_inflight_fd(Message& message) {
   const auto description = inflight_description(message);
   if (!description) return std::unexpected(description.error());
   // What is in flight now would be in flight in the old area.
-  for (const Ring& ring : rings_) {
+  for (const Ring& ring : session_.rings) {
     if (ring.queue != nullptr) return refused(fmt::format("queue {} is running", ring.index));
   }
   auto area = virtio::InflightArea::map(message.fds[0].get(), *description);
   if (!area) return std::unexpected(std::move(area.error()));
-  inflight_ = std::move(*area);
-  inflight_is_of_before_reset_ = false;
+  session_.inflight = std::move(*area);
+  session_.inflight_is_of_before_reset = false;
   carry_writeback_over();
   return {};
 }
@@ -498,9 +503,9 @@ Expected<void> Backend::set_inflight_fd(Message& message) {
 void Backend::carry_writeback_over() {
   const bool can_be_set =
       (device_.negotiated_features() & virtio::feature_bit(virtio::kBlkFConfigWce)) != 0;
-  if (inflight_ == nullptr || !can_be_set) return;
-  const auto writeback = inflight_->writeback();
-  if (!writeback) return inflight_->keep_writeback(!device_.write_through());
+  if (session_.inflight == nullptr || !can_be_set) return;
+  const auto writeback = session_.inflight->writeback();
+  if (!writeback) return session_.inflight->keep_writeback(!device_.write_through());
   const std::byte value{*writeback ? std::uint8_t{1} : std::uint8_t{0}};
   [[maybe_unused]] const auto written =
       device_.write_config(virtio::kBlkConfigWriteback, {&value, 1});
@@ -517,7 +522,7 @@ Expected<void> Backend::set_log_base(Message& message) {
   auto log = virtio::DirtyLog::map(message.fds[0].get(), wire.size_bytes, wire.mmap_offset);
   if (!log) return std::unexpected(std::move(log.error()));
   auto changed = while_quiesced([this, &log]() -> Expected<void> {
-    log_ = std::move(*log);
+    session_.log = std::move(*log);
     return {};
   });
   if (!changed || wants_reply(message)) return changed;
@@ -528,15 +533,15 @@ Expected<void> Backend::set_log_fd(Message& message) {
   if (!negotiated_protocol(kProtocolFLogShmfd)) return refused("LOG_SHMFD was not negotiated");
   if (message.fds.empty()) return refused("no descriptor comes with it");
   return while_quiesced([this, &message]() -> Expected<void> {
-    log_event_ = std::move(message.fds[0]);
+    session_.log_event = std::move(message.fds[0]);
     return {};
   });
 }
 
 virtio::DirtyLogging Backend::logging_of(const Ring& ring) const {
-  if ((features_ & bit(kFLogAll)) == 0 || log_ == nullptr) return {};
-  return {.log = log_,
-          .event_fd = log_event_.get(),
+  if ((session_.features & bit(kFLogAll)) == 0 || session_.log == nullptr) return {};
+  return {.log = session_.log,
+          .event_fd = session_.log_event.get(),
           .marks_ring = (ring.addresses.flags & kVringAddressFLog) != 0,
           .ring_address = ring.addresses.log_guest_address};
 }
@@ -562,7 +567,7 @@ void Backend::give_up_unused_disk() {
 // ---- Status and reset
 
 void Backend::reset() {
-  for (Ring& ring : rings_) {
+  for (Ring& ring : session_.rings) {
     stop(ring, Afterwards::kUnknown);
     if (!ring.base_before_reset) ring.base_before_reset = base_of(ring);
     ring.size = 0;
@@ -576,10 +581,10 @@ void Backend::reset() {
   }
   give_up_unused_disk();
   device_.forget_features();
-  features_ = 0;
-  features_accepted_ = false;
-  inflight_is_of_before_reset_ = inflight_ != nullptr;
-  status_.reset();
+  session_.features = 0;
+  session_.features_accepted = false;
+  session_.inflight_is_of_before_reset = session_.inflight != nullptr;
+  session_.status.reset();
   needs_reset_ = false;
 }
 
@@ -593,7 +598,7 @@ Expected<void> Backend::reset_device(Message& /*message*/) {
 Expected<void> Backend::set_status(Message& message) {
   if (!negotiated_protocol(kProtocolFStatus)) return refused("STATUS was not negotiated");
   const auto value = payload_of<std::uint64_t>(message);
-  if (value != 0) return status_.write(value, features_accepted_);
+  if (value != 0) return session_.status.write(value, session_.features_accepted);
   reset();
   return {};
 }
@@ -605,19 +610,20 @@ Expected<void> Backend::get_status(Message& message) {
 
 std::uint8_t Backend::device_status() const {
   const bool needs_reset = needs_reset_.load(std::memory_order_relaxed);
-  return static_cast<std::uint8_t>(status_.value() | (needs_reset ? virtio::kStatusNeedsReset : 0));
+  return static_cast<std::uint8_t>(session_.status.value() |
+                                   (needs_reset ? virtio::kStatusNeedsReset : 0));
 }
 
 void Backend::tell_needs_reset() {
-  if (needs_reset_.load(std::memory_order_relaxed) && status_.is_driver_ok())
+  if (needs_reset_.load(std::memory_order_relaxed) && session_.status.is_driver_ok())
     notify_config_change();
 }
 
 // ---- Rings
 
 Expected<Backend::Ring*> Backend::ring_at(std::uint64_t index) {
-  if (index < rings_.size()) return &rings_[index];
-  return refused(fmt::format("there is no queue {}; there are {}", index, rings_.size()));
+  if (index < session_.rings.size()) return &session_.rings[index];
+  return refused(fmt::format("there is no queue {}; there are {}", index, session_.rings.size()));
 }
 
 blockdev::IoThread& Backend::thread_of(const Ring& ring) const {
@@ -626,16 +632,33 @@ blockdev::IoThread& Backend::thread_of(const Ring& ring) const {
 
 Expected<void> Backend::start_if_ready(Ring& ring) {
   if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};
-  if (memory_ == nullptr || ring.size == 0 || !ring.has_addresses) {
-    ring.started = false;  // or every later change of memory or features would be refused for it
+  auto outcome = start(ring);
+  ring.waits_for_memory = false;
+  // Or every later change of memory or features would be refused for it.
+  if (!outcome) ring.started = false;
+  return outcome;
+}
+
+// The driver may have chosen the other kind of rings since.
+Expected<void> Backend::renew_inflight() {
+  if (!session_.inflight_is_of_before_reset) return {};
+  auto renewed = session_.inflight->renewed(has_packed_rings());
+  if (!renewed) {
+    return refused(fmt::format("the in-flight area of before the reset is {}; give another one",
+                               renewed.error().message));
+  }
+  session_.inflight = std::move(*renewed);
+  session_.inflight_is_of_before_reset = false;
+  return {};
+}
+
+Expected<void> Backend::start(Ring& ring) {
+  if (session_.memory == nullptr || ring.size == 0 || !ring.has_addresses) {
     return refused(fmt::format("queue {} is started before its memory, size and addresses are set",
                                ring.index));
   }
-  if (auto taken = take_disk(); !taken) {
-    ring.started = false;
-    return taken;
-  }
-  if (std::exchange(inflight_is_of_before_reset_, false)) inflight_->clear();
+  if (auto taken = take_disk(); !taken) return taken;
+  if (auto renewed = renew_inflight(); !renewed) return renewed;
   const virtio::BlkQueueSetup setup{.index = ring.index,
                                     .size = ring.size,
                                     .next_avail = base_of(ring),
@@ -645,7 +668,7 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
                                     .kick_fd = ring.kick.get(),
                                     .call_fd = ring.call.get(),
                                     .error_fd = ring.error.get(),
-                                    .inflight = inflight_,
+                                    .inflight = session_.inflight,
                                     .left = ring.left,
                                     .logging = logging_of(ring),
                                     .on_broken = [this] {
@@ -655,7 +678,7 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
   run_on(thread, [&] {
-    auto queue = virtio::BlkQueue::start(device_, thread.context(), memory_, setup);
+    auto queue = virtio::BlkQueue::start(device_, thread.context(), session_.memory, setup);
     if (queue) {
       ring.queue = std::move(*queue);
     } else {
@@ -665,31 +688,33 @@ Expected<void> Backend::start_if_ready(Ring& ring) {
   if (outcome) {
     ring.base_before_reset.reset();
     ring.left = {};
-    ring.waits_for_memory = false;
-  } else {
-    ring.started = false;
   }
   return outcome;
 }
 
-// Waits until nothing of the ring is in flight: from then on its memory may go.
-void Backend::stop(Ring& ring, Afterwards afterwards) {
-  if (ring.queue == nullptr) return;
+virtio::BlkQueue::Unfinished Backend::unfinished_when(Afterwards afterwards) const {
   using enum virtio::BlkQueue::Unfinished;
+  if (afterwards == Afterwards::kRunsAgain) return kLeave;
+  if (session_.inflight == nullptr) return kFail;
   // The in-flight area does not go where a guest is migrated to. A frontend that has stopped the
   // guest before it migrates it says nothing of that here.
-  const bool may_migrate = (features_ & bit(kFLogAll)) != 0 ||
+  const bool may_migrate = (session_.features & bit(kFLogAll)) != 0 ||
                            (options_.handover != nullptr && afterwards == Afterwards::kUnknown);
-  const bool has_successor = inflight_ != nullptr && !may_migrate;
-  const bool is_left = has_successor || afterwards == Afterwards::kRunsAgain;
-  const auto unfinished = is_left ? kLeave : kFail;
+  return may_migrate ? kFail : kLeave;
+}
+
+// Waits until nothing of the ring is in flight: from then on its memory may go.
+void Backend::stop(Ring& ring, Afterwards afterwards) { stop(ring, unfinished_when(afterwards)); }
+
+void Backend::stop(Ring& ring, virtio::BlkQueue::Unfinished unfinished) {
+  if (ring.queue == nullptr) return;
   blockdev::IoThread& thread = thread_of(ring);
   std::promise<void> stopped;
   thread.loop().post([this, &ring, &stopped, unfinished] {
     ring.queue->stop(unfinished, [this, &ring, &stopped] {
       ring.next_avail = ring.queue->next_avail();
       if (ring.queue->broken()) ring.started = false;
-      if (inflight_ == nullptr) ring.left = ring.queue->left();
+      if (session_.inflight == nullptr) ring.left = ring.queue->left();
       ring.queue.reset();
       stopped.set_value();
     });
@@ -698,9 +723,9 @@ void Backend::stop(Ring& ring, Afterwards afterwards) {
 }
 
 Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()> change) {
-  for (Ring& ring : rings_) stop(ring, Afterwards::kRunsAgain);
+  for (Ring& ring : session_.rings) stop(ring, Afterwards::kRunsAgain);
   auto outcome = change();
-  for (Ring& ring : rings_) {
+  for (Ring& ring : session_.rings) {
     const bool was_started = ring.started;
     const bool has_waited = ring.waits_for_memory;
     auto started = start_if_ready(ring);
@@ -833,9 +858,9 @@ Expected<void> Backend::set_vring_enable(Message& message) {
 }
 
 std::vector<RingStatus> Backend::ring_status() const {
-  std::vector<RingStatus> status(rings_.size());
-  for (std::size_t i = 0; i < rings_.size(); ++i) {
-    const Ring& ring = rings_[i];
+  std::vector<RingStatus> status(session_.rings.size());
+  for (std::size_t i = 0; i < session_.rings.size(); ++i) {
+    const Ring& ring = session_.rings[i];
     if (ring.queue == nullptr) continue;
     run_on(thread_of(ring), [&] {
       status[i] = {.running = true,

@@ -15,6 +15,10 @@
 // A ring that breaks is not started again before its next kick descriptor, which comes with a reset
 // of the device.
 //
+// A session is what a front-end sets up on a connection. SET_OWNER begins one. A second one, on the
+// same connection, replaces all of it. Protocol features and the back-end's channel come before
+// SET_OWNER, and so are the connection's.
+//
 // A reset (RESET_DEVICE, or SET_STATUS with 0) drains and stops all rings, disables them, and
 // forgets what the driver and the front-end have told about them and which features were chosen.
 // What belongs to the connection stays: protocol features, memory, the log, call and error
@@ -24,7 +28,8 @@
 //     given another, or started.
 //   - What a paused device keeps is left in the in-flight area, as by GET_VRING_BASE. It counts if
 //     the front-end gives that area again (SET_INFLIGHT_FD); a front-end that starts rings without
-//     having given any has the one that it gave before, cleared.
+//     having given any has the one that it gave before, cleared, and laid out for the kind of rings
+//     that the driver has chosen by then. If it is too small for them they are refused.
 //   - `writeback` stays as the driver has set it (BlkDevice::forget_features()).
 //
 // A device may be paused with requests that nobody answers before it is resumed (device_gate.h). A
@@ -109,7 +114,7 @@ class Backend {
   // "Device Status Field", as GET_STATUS tells it.
   [[nodiscard]] std::uint8_t device_status() const;
 
-  [[nodiscard]] std::uint64_t features() const { return features_; }
+  [[nodiscard]] std::uint64_t features() const { return session_.features; }
   [[nodiscard]] std::vector<RingStatus> ring_status() const;
 
  private:
@@ -128,6 +133,20 @@ class Backend {
     UniqueFd call;
     UniqueFd error;
     std::unique_ptr<virtio::BlkQueue> queue;  // to be touched on its I/O thread only
+  };
+  // What a front-end has set up since SET_OWNER.
+  struct Session {
+    explicit Session(std::size_t ring_count);
+
+    std::uint64_t features{0};  // VHOST_USER_F_PROTOCOL_FEATURES included
+    bool features_accepted{false};
+    virtio::DeviceStatus status;
+    std::shared_ptr<const virtio::GuestMemory> memory;
+    std::shared_ptr<const virtio::InflightArea> inflight;  // none before SET_INFLIGHT_FD
+    bool inflight_is_of_before_reset{false};               // what it says counts no more
+    std::shared_ptr<const virtio::DirtyLog> log;           // none before SET_LOG_BASE
+    UniqueFd log_event;
+    std::vector<Ring> rings;
   };
   struct Rule;
   static const Rule* rule_for(Request request);
@@ -175,10 +194,14 @@ class Backend {
   Expected<Ring*> ring_at(std::uint64_t index);
   [[nodiscard]] blockdev::IoThread& thread_of(const Ring& ring) const;
   Expected<void> start_if_ready(Ring& ring);
+  Expected<void> start(Ring& ring);
+  Expected<void> renew_inflight();
   // What becomes of a ring that stops: it runs again on this connection, come what may; or the
   // connection has ended, and another one may come; or that is the frontend's to say.
   enum class Afterwards : std::uint8_t { kRunsAgain, kConnectionEnds, kUnknown };
+  [[nodiscard]] virtio::BlkQueue::Unfinished unfinished_when(Afterwards afterwards) const;
   void stop(Ring& ring, Afterwards afterwards);
+  void stop(Ring& ring, virtio::BlkQueue::Unfinished unfinished);
   // Runs `change` while no ring is processed; rings that ran go on afterwards.
   Expected<void> while_quiesced(std::move_only_function<Expected<void>()> change);
   Expected<void> replace_memory(std::vector<std::shared_ptr<const virtio::MemoryRegion>> regions);
@@ -198,18 +221,10 @@ class Backend {
   std::span<const std::unique_ptr<blockdev::IoThread>> io_threads_;
   const BackendOptions options_;
   MessageReader reader_;
-  std::uint64_t features_{0};  // VHOST_USER_F_PROTOCOL_FEATURES included
   std::uint64_t protocol_features_{0};
   bool has_owner_{false};
-  std::shared_ptr<const virtio::GuestMemory> memory_;
-  std::shared_ptr<const virtio::InflightArea> inflight_;  // none before SET_INFLIGHT_FD
-  bool inflight_is_of_before_reset_{false};               // what it says counts no more
-  std::shared_ptr<const virtio::DirtyLog> log_;           // none before SET_LOG_BASE
-  UniqueFd log_event_;
-  virtio::DeviceStatus status_;
-  bool features_accepted_{false};
   std::atomic<bool> needs_reset_{false};  // set by I/O threads
-  std::vector<Ring> rings_;
+  Session session_;
 };
 
 }  // namespace vblk::vhost_user

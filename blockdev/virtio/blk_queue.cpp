@@ -491,6 +491,7 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
     log::info("queue {}: {} requests were in flight when a predecessor ended; they are done again",
               setup.index, recovery.heads.size());
   }
+  make_non_blocking(setup.logging.event_fd);
   auto marker = make_marker(device, memory, setup);
   if (!marker) return bad_setup(setup, "{}", marker.error().message);
   try {

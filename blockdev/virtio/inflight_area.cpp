@@ -12,6 +12,16 @@ namespace {
 constexpr std::uint64_t kWritebackOff = 0x7662'6c6b'2d77'6200;
 constexpr std::uint64_t kWritebackOn = kWritebackOff | 1;
 
+Expected<void> check_size(const InflightDescription& description) {
+  const auto [size_bytes, offset_bytes, queue_count, queue_size, is_packed] = description;
+  const std::uint64_t needed = InflightArea::region_bytes_for(queue_count, queue_size, is_packed);
+  if (size_bytes >= needed) return {};
+  return make_error(
+      ErrorKind::kInvalidArgument,
+      fmt::format("an in-flight area of {} bytes; {} {} queues of {} entries take {}", size_bytes,
+                  queue_count, is_packed ? "packed" : "split", queue_size, needed));
+}
+
 }  // namespace
 
 Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
@@ -22,13 +32,7 @@ Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
         ErrorKind::kInvalidArgument,
         fmt::format("an in-flight area for {} queues of {} entries", queue_count, queue_size));
   }
-  const std::uint64_t needed = region_bytes_for(queue_count, queue_size, is_packed);
-  if (size_bytes < needed) {
-    return make_error(
-        ErrorKind::kInvalidArgument,
-        fmt::format("an in-flight area of {} bytes; {} {} queues of {} entries take {}", size_bytes,
-                    queue_count, is_packed ? "packed" : "split", queue_size, needed));
-  }
+  if (auto fits = check_size(description); !fits) return std::unexpected(std::move(fits.error()));
   // The counters in it are written whole.
   if (offset_bytes % alignof(std::uint64_t) != 0) {
     return make_error(ErrorKind::kInvalidArgument,
@@ -37,7 +41,8 @@ Expected<std::shared_ptr<const InflightArea>> InflightArea::map(
   }
   auto mapping = SharedMapping::map(fd, size_bytes, offset_bytes, "the in-flight area");
   if (!mapping) return std::unexpected(std::move(mapping.error()));
-  std::shared_ptr<const InflightArea> area(new InflightArea(std::move(*mapping), description));
+  std::shared_ptr<const InflightArea> area(
+      new InflightArea(std::make_shared<const SharedMapping>(std::move(*mapping)), description));
   for (std::uint16_t queue = 0; queue < queue_count; ++queue) {
     if (auto checked = area->check_region(queue); !checked) {
       return make_error(checked.error().kind,
@@ -54,16 +59,23 @@ Expected<void> InflightArea::check_region(std::uint16_t queue) const {
   return is_packed() ? packed_region(queue).check() : region(queue).check();
 }
 
-void InflightArea::clear() const {
+Expected<std::shared_ptr<const InflightArea>> InflightArea::renewed(bool is_packed) const {
+  InflightDescription description = description_;
+  description.is_packed = is_packed;
+  if (auto fits = check_size(description); !fits) return std::unexpected(std::move(fits.error()));
+  std::shared_ptr<const InflightArea> area(new InflightArea(mapping_, description));
+  const auto kept = writeback();
   // Both kinds of regions have it in the same place; the rest is set when a ring starts.
   for (std::uint16_t queue = 0; queue < queue_count(); ++queue)
-    store_release<std::uint16_t>(region_begin(queue) + kInflightVersionOffset, 0);
+    store_release<std::uint16_t>(area->region_begin(queue) + kInflightVersionOffset, 0);
+  if (kept) area->keep_writeback(*kept);
+  return area;
 }
 
 std::byte* InflightArea::kept_writeback() const {
   const std::uint64_t offset = region_bytes_for(queue_count(), queue_size(), is_packed());
   const bool has_room = description_.size_bytes - offset >= sizeof(std::uint64_t);
-  return has_room ? mapping_.host() + offset : nullptr;
+  return has_room ? mapping_->host() + offset : nullptr;
 }
 
 std::optional<bool> InflightArea::writeback() const {

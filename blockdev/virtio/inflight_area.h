@@ -69,11 +69,12 @@ class InflightArea {
   // perhaps; nothing if there is no room for it or it was never given. The server's thread.
   [[nodiscard]] std::optional<bool> writeback() const;
   void keep_writeback(bool writeback) const;
-  // Nothing is in flight, and nothing known of any ring: as an area that no ring has used. None may
-  // be using it.
-  void clear() const;
+  // The same memory as an area that no ring has used, for rings of either kind: nothing is in
+  // flight, and nothing known of any ring; `writeback` is kept. No ring may be using it.
+  // Error: kInvalidArgument: packed rings take more than it has.
+  [[nodiscard]] Expected<std::shared_ptr<const InflightArea>> renewed(bool is_packed) const;
   // As SharedMapping::faulted().
-  [[nodiscard]] bool faulted() const { return mapping_.faulted(); }
+  [[nodiscard]] bool faulted() const { return mapping_->faulted(); }
 
  private:
   static constexpr std::uint64_t region_bytes(std::uint16_t queue_size, bool is_packed) {
@@ -81,14 +82,14 @@ class InflightArea {
                      : InflightRegion::region_bytes(queue_size);
   }
   [[nodiscard]] std::byte* region_begin(std::uint16_t queue) const {
-    return mapping_.host() + queue * region_bytes(queue_size(), is_packed());
+    return mapping_->host() + queue * region_bytes(queue_size(), is_packed());
   }
   [[nodiscard]] Expected<void> check_region(std::uint16_t queue) const;
   [[nodiscard]] std::byte* kept_writeback() const;
-  InflightArea(SharedMapping mapping, const InflightDescription& description)
+  InflightArea(std::shared_ptr<const SharedMapping> mapping, const InflightDescription& description)
       : mapping_(std::move(mapping)), description_(description) {}
 
-  SharedMapping mapping_;
+  const std::shared_ptr<const SharedMapping> mapping_;  // shared by those renewed from each other
   const InflightDescription description_;
 };
 

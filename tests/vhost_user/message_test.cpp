@@ -159,6 +159,22 @@ TEST_F(Messages, a_second_owner_begins_without_the_memory_of_the_first) {
   EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(region()), fds), 0U);
 }
 
+TEST_F(Messages, a_second_owner_finds_a_fresh_device) {
+  RawFrontend frontend = connect();
+  const std::array off{std::byte{0}};
+  ASSERT_TRUE(frontend.polite().write_config(virtio::kBlkConfigWriteback, off).has_value());
+  EXPECT_EQ(frontend.acknowledged(Request::kSetVringNum, payload_of(VringState{1, 16})), 0U);
+  EXPECT_EQ(frontend.acknowledged(Request::kSetVringBase, payload_of(VringState{1, 7})), 0U);
+  EXPECT_EQ(frontend.acknowledged(Request::kSetVringEnable, payload_of(VringState{1, 1})), 0U);
+  EXPECT_EQ(frontend.acknowledged(Request::kSetOwner, {}), 0U);
+  EXPECT_EQ(served.device().negotiated_features(), 0U);
+  EXPECT_EQ(frontend.polite().read_config(virtio::kBlkConfigWriteback, 1)->front(), std::byte{1});
+  EXPECT_EQ(frontend.polite().stop_ring(1).value(), 0U) << "the base of the first one's ring";
+  // As long as it is not enabled, a ring may be kicked before it has a size.
+  const std::array kick{event.get()};
+  EXPECT_EQ(frontend.acknowledged(Request::kSetVringKick, payload_of(std::uint64_t{1}), kick), 0U);
+}
+
 TEST_F(Messages, takes_as_many_regions_as_it_says_and_keeps_no_descriptor_of_them) {
   RawFrontend frontend = connect();
   const std::size_t before = settled_fds();
@@ -447,6 +463,24 @@ TEST_F(Messages, a_ring_whose_memory_is_taken_away_goes_on_when_it_is_back) {
       << "no change of memory fails for a ring that waits";
   EXPECT_EQ(frontend.acknowledged(Request::kAddMemReg, payload_of(region()), fds), 0U);
   EXPECT_TRUE(served.server().status()->rings[0].running);
+}
+
+TEST_F(Messages, a_ring_that_was_refused_while_it_waited_waits_no_more) {
+  RawFrontend frontend = connect();
+  auto queue = driver::DriverQueue::create(*memory, {.size = 16}).value();
+  ASSERT_TRUE(frontend.polite().start_ring(0, *queue).has_value());
+  EXPECT_EQ(frontend.acknowledged(Request::kRemMemReg, payload_of(region())), 1U);
+  const auto enable = [&frontend](std::uint32_t on) {
+    return frontend.acknowledged(Request::kSetVringEnable, payload_of(VringState{0, on}));
+  };
+  EXPECT_EQ(enable(0), 0U);
+  EXPECT_EQ(enable(1), 1U) << "its memory is not there";
+  EXPECT_EQ(enable(0), 0U);
+  const std::array kick{queue->kick_fd()};
+  EXPECT_EQ(frontend.acknowledged(Request::kSetVringKick, payload_of(std::uint64_t{0}), kick), 0U);
+  // Enables all rings, this one among them.
+  EXPECT_EQ(frontend.acknowledged(Request::kSetFeatures, payload_of(bit(virtio::kFVersion1))), 1U)
+      << "who starts it now is told";
 }
 
 TEST_F(Messages, refuses_a_started_ring_whose_addresses_are_nowhere) {

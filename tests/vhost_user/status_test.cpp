@@ -410,6 +410,53 @@ TEST_F(Status, of_a_reset_has_forgotten_what_was_kept_for_who_gives_no_area) {
   }
 }
 
+// Firmware has split rings, the guest that it starts packed ones; and the other way round.
+TEST_F(Status, of_a_reset_lets_the_driver_have_the_other_kind_of_rings_with_the_same_area) {
+  for (const bool packed_first : {false, true}) {
+    // Large enough for either kind.
+    driver::InflightFile area;
+    area.fd.reset(::memfd_create("area", MFD_CLOEXEC));
+    constexpr std::uint64_t kAreaBytes = 16384;
+    ASSERT_EQ(::ftruncate(area.fd.get(), static_cast<off_t>(kAreaBytes)), 0);
+    area.description = {.mmap_size = kAreaBytes, .queue_count = 2, .queue_size = kQueueSize};
+    RawFrontend frontend = connect();
+    const auto memory = driver::DriverMemory::create({std::size_t{1} << 20}).value();
+    ASSERT_TRUE(frontend.polite().set_memory(*memory).has_value());
+    for (const bool packed : {packed_first, !packed_first}) {
+      const std::uint64_t usual = frontend.polite().features();
+      const std::uint64_t features = packed ? usual | bit(virtio::kFRingPacked) : usual;
+      ASSERT_EQ(frontend.acknowledged(Request::kSetFeatures, payload_of(features)), 0U);
+      if (packed == packed_first) {
+        ASSERT_TRUE(frontend.polite().set_inflight(area).has_value());
+      }
+      const auto ring =
+          driver::DriverQueue::create(*memory, {.size = kQueueSize, .packed = packed}).value();
+      const auto started = frontend.polite().start_ring(0, *ring);
+      ASSERT_TRUE(started.has_value()) << started.error().message;
+      ASSERT_TRUE(reset(frontend.polite(), By::kStatus).has_value());
+    }
+  }
+}
+
+TEST_F(Status, of_a_reset_refuses_packed_rings_for_which_the_area_before_is_too_small) {
+  RawFrontend frontend = connect();
+  const auto memory = driver::DriverMemory::create({std::size_t{1} << 20}).value();
+  ASSERT_TRUE(frontend.polite().set_memory(*memory).has_value());
+  const auto small = frontend.polite().get_inflight(2, kQueueSize).value();
+  ASSERT_TRUE(frontend.polite().set_inflight(small).has_value());
+  ASSERT_TRUE(reset(frontend.polite(), By::kStatus).has_value());
+  const std::uint64_t features = frontend.polite().features() | bit(virtio::kFRingPacked);
+  ASSERT_EQ(frontend.acknowledged(Request::kSetFeatures, payload_of(features)), 0U);
+  const auto ring =
+      driver::DriverQueue::create(*memory, {.size = kQueueSize, .packed = true}).value();
+  EXPECT_FALSE(frontend.polite().start_ring(0, *ring).has_value());
+  // Who gives the right one goes on.
+  const auto large = frontend.polite().get_inflight(2, kQueueSize).value();
+  EXPECT_GT(large.description.mmap_size, small.description.mmap_size);
+  ASSERT_TRUE(frontend.polite().set_inflight(large).has_value());
+  EXPECT_TRUE(frontend.polite().start_ring(0, *ring).has_value());
+}
+
 TEST_F(Status, of_a_reset_works_while_the_device_is_paused_by_command) {
   for (const By way : kBothWays) {
     const auto driver = drive();
