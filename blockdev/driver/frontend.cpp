@@ -22,7 +22,8 @@ constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number
 // What a frontend that does no more than this one can accept. QEMU's would be more.
 constexpr std::uint64_t kUsableProtocolFeatures =
     bit(kProtocolFMq) | bit(kProtocolFReplyAck) | bit(kProtocolFConfig) |
-    bit(kProtocolFInflightShmfd) | bit(kProtocolFConfigureMemSlots);
+    bit(kProtocolFInflightShmfd) | bit(kProtocolFConfigureMemSlots) |
+    bit(kProtocolFGetVringBaseInflight);
 
 constexpr std::chrono::milliseconds kConnectRetry{5};
 
@@ -150,8 +151,10 @@ Expected<void> Frontend::negotiate() {
   if ((features_ & bit(kFProtocolFeatures)) != 0) {
     const auto protocol = call_u64(Request::kGetProtocolFeatures);
     if (!protocol) return std::unexpected(protocol.error());
-    const std::uint64_t chosen =
-        *protocol & kUsableProtocolFeatures & options_.protocol_features_mask;
+    std::uint64_t chosen = *protocol & kUsableProtocolFeatures & options_.protocol_features_mask;
+    // The one says nothing without the other.
+    if ((chosen & bit(kProtocolFInflightShmfd)) == 0)
+      chosen &= ~bit(kProtocolFGetVringBaseInflight);
     if (auto done = send(Request::kSetProtocolFeatures, payload_with(chosen)); !done) return done;
     protocol_features_ = chosen;
   }

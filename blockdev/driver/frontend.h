@@ -29,7 +29,9 @@ struct FrontendOptions {
   // LOG_ALL for those who migrate.
   std::uint64_t features_mask{
       ~(virtio::feature_bit(virtio::kFRingPacked) | virtio::feature_bit(vhost_user::kFLogAll))};
-  std::uint64_t protocol_features_mask{~std::uint64_t{0}};
+  // Rings that stop with requests in flight are for those who have them started again.
+  std::uint64_t protocol_features_mask{
+      ~(std::uint64_t{1} << vhost_user::kProtocolFGetVringBaseInflight)};
 };
 
 // Where a backend keeps what it has in flight, so that its successor can go on (vhost-user.rst,
@@ -80,8 +82,9 @@ class Frontend {
   // (DriverQueue::resume_base()); nothing: at the beginning.
   Expected<void> start_ring(std::uint16_t index, const DriverQueue& queue,
                             std::optional<std::uint32_t> base = std::nullopt);
-  // GET_VRING_BASE: waits until nothing is in flight any more; returns the base: of split rings the
-  // next available index, of packed ones virtio::packed_base().
+  // GET_VRING_BASE: waits until nothing is in flight any more, or with GET_VRING_BASE_INFLIGHT
+  // until what is left of it is in the in-flight area; returns the base: of split rings the next
+  // available index, of packed ones virtio::packed_base().
   Expected<std::uint32_t> stop_ring(std::uint16_t index);
 
   // Any message at all, for tests. `call` waits for a reply and returns its payload.

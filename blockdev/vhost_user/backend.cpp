@@ -285,7 +285,9 @@ Expected<void> Backend::get_protocol_features(Message& message) {
 
 std::uint64_t Backend::offered_protocol_features() const {
   return kOfferedProtocolFeatures |
-         (options_.offers_recovery ? bit(kProtocolFInflightShmfd) : std::uint64_t{0}) |
+         (options_.offers_recovery
+              ? bit(kProtocolFInflightShmfd) | bit(kProtocolFGetVringBaseInflight)
+              : std::uint64_t{0}) |
          (options_.handover != nullptr ? bit(kProtocolFLogShmfd) : std::uint64_t{0});
 }
 
@@ -293,6 +295,9 @@ Expected<void> Backend::set_protocol_features(Message& message) {
   const auto features = payload_of<std::uint64_t>(message);
   const std::uint64_t surplus = features & ~offered_protocol_features();
   if (surplus != 0) return refused(fmt::format("bits {:#x} were not offered", surplus));
+  if ((features & bit(kProtocolFGetVringBaseInflight)) != 0 &&
+      (features & bit(kProtocolFInflightShmfd)) == 0)
+    return refused("GET_VRING_BASE_INFLIGHT comes without INFLIGHT_SHMFD");
   protocol_features_ = features;
   return {};
 }
@@ -696,6 +701,7 @@ virtio::BlkQueue::Unfinished Backend::unfinished_when(Afterwards afterwards) con
   using enum virtio::BlkQueue::Unfinished;
   if (afterwards == Afterwards::kRunsAgain) return kLeave;
   if (session_.inflight == nullptr) return kFail;
+  if (negotiated_protocol(kProtocolFGetVringBaseInflight)) return kLeave;
   // The in-flight area does not go where a guest is migrated to. A frontend that has stopped the
   // guest before it migrates it says nothing of that here.
   const bool may_migrate = (session_.features & bit(kFLogAll)) != 0 ||
@@ -780,7 +786,10 @@ Expected<void> Backend::get_vring_base(Message& message) {
   const auto state = payload_of<VringState>(message);
   const auto ring = ring_at(state.index);
   if (!ring) return std::unexpected(ring.error());
-  stop(**ring, Afterwards::kUnknown);
+  const bool suspends =
+      session_.inflight != nullptr && negotiated_protocol(kProtocolFGetVringBaseInflight);
+  stop(**ring,
+       suspends ? virtio::BlkQueue::Unfinished::kSuspend : unfinished_when(Afterwards::kUnknown));
   (*ring)->started = false;
   (*ring)->waits_for_memory = false;
   (*ring)->kick.reset();

@@ -37,6 +37,10 @@
 // where there is none, in its description here while it is certain to run again, and otherwise with
 // an I/O error.
 //
+// With GET_VRING_BASE_INFLIGHT the in-flight area goes where the guest goes. Then GET_VRING_BASE
+// suspends a ring (BlkQueue::Unfinished::kSuspend), and what is left in flight is carried out by
+// who is given the area next.
+//
 // Thread: the server's. Stopping a queue blocks this thread until what is in flight is done: the
 // memory under a request must stay, and nobody else waits for this thread.
 #pragma once

@@ -73,6 +73,9 @@ inline constexpr unsigned kProtocolFInflightShmfd = 12;
 inline constexpr unsigned kProtocolFResetDevice = 13;
 inline constexpr unsigned kProtocolFConfigureMemSlots = 15;
 inline constexpr unsigned kProtocolFStatus = 16;
+// Since QEMU 11.0: a ring may be stopped with requests in flight, which are in the in-flight area
+// then ("VHOST_USER_GET_VRING_BASE").
+inline constexpr unsigned kProtocolFGetVringBaseInflight = 20;
 
 // "Header": request, flags, size; 32 bits each.
 struct Header {

@@ -210,6 +210,7 @@ struct BlkQueue::State {
   [[nodiscard]] bool must_wait(Slot& slot);
   void go_on(blockdev::IoLimiter::Ticket& ticket);
   void failed(Slot& slot, int error);
+  void put_back(Slot& slot);
   void keep(Slot& slot, int error);
   void sort_in_kept();
   void end_recovery();
@@ -218,6 +219,9 @@ struct BlkQueue::State {
   void hold_interrupt();
   void send_held_interrupt();
   void send_interrupt();
+  [[nodiscard]] bool is_suspending() const {
+    return stopping && unfinished == Unfinished::kSuspend;
+  }
   [[nodiscard]] std::uint64_t answered() const {
     return statistics.requests - in_flight - times_kept;
   }
@@ -596,7 +600,7 @@ void BlkQueue::settle() {
   State& state = *state_;
   // Nobody knows when the device is resumed: a stop does not wait for that.
   if (state.stopping && state.in_flight == 0 && state.is_recovering &&
-      state.device.gate().is_paused())
+      (state.is_suspending() || state.device.gate().is_paused()))
     state.give_up_the_rest();
   if (state.ring.has_unpublished() && state.publish() && state.call_fd >= 0) state.interrupt();
   if (state.interrupts.is_holding()) state.send_held_interrupt();
@@ -713,6 +717,7 @@ std::size_t BlkQueue::State::recover_one() {
     end_recovery();
     return 1;
   }
+  if (is_suspending()) return 0;
   if (device.gate().is_paused() && !std::exchange(is_trial, false)) return 0;
   check_memory();
   if (is_broken) return 0;
@@ -752,7 +757,7 @@ void BlkQueue::State::sort_in_kept() {
   kept.clear();
 }
 
-// Of a queue that stops under a paused device, with nothing in flight.
+// Of a queue that is suspended, or stops under a paused device, with nothing in flight.
 void BlkQueue::State::give_up_the_rest() {
   sort_in_kept();
   if (unfinished == Unfinished::kFail) {
@@ -872,7 +877,9 @@ bool BlkQueue::State::must_wait(Slot& slot) {
 }
 
 void BlkQueue::State::go_on(blockdev::IoLimiter::Ticket& ticket) {
-  device.node().submit(*static_cast<Slot::Ticket&>(ticket).slot, context);
+  Slot& slot = *static_cast<Slot::Ticket&>(ticket).slot;
+  if (is_suspending()) return put_back(slot);
+  device.node().submit(slot, context);
 }
 
 // The segments of a discard or write zeroes, one after another; the first error ends the request.
@@ -940,13 +947,10 @@ void BlkQueue::State::finish(Slot& slot, std::uint8_t status, std::uint64_t data
   finish(slot, status_of(error), 0);
 }
 
-// The slot stays busy: its head may not be made available again. The pieces of memory are looked up
-// again when it is taken again, for a node may have rewritten them.
-void BlkQueue::State::keep(Slot& slot, int error) {
-  const FailedRequest what{.operation = slot.operation,
-                           .offset_bytes = slot.offset_bytes,
-                           .length_bytes = slot.length_bytes,
-                           .error = error};
+// Of what is in flight, to what is to be taken again. The slot stays busy: its head may not be made
+// available again. The pieces of memory are looked up again when it is taken again, for a node may
+// have rewritten them.
+void BlkQueue::State::put_back(Slot& slot) {
   --in_flight;
   ++times_kept;
   if (&slot == taken_again) {
@@ -957,10 +961,18 @@ void BlkQueue::State::keep(Slot& slot, int error) {
     kept.push_back(&slot);
   }
   is_recovering = true;
+  wake();
+}
+
+void BlkQueue::State::keep(Slot& slot, int error) {
+  const FailedRequest what{.operation = slot.operation,
+                           .offset_bytes = slot.offset_bytes,
+                           .length_bytes = slot.length_bytes,
+                           .error = error};
+  put_back(slot);
   is_trial = false;
   device.gate().keep(what, !std::exchange(keeps, true));
   retry_timer->start(DeviceGate::kRetryInterval);
-  wake();
 }
 
 // A full disk is looked at by trying the first kept request again: whether there is space for it

@@ -14,6 +14,10 @@
 // same cluster. It costs the time of a queue's worth of requests, once. New requests that the
 // driver sends meanwhile wait, as requests do at a disk that is slow for a moment.
 //
+// A queue that is suspended leaves in flight, for whoever runs the ring next, what has not been
+// given to the disk: what waits for the device's limits, failed requests that are kept, and what a
+// predecessor had left. What is at the disk is waited for: kernels take no request back.
+//
 // A request that failed and that the error policy keeps (error_policy.h) waits in its slot,
 // unanswered and in flight for all others; the device is paused then (device_gate.h). When it is
 // resumed, the queue takes what it has kept again, in the same way and the same order.
@@ -108,12 +112,14 @@ class BlkQueue final : public blockdev::Poller {
   // What becomes of kept requests, and of a predecessor's that are not taken again yet, when a
   // queue stops while the device is paused and nobody knows for how long.
   enum class Unfinished : std::uint8_t {
-    kLeave,  // they stay in flight: in the in-flight area, and in left()
-    kFail,   // they are answered with an I/O error: nobody comes who would take them
+    kLeave,    // they stay in flight: in the in-flight area, and in left()
+    kFail,     // they are answered with an I/O error: nobody comes who would take them
+    kSuspend,  // they stay in flight, paused or not, and so does what waits for the device's limits
   };
   // Stops popping; `stopped` runs from the loop once nothing is in flight, a predecessor's requests
-  // included, and all used entries are published. What waits for the device's limits goes on at
-  // once. next_avail() is then final, and guest memory is not touched any more. Once (asserted).
+  // included, but for what `unfinished` leaves, and all used entries are published. What waits for
+  // the device's limits goes on at once, or is left. next_avail() is then final, and guest memory
+  // is not touched any more. Once (asserted).
   void stop(Unfinished unfinished, std::move_only_function<void()> stopped);
   // After that: the requests that it left.
   [[nodiscard]] const LeftRequests& left() const;

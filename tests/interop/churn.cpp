@@ -44,9 +44,12 @@ namespace {
 
 constexpr const char* kUsage = R"(usage: churn
 commands:
-  connect SOCKET QUEUES [keep] [packed]
+  connect SOCKET QUEUES [keep] [packed] [suspend [OTHER]]
                               again without `disconnect` after the backend was killed; keep: goes on
-                              with the next backend on the socket by itself; packed: on packed rings
+                              with the next backend on the socket by itself; packed: on packed rings;
+                              suspend: `run` now and then stops the rings with requests in flight
+                              (GET_VRING_BASE_INFLIGHT), to go on there, or with the backend on the
+                              socket OTHER and the next time back
   forget                      the next backend finds nothing in flight: what is, is never answered
   disconnect
   adopt                       the disk is as it should be now: the model is made from it
@@ -167,6 +170,8 @@ class Churn {
   bool drain();
   bool poll_all(bool may_sleep);
   bool reconnect();
+  bool suspend();
+  bool lose(std::string why);
   void complain(std::uint64_t sector, Hash found, const char* when);
 
   std::unique_ptr<driver::BlkDriver> driver_;
@@ -174,6 +179,10 @@ class Churn {
   bool keeps_{false};
   bool forgets_{false};
   std::uint64_t reconnects_{0};
+  bool suspends_{false};
+  std::string other_path_;
+  std::uint64_t suspensions_{0};
+  std::uint64_t left_in_flight_{0};  // by all of those
   std::uint16_t queue_count_{0};
   std::uint64_t long_max_{1};  // sectors of a request without data
   std::deque<Slot> slots_;
@@ -214,9 +223,12 @@ void Churn::abandon() {
 std::string Churn::connect(std::istream& words) {
   words >> path_ >> queue_count_;
   bool packed = false;
-  keeps_ = false;
+  keeps_ = suspends_ = false;
+  other_path_.clear();
   for (std::string mode; words >> mode;) {
-    keeps_ |= mode == "keep";
+    if (mode.contains('/')) other_path_ = mode;
+    keeps_ |= mode == "keep" || mode == "suspend";
+    suspends_ |= mode == "suspend";
     packed |= mode == "packed";
   }
   forgets_ = false;
@@ -226,6 +238,7 @@ std::string Churn::connect(std::istream& words) {
   driver_.reset();
   driver::BlkDriverOptions options{
       .queue_count = queue_count_, .packed = packed, .inflight = keeps_};
+  if (suspends_) options.frontend.protocol_features_mask = ~std::uint64_t{0};
   // No power of two, so that the ring's end is nowhere special.
   if (packed) options.queue_size = 101;
   auto driver = driver::BlkDriver::connect(path_, options);
@@ -463,6 +476,37 @@ bool Churn::reconnect() {
   return true;
 }
 
+bool Churn::lose(std::string why) {
+  is_lost_ = true;
+  lost_why_ = std::move(why);
+  return false;
+}
+
+// Stops all rings as they are, and has them started again, there or elsewhere.
+bool Churn::suspend() {
+  std::vector<std::uint32_t> bases;
+  for (std::uint16_t queue = 0; queue < queue_count_; ++queue) {
+    const auto base = driver_->frontend().stop_ring(queue);
+    if (!base) return lose(base.error().message);
+    bases.push_back(*base);
+  }
+  ++suspensions_;
+  // What is answered is in the rings by now.
+  for (std::uint16_t queue = 0; queue < queue_count_; ++queue) {
+    if (const auto done = driver_->poll(queue); !done) return lose(done.error().message);
+  }
+  left_in_flight_ += in_flight_;
+  if (!other_path_.empty()) {
+    std::swap(path_, other_path_);
+    return reconnect();
+  }
+  driver::Frontend& frontend = driver_->frontend();
+  auto done = frontend.set_inflight(*driver_->inflight());
+  for (std::uint16_t queue = 0; queue < queue_count_ && done; ++queue)
+    done = frontend.start_ring(queue, driver_->queue(queue), bases[queue]);
+  return done || lose(done.error().message);
+}
+
 bool Churn::drain() {
   auto last = std::chrono::steady_clock::now();
   std::uint64_t seen = completions_;
@@ -502,6 +546,10 @@ std::string Churn::run(std::istream& words) {
   const auto silence = forgets_ ? kSilenceOfForgotten : kSilence;
   std::uint64_t seen = completions_;
   bool sends = true;
+  suspensions_ = left_in_flight_ = 0;
+  // A generator of its own: when rings stop depends on time, and the requests must not.
+  std::mt19937_64 moments(seed + 1);
+  std::uint64_t suspend_at = suspends_ ? completions_ + moments() % 100 : until;
   std::chrono::steady_clock::duration longest{0};
   while (completions_ < until && !is_lost_ && (sends || in_flight_ > 0)) {
     sends = std::chrono::steady_clock::now() < stop_at;
@@ -518,6 +566,10 @@ std::string Churn::run(std::istream& words) {
     }
     for (std::uint16_t queue = 0; queue < queue_count_; ++queue) driver_->kick(queue);
     if (!poll_all(true)) break;
+    if (sends && completions_ >= suspend_at) {
+      if (!suspend()) break;
+      suspend_at = completions_ + 1 + moments() % 200;
+    }
     const auto now = std::chrono::steady_clock::now();
     longest = std::max(longest, now - last);
     if (completions_ != seen) last = now;
@@ -530,9 +582,10 @@ std::string Churn::run(std::istream& words) {
   const std::string lost = is_lost_ ? fmt::format(" why={}", lost_why_) : "";
   const auto silence_ms = std::chrono::duration_cast<std::chrono::milliseconds>(longest).count();
   return fmt::format(
-      "run done={} started={} failed={} bad={} lost={} reconnects={} longest-silence-ms={}{}{}",
+      "run done={} started={} failed={} bad={} lost={} reconnects={} longest-silence-ms={} "
+      "suspensions={} left-in-flight={}{}{}",
       completions_ + count - until, started + count - until, failed_, bad_, is_lost_ ? 1 : 0,
-      reconnects_ - reconnects_before, silence_ms, first_bad_, lost);
+      reconnects_ - reconnects_before, silence_ms, suspensions_, left_in_flight_, first_bad_, lost);
 }
 
 std::string Churn::fill(std::istream& words) {

@@ -179,6 +179,48 @@ def test_writeback(report, options):
             churn("disconnect")
 
 
+def test_suspensions(report, options, kind, engine, rings, migrates):
+    """Rings that are stopped with requests in flight, to go on there or with another server of the same image."""
+    title = f"rings stopped with requests in flight, {kind} on {engine}, {rings}" + (", from server to server" if migrates else "")
+    with Folder() as folder, Script(options.churn) as churn:
+        image = IMAGES[kind](folder)
+        arguments = [image, *QUEUES, "--aio", engine, "--limits", "iops-total=3000"]
+        if migrates:
+            arguments += ["--migration", "on"]
+        sockets = [folder / "s", folder / "t"] if migrates else [folder / "s"]
+        servers = []
+        try:
+            servers += [Server(options.vblk, arguments, path, folder / f"log{path.name}") for path in sockets]
+            words = ["connect", str(sockets[0]), "4", "suspend", *map(str, sockets[1:])] + (["packed"] if rings == "packed" else [])
+            answer = churn(" ".join(words))
+            if not answer["text"].startswith("connected"):
+                raise RuntimeError(answer["text"])
+            seed = options.random.getrandbits(32)
+            churn.start(f"run {seed} 10000000 {DEPTH} 65536 {MIX} {SECONDS}")
+            answer = churn.answer()
+            told = f"seed {seed}\n{answer['text']}\n" + "".join(server.log.read_text()[-3000:] for server in servers)
+            report.check(f"{title}: every request is answered once, without an error, as the model has it",
+                         is_good(answer) and 0 < answer["done"] == answer["started"], told)
+            report.check(f"{title}: they were stopped, and requests left in flight",
+                         answer.get("suspensions", 0) > 2 and answer.get("left-in-flight", 0) > 0, told)
+            print(f"# {title}: {answer['done']} requests, {answer['suspensions']} stops, {answer['left-in-flight']} left in flight, "
+                  f"nothing answered for {answer['longest-silence-ms']} ms at most", flush=True)
+            verified = churn("verify")
+            report.check(f"{title}: the whole disk is as the model has it", is_good(verified), verified["text"])
+            churn(f"dump {folder / 'model'}")
+            churn("disconnect")
+            report.check(f"{title}: the servers end with 0", all(server.stop() == 0 for server in servers), told)
+        finally:
+            for server in servers:
+                server.kill()
+        form = "raw" if kind == "raw" else "qcow2"
+        status, text = run("qemu-img", "compare", "-f", "raw", "-F", form, folder / "model", image)
+        report.check(f"{title}: qemu-img compare finds the model in the image", status == 0, text)
+        if form == "qcow2":
+            found = qcow2.check(image)
+            report.check(f"{title}: qemu-img check finds leaks at most", qcow2.is_sound(found), found["text"][-2000:])
+
+
 def test_canary(report, options, rings):
     """What the driver must find: a server that does not know what was in flight."""
     with Folder() as folder, Script(options.churn) as churn:
@@ -206,6 +248,8 @@ def main():
     report = Report()
     tests = [(test, rings) for test in (test_canary, test_orderly_updates) for rings in ("split", "packed")]
     tests += [(test_activation,), (test_writeback,)]
+    tests += [(test_suspensions, "raw", "io_uring", "split", False), (test_suspensions, "qcow2", "threads", "packed", False),
+              (test_suspensions, "raw", "native", "packed", True), (test_suspensions, "qcow2", "io_uring", "split", True)]
     for engine in ENGINES:
         tests += [(test_kills, "raw", engine, "none"), (test_kills, "qcow2", engine, "none")]
     tests += [(test_kills, "an overlay", "io_uring", "writeback")]

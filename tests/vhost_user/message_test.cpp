@@ -69,7 +69,8 @@ TEST_F(Messages, offers_features_and_protocol_features) {
   EXPECT_EQ(frontend.call_u64(Request::kGetProtocolFeatures),
             bit(kProtocolFMq) | bit(kProtocolFReplyAck) | bit(kProtocolFBackendReq) |
                 bit(kProtocolFConfig) | bit(kProtocolFInflightShmfd) | bit(kProtocolFResetDevice) |
-                bit(kProtocolFConfigureMemSlots) | bit(kProtocolFStatus));
+                bit(kProtocolFConfigureMemSlots) | bit(kProtocolFStatus) |
+                bit(kProtocolFGetVringBaseInflight));
   EXPECT_EQ(frontend.call_u64(Request::kGetQueueNum), 2U);
   EXPECT_EQ(frontend.call_u64(Request::kGetMaxMemSlots), virtio::GuestMemory::kMaxRegions);
 }

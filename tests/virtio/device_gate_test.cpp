@@ -350,7 +350,8 @@ TEST(KeptRequests, stay_in_flight_for_a_successor) {
 }
 
 TEST(KeptRequests, that_fail_while_the_queue_stops_do_not_hold_it_up) {
-  for (const auto unfinished : {BlkQueue::Unfinished::kFail, BlkQueue::Unfinished::kLeave}) {
+  using enum BlkQueue::Unfinished;
+  for (const auto unfinished : {kFail, kLeave, kSuspend}) {
     FullDisk disk;
     disk.rig.node.hold = true;
     disk.write(1, 0);
@@ -361,7 +362,7 @@ TEST(KeptRequests, that_fail_while_the_queue_stops_do_not_hold_it_up) {
       disk.rig.context->complete_later(*request, ENOSPC);
     disk.rig.run();
     EXPECT_EQ(disk.rig.queue->in_flight(), 0U);
-    const bool leaves = unfinished == BlkQueue::Unfinished::kLeave;
+    const bool leaves = unfinished != kFail;
     EXPECT_EQ(disk.rig.ring->take_used().size(), leaves ? 0U : 2U);
     EXPECT_EQ(disk.rig.queue->left().heads.size(), leaves ? 2U : 0U);
   }
