@@ -1,6 +1,7 @@
 // Hostile frontends without coverage to guide them, mostly to see that the harness gets to rings
-// that run; and what the fuzzer has found, again: every file in tests/fuzz/regressions/frontend is
-// an input that once went wrong, named after what it did.
+// that run; the inputs that are kept (tests/fuzz/corpus/frontend); and what the fuzzer has found,
+// again: every file in tests/fuzz/regressions/frontend is an input that once went wrong, named
+// after what it did.
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -45,13 +46,28 @@ TEST(HostileFrontends, are_served_and_refused_without_harm) {
   EXPECT_GT(sum.requests, kRuns / 4U);
 }
 
+InputBytes read_file(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
 TEST(HostileFrontends, that_once_went_wrong_do_no_more) {
   int count = 0;
   const std::filesystem::path folder = std::filesystem::path(VBLK_FUZZ_REGRESSIONS) / "frontend";
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    std::ifstream file(entry.path(), std::ios::binary);
-    const InputBytes input{std::istreambuf_iterator<char>(file), {}};
-    EXPECT_EQ(run_hostile_frontend(input).failure, "") << entry.path();
+    EXPECT_EQ(run_hostile_frontend(read_file(entry.path())).failure, "") << entry.path();
+    ++count;
+  }
+  EXPECT_GT(count, 0) << "no files in " << folder;
+}
+
+TEST(HostileFrontends, that_are_kept_get_to_requests_and_do_no_harm) {
+  int count = 0;
+  const std::filesystem::path folder = std::filesystem::path(VBLK_FUZZ_CORPUS) / "frontend";
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const FrontendOutcome outcome = run_hostile_frontend(read_file(entry.path()));
+    EXPECT_EQ(outcome.failure, "") << entry.path();
+    EXPECT_GT(outcome.requests, 0U) << entry.path() << ": it leads nowhere any more";
     ++count;
   }
   EXPECT_GT(count, 0) << "no files in " << folder;

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Runs the fuzzers on hostile images, rings and frontends for some time, from seeds and what earlier runs have learned.
 
-Prints TAP. 
+Prints TAP.
 What they find is left in FOLDER/findings, FOLDER/rings/findings and FOLDER/frontends/findings; `image_fuzzer FILE` and so on
 repeat it, and a copy of an image's in tests/fuzz/regressions, of a frontend's in its folder frontend, has the unit tests
 repeat it from then on.
@@ -62,6 +62,12 @@ def folder_for(options, name):
     return folder
 
 
+def take_kept(seeds, *folders):
+    """What is kept in the repository is where every run begins."""
+    for kept in (file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()):
+        (seeds / kept.name).write_bytes(kept.read_bytes())
+
+
 def fuzz(report, options, fuzzer, folder, seconds, what):
     status, output = run_fuzzer(options, f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", folder / "corpus",
                                 folder / "seeds", fuzzer=fuzzer, folder=folder)
@@ -79,9 +85,8 @@ def fuzz_frontends(report, options, seconds):
         for _ in range(source.randrange(4, 30)):
             steps += bytes([source.choice([0, 1, 2, 3, SET_UP, REQUEST, REQUEST, REQUEST, 11, 12, 13, 14, 15])])
             steps += source.randbytes(source.randrange(2, 7))
-        (folder / "seeds" / str(number)).write_bytes(bytes([number % 32, source.randrange(16)]) + steps)
-    for known in sorted((SOURCE / "regressions" / "frontend").iterdir()):
-        (folder / "seeds" / known.name).write_bytes(known.read_bytes())
+        (folder / "seeds" / str(number)).write_bytes(bytes([number, source.randrange(16)]) + steps)
+    take_kept(folder / "seeds", SOURCE / "regressions" / "frontend", SOURCE / "corpus" / "frontend")
     canary = folder / "flush"
     canary.write_bytes(FLUSH_OF_A_FRONTEND)
     status, output = run_fuzzer(options, canary, canary=True, fuzzer=options.frontend_fuzzer, folder=folder)
@@ -96,6 +101,7 @@ def fuzz_rings(report, options, seconds):
         # Of each kind, with steps that lead somewhere: descriptors, chains, requests that work, cycles.
         steps = b"".join(bytes([source.choice([0, 2, 3, 6, 8, 8, 9, 9])]) + source.randbytes(5) for _ in range(20))
         (folder / "seeds" / str(number)).write_bytes(bytes([number % 16, source.randrange(64), source.randrange(256)]) + steps)
+    take_kept(folder / "seeds", SOURCE / "corpus" / "ring")
     canary = folder / "flush"
     canary.write_bytes(FLUSH_ON_A_RING)
     status, output = run_fuzzer(options, canary, canary=True, fuzzer=options.ring_fuzzer, folder=folder)
@@ -115,6 +121,7 @@ def main():
     for name in ("corpus", "findings", "canary"):
         (options.folder / name).mkdir(parents=True, exist_ok=True)
     subprocess.run([SOURCE / "make_seeds.py", seeds], check=True, stdout=sys.stderr)
+    take_kept(seeds, SOURCE / "regressions", SOURCE / "corpus" / "image")
 
     report = Report()
     canary = options.folder / "mapped"

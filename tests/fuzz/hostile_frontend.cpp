@@ -26,6 +26,7 @@
 #include "blockdev/block_node.h"
 #include "blockdev/handover_node.h"
 #include "blockdev/io_context.h"
+#include "blockdev/io_limits.h"
 #include "blockdev/io_thread.h"
 #include "blockdev/log.h"
 #include "blockdev/vhost_user/backend.h"
@@ -210,6 +211,9 @@ class Hostile {
         .queue_count = kQueues, .queue_size_max = kQueueSizeMax, .config_wce = !is_handed_over};
     if ((flags & 16) != 0)
       options.interrupts = {.hold_max = std::chrono::microseconds(50), .batch_max = 3};
+    // One goes on at once, and the others wait until their ring stops.
+    if ((flags & 32) != 0)
+      options.limits = blockdev::IoLimits::parse("iops-total=1", "", {}).value();
     SlowDisk::turns = input.byte() % 16;
     if (is_handed_over) {
       features_ |= bit(kFLogAll);
@@ -371,7 +375,7 @@ class Hostile {
         const std::uint8_t what = input_.byte();
         const std::uint64_t others = input_.take<std::uint32_t>();
         return append(payload,
-                      what < 200 ? protocol_features() & ~bit(what % 20) : others % bit(20));
+                      what < 200 ? protocol_features() & ~bit(what % 21) : others % bit(21));
       }
       case kSetMemTable: {
         const std::uint32_t count = input_.byte() % 10;
@@ -486,7 +490,8 @@ class Hostile {
                              bit(kProtocolFBackendReq) | bit(kProtocolFConfig) |
                              bit(kProtocolFResetDevice) | bit(kProtocolFConfigureMemSlots) |
                              bit(kProtocolFStatus);
-    if (backend_options_.offers_recovery) features |= bit(kProtocolFInflightShmfd);
+    if (backend_options_.offers_recovery)
+      features |= bit(kProtocolFInflightShmfd) | bit(kProtocolFGetVringBaseInflight);
     if (backend_options_.handover != nullptr) features |= bit(kProtocolFLogShmfd);
     return features;
   }

@@ -1,6 +1,6 @@
 // What the fuzzer has found, again: every file in tests/fuzz/regressions itself is an input that
-// once went wrong, named after what it did. And the seeds' kinds of input, to see that the harness
-// still opens, writes and refuses.
+// once went wrong, named after what it did. The inputs that are kept (tests/fuzz/corpus/image). And
+// the seeds' kinds of input, to see that the harness still opens, writes and refuses.
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -32,6 +32,20 @@ TEST(HostileImages, that_once_went_wrong_do_no_more) {
     ++count;
   }
   EXPECT_GT(count, 0) << "no files in " << VBLK_FUZZ_REGRESSIONS;
+}
+
+TEST(HostileImages, that_are_kept_do_no_harm) {
+  int count = 0;
+  int opened = 0;
+  const std::filesystem::path folder = std::filesystem::path(VBLK_FUZZ_CORPUS) / "image";
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const Outcome outcome = run_hostile_image(read_file(entry.path()));
+    EXPECT_EQ(outcome.failure, "") << entry.path();
+    opened += outcome.opened ? 1 : 0;
+    ++count;
+  }
+  EXPECT_GT(count, 0) << "no files in " << folder;
+  EXPECT_GT(opened, 0);
 }
 
 // Without coverage to guide it, mostly to see that the harness gets into the node at all.

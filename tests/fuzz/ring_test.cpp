@@ -1,5 +1,9 @@
-// Hostile rings without coverage to guide them, mostly to see that the harness gets into the queue.
+// Hostile rings without coverage to guide them, mostly to see that the harness gets into the queue;
+// and the inputs that are kept (tests/fuzz/corpus/ring).
 #include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <random>
 #include <vector>
 
@@ -29,6 +33,22 @@ TEST(HostileRings, are_taken_and_broken_without_harm) {
     EXPECT_GT(requests, 20U) << int{kind};
     EXPECT_GT(broken, kRuns / 10) << int{kind};
   }
+}
+
+TEST(HostileRings, that_are_kept_do_no_harm) {
+  int count = 0;
+  std::uint64_t requests = 0;
+  const std::filesystem::path folder = std::filesystem::path(VBLK_FUZZ_CORPUS) / "ring";
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    std::ifstream file(entry.path(), std::ios::binary);
+    const std::vector<std::uint8_t> input{std::istreambuf_iterator<char>(file), {}};
+    const RingOutcome outcome = run_hostile_ring(input);
+    EXPECT_EQ(outcome.failure, "") << entry.path();
+    requests += outcome.requests;
+    ++count;
+  }
+  EXPECT_GT(count, 0) << "no files in " << folder;
+  EXPECT_GT(requests, 0U);
 }
 
 }  // namespace
