@@ -99,11 +99,49 @@ def test_engine(report, guest, options, folder, engine):
 IS_FLUSH = {"threads": re.compile(r"\bfdatasync\("), "native": re.compile(r"IOCB_CMD_FD?SYNC"),
             "io_uring": re.compile(r"^\s*traced-io.*(\bFSYNC\b|opcode 3\b)")}
 DURABLE_WRITES = 50
+# Of the scenario cache_mode, in each of its stages.
+CACHE_WRITES = 10
+
+
+class CacheWatch:
+    """A disk whose driver turns its write cache off and on, and what the server and the host's kernel make of that."""
+
+    STAGES = ("flushed", "turned off", "written without a cache", "turned on", "flushed again")
+
+    def __init__(self, stack, vblk, folder):
+        folder.mkdir()
+        self.folder, self.seen = folder, []
+        make_sparse(folder / "disk", 32 * MIB)
+        wrapper = ["strace", "-f", "-qq", "-e", "trace=fdatasync,pwritev2", "-o", str(folder / "trace")]
+        arguments = [folder / "disk", "--aio", "threads", "--cache", "none", "--queues", 2, "--monitor", folder / "m"]
+        self.server = stack.enter_context(Server(vblk, arguments, folder / "s", folder / "log", wrapper))
+
+    def look(self):
+        status, trace = ask(self.folder / "m", "query-status"), (self.folder / "trace").read_text(errors="replace")
+        self.seen.append({"writeback": status["writeback"], "asked": status["flushes"]["requested"],
+                          "flushes": len(re.findall(r"\bfdatasync\(", trace)), "stable writes": trace.count("RWF_DSYNC")})
+
+    def report(self, report):
+        told = dict(zip(self.STAGES, self.seen))
+        if not report.check("a write cache that is turned off and on: the host has seen each stage", len(told) == len(self.STAGES),
+                            told):
+            return
+        def more(stage, what):
+            before = self.STAGES[self.STAGES.index(stage) - 1]
+            return told[stage][what] - (told[before][what] if stage != self.STAGES[0] else 0)
+        report.check("a write cache that is turned off and on: the server does as the driver says",
+                     [seen["writeback"] for seen in self.seen] == [True, False, False, True, True], told)
+        for stage in ("flushed", "flushed again"):
+            report.check(f"{stage}: as many flushes by the guest, and at the host's kernel",
+                         min(more(stage, "asked"), more(stage, "flushes")) >= CACHE_WRITES, told)
+        report.check("without a cache: the guest flushes nothing, and each write is stable",
+                     more("written without a cache", "asked") == 0
+                     and more("written without a cache", "stable writes") >= CACHE_WRITES, told)
 
 
 def test_modes(report, guest, options, folder, engines):
     """Each of the guest's fifty fsyncs must be a flush at the host's kernel, on each engine: the promise that others break.
-    In the same guest a disk that is read-only, and one without a write cache."""
+    In the same guest a disk that is read-only, one without a write cache, and one whose driver turns its write cache off and on."""
     disks, runs, traces, expected = [], {}, {}, 0
     with contextlib.ExitStack() as stack:
         for engine in engines:
@@ -145,9 +183,14 @@ def test_modes(report, guest, options, folder, engines):
         runs |= {f"{name_of(len(disks))}.run": "identity,files", "serial": "through", "cache": "write_through"}
         disks.append(Disk(folder / "s-wt"))
 
+        watch, cached = CacheWatch(stack, options.vblk, folder / "cached"), name_of(len(disks))
+        runs[f"{cached}.run"] = "cache_mode"
+        disks.append(Disk(watch.server.socket))
+
         names = ",".join(name_of(number) for number in range(len(disks)))
-        console, ended = guest.boot(disks, {"disks": names} | runs)
-        report_guest(report, "traced, read-only and write-through disks", console, ended, expected + 8 + 12)
+        console, ended = guest.boot(disks, {"disks": names} | runs, {cached: [watch.look] * len(CacheWatch.STAGES)})
+        report_guest(report, "traced, read-only and write-through disks", console, ended, expected + 8 + 12 + 10)
+        watch.report(report)
     for engine, trace in traces.items():
         lines = trace.read_text(errors="replace").splitlines()
         count = sum(len(IS_FLUSH[engine].findall(line)) for line in lines)
@@ -557,13 +600,14 @@ def waits_ms(console, disk):
 
 def test_changes(report, guest, options, folder, engine):
     """What an operator does to a disk that is in use, all in one guest that writes and verifies: vda's server is replaced; vdb's
-    engines are changed, it is paused, resumed and resized; vdc's server is replaced, its socket kept; vdd is unplugged and
-    plugged in. What the guest has to wait is measured by it."""
-    images = [create_image(folder / f"disk-{number}", form, 192 * MIB)
-              for number, form in enumerate(("qcow2", "qcow2", "raw", "raw"))]
+    engines are changed, it is paused, resumed and resized; vdc's and vdd's servers are replaced, their sockets kept; vde and vdf
+    are unplugged and plugged in. What the guest has to wait is measured by it."""
+    forms = ("qcow2", "qcow2", "raw", "qcow2", "raw", "qcow2")
+    images = [create_image(folder / f"disk-{number}", form, 192 * MIB) for number, form in enumerate(forms)]
     common = ["--aio", engine, "--queues", 2, "--iothreads", 2]
-    connecting = ConnectingServer(options.vblk, [images[0], "--format", "qcow2", *common], folder / "a")
-    listening = ListeningServer(options.vblk, [images[2], "--format", "raw", *common], folder / "c")
+    connecting = ConnectingServer(options.vblk, [images[0], "--format", forms[0], *common], folder / "a")
+    listening = [ListeningServer(options.vblk, [images[number], "--format", forms[number], *common], folder / name_of(number))
+                 for number in (2, 3)]
     monitor, failures, paused_ms = folder / "m", [], []
 
     def ctl(*words):
@@ -592,39 +636,50 @@ def test_changes(report, guest, options, folder, engine):
             ctl("resume")
             paused_ms.append((time.monotonic() - begun) * 1000)
 
-    def unplug():
+    def unplug(number):
         time.sleep(random.uniform(0, 0.5))
-        qmp.must("device_del", id="d3")
-        qmp.wait_for("DEVICE_DELETED", device="d3")
+        qmp.must("device_del", id=f"d{number}")
+        qmp.wait_for("DEVICE_DELETED", device=f"d{number}")
 
-    def plug(is_new_connection):
+    def plug(number, is_new_connection):
         # Linux ignores what comes into a slot for a second after it has turned its power off (pciehp, remove_board()).
         time.sleep(2.5)
         if is_new_connection:
-            qmp.must("chardev-remove", id="c3")
-            address = {"type": "unix", "data": {"path": str(folder / "s3")}}
-            qmp.must("chardev-add", id="c3", backend={"type": "socket", "data": {"addr": address, "server": False}})
-        qmp.must("device_add", driver="vhost-user-blk-pci", id="d3", chardev="c3", bus="slot1", **{"num-queues": 2})
+            qmp.must("chardev-remove", id=f"c{number}")
+            address = {"type": "unix", "data": {"path": str(folder / f"s{number}")}}
+            qmp.must("chardev-add", id=f"c{number}", backend={"type": "socket", "data": {"addr": address, "server": False}})
+        qmp.must("device_add", driver="vhost-user-blk-pci", id=f"d{number}", chardev=f"c{number}", bus=f"slot{number}",
+                 **{"num-queues": 2})
 
-    plugs = [action for number in range(PLUGS) for action in (unplug, lambda is_new=number % 2 == 1: plug(is_new))]
+    def plugs(number):
+        return [action for turn in range(PLUGS)
+                for action in (lambda: unplug(number), lambda is_new=turn % 2 == 1: plug(number, is_new))]
+
+    pluggable = (4, 5)
     actions = {"vda": [lambda: time.sleep(1.5), lambda: connecting.replace(RESTARTS, (0.1, 0.5))],
-               "vdb": [switch, pause_and_resize],
-               "vdc": [lambda: listening.replace(RESTARTS_OF_RECONNECTING, (1.2, 1.5))], "vdd": plugs}
-    parameters = {"disks": "vda,vdb,vdc+vdd", "vda.run": "load,load,complaints", "vdb.run": "load,load,size,complaints",
-                  "vdc.run": "load,complaints", "vdd.run": "hotplug", "unplugged": "vdd", "rounds": PLUGS,
-                  "sectors": (192 + PAUSES) * MIB // 512}
+               "vdb": [switch, pause_and_resize]}
+    actions |= {name_of(2 + i): [lambda one=one: one.replace(RESTARTS_OF_RECONNECTING, (1.2, 1.5))]
+                for i, one in enumerate(listening)}
+    actions |= {name_of(number): plugs(number) for number in pluggable}
+    # One is unplugged after the other: were both away, the first to come would get the first one's name.
+    parameters = {"disks": "vda,vdb,vdc+vdd+vde,vdf", "vda.run": "load,load,complaints", "vdb.run": "load,load,size,complaints",
+                  "vdc.run": "load,complaints", "vdd.run": "load,complaints", "vde.run": "hotplug", "vdf.run": "hotplug",
+                  "unplugged": "vd[ef]", "rounds": PLUGS, "sectors": (192 + PAUSES) * MIB // 512}
     # Linux counts what is behind a port last.
     disks = [Disk(connecting.socket, chardev=connecting.chardev), Disk(folder / "s1"),
-             Disk(listening.socket, chardev=listening.chardev), Disk(folder / "s3", properties="bus=slot1")]
-    more = ("-device", "pcie-root-port,id=slot1,slot=1", "-qmp", f"unix:{folder}/qmp,server=on,wait=off")
+             *(Disk(one.socket, chardev=one.chardev) for one in listening),
+             *(Disk(folder / f"s{number}", properties=f"bus=slot{number}") for number in pluggable)]
+    more = (*(word for number in pluggable for word in ("-device", f"pcie-root-port,id=slot{number},slot={number}")),
+            "-qmp", f"unix:{folder}/qmp,server=on,wait=off")
     with contextlib.ExitStack() as stack:
-        stack.callback(connecting.kill)
-        stack.callback(listening.kill)
+        for one in (connecting, *listening):
+            stack.callback(one.kill)
         changing = stack.enter_context(Server(options.vblk, [images[1], "--format", "qcow2", *common, "--monitor", monitor],
                                               folder / "s1", folder / "log1"))
-        plugged = stack.enter_context(Server(options.vblk, [images[3], "--format", "raw", *common], folder / "s3",
-                                             folder / "log3"))
-        listening.serve()
+        plugged = [stack.enter_context(Server(options.vblk, [images[number], "--format", forms[number], *common],
+                                              folder / f"s{number}", folder / f"log{number}")) for number in pluggable]
+        for one in listening:
+            one.serve()
         running = stack.enter_context(RunningGuest(guest.command(disks, parameters, more), actions))
         try:
             connecting.serve()
@@ -633,14 +688,15 @@ def test_changes(report, guest, options, folder, engine):
             running.kill()
             raise RuntimeError(f"QEMU does not start: {running.console.decode()}") from error
         console, ended = running.finish()
-        report_guest(report, "changes", console, ended, 4 + 5 + 1 + 3 * PLUGS + 3)
+        report_guest(report, "changes", console, ended, 4 + 5 + len(listening) * 3 + len(pluggable) * (1 + 3 * PLUGS))
 
         calm, replaced = waits_ms(console, "vda")
         switched, paused = waits_ms(console, "vdb")
-        (reconnected,) = waits_ms(console, "vdc")
+        (reconnected,), (on_qcow2,) = waits_ms(console, "vdc"), waits_ms(console, "vdd")
         print(f"# longest wait of the guest while nothing happens: {calm[0]:.0f} ms", file=sys.stderr)
         for title, waits, count in (("a next server connects", replaced, RESTARTS),
                                     ("QEMU connects to a next server", reconnected, RESTARTS_OF_RECONNECTING),
+                                    ("QEMU connects to a next server of qcow2", on_qcow2, RESTARTS_OF_RECONNECTING),
                                     ("engines are changed", switched, SWITCHES), ("it is paused", paused, PAUSES)):
             print(f"# longest waits while {title}, {count} times: {waits[count - 1]:.0f} to {waits[0]:.0f} ms, median "
                   f"{statistics.median(waits[:count]):.0f}", file=sys.stderr)
@@ -648,8 +704,9 @@ def test_changes(report, guest, options, folder, engine):
 
         last = connecting.servers[-1].process.wait(20)
         connecting.statuses.append(last)
-        listening.end()
-        for one, title in ((connecting, "connects"), (listening, "listens")):
+        for one in listening:
+            one.end()
+        for one, title in ((connecting, "connects"), (listening[0], "listens"), (listening[1], "listens, on qcow2,")):
             report.check(f"a server that {title} is replaced: each ends with status 0", not any(one.statuses), one.statuses)
             report.check(f"a server that {title} is replaced: nothing is left in flight, and nothing to complain of",
                          is_clean(one.log()) and "were in flight" not in one.log(), one.log())
@@ -658,13 +715,15 @@ def test_changes(report, guest, options, folder, engine):
         report.check(f"half of the changes of engines take less than {PAUSE_MS_MAX} ms for the guest",
                      switched[SWITCHES // 2] < PAUSE_MS_MAX, switched)
         report.check("every change of engine and size, every pause and its end is carried out", not failures, failures)
-        for server, title in ((changing, "that is changed"), (plugged, "whose disk is unplugged")):
+        for server, title in ((changing, "that is changed"), (plugged[0], "whose disk is unplugged"),
+                              (plugged[1], "whose qcow2 disk is unplugged")):
             log = server.log.read_text()
             report.check(f"the server {title} has nothing to complain of", is_clean(log), log)
             report.check(f"the server {title} ends with status 0", server.stop() == 0, log)
-        connections = plugged.log.read_text().count("a frontend has connected")
-        report.check("it was found on the connection that it had, and on new ones", connections == 1 + PLUGS // 2, connections)
-    for number in range(2):
+        connections = [server.log.read_text().count("a frontend has connected") for server in plugged]
+        report.check("they were found on the connection that they had, and on new ones",
+                     connections == [1 + PLUGS // 2] * len(plugged), connections)
+    for number in (number for number, form in enumerate(forms) if form == "qcow2"):
         check_qcow2(report, f"changes, {name_of(number)}", folder, images[number])
 
 
@@ -684,41 +743,54 @@ def test_two_guests(report, guest, options, folder, engine):
 
 
 def test_full_disk(report, guest, options, folder, engine):
-    """The host's file system is full under a guest: it waits, and goes on when there is space, without an error."""
-    name = f"{engine}, a full disk under the guest"
+    """The host's file systems are full under a guest's disks, raw and qcow2: each waits, and goes on when there is space, without
+    an error."""
+    name = f"{engine}, full disks under the guest"
     if os.geteuid() != 0:
         report.skip(name, "loop devices need root")
         return
-    (folder / "small").mkdir()
-    make_sparse(folder / "fs", 64 * MIB)
-    run("mkfs.ext4", "-q", "-m", "0", folder / "fs")
-    script = """mount -o loop "$1/fs" "$1/small" && truncate -s 128M "$1/small/disk" || exit 1
+    with contextlib.ExitStack() as stack:
+        disks = [FullDisk(stack, options.vblk, folder / form, form, engine) for form in ("raw", "qcow2")]
+        console, ended = guest.boot([Disk(disk.server.socket) for disk in disks], {"disks": "vda+vdb", "run": "files"})
+        report_guest(report, name, console, ended, 2 * 9)
+        for disk in disks:
+            log = disk.server.log.read_text()
+            report.check(f"{name}: the device paused, {disk.form}", disk.paused.is_set(), log)
+            report.check(f"{name}: the server ends with 0, {disk.form}", disk.server.stop() == 0, log)
+
+
+class FullDisk:
+    """A disk on a file system of its own, which is too small for it. When it has paused for that, space is made."""
+
+    SCRIPT = """mount -o loop "$1/fs" "$1/small" && qemu-img create -q -f "$2" "$1/small/disk" 128M || exit 1
         free=$(($(stat -f -c '%a * %S' "$1/small")))
         fallocate -l $((free - 6 * 1048576)) "$1/small/filler" || exit 1
-        shift; exec "$@" """
-    arguments = [folder / "small" / "disk", "--aio", engine, "--queues", 2, "--monitor", folder / "m"]
-    with Server(options.vblk, arguments, folder / "s", folder / "log", ["unshare", "-m", "bash", "-c", script, "-", str(folder)],
-                wrapper_stays=False) as server:
-        paused = threading.Event()
+        shift 2; exec "$@" """
 
-        def make_space():
-            for _ in range(BOOT_SECONDS_MAX * 2):
-                time.sleep(0.5)
-                if ask(folder / "m", "query-status").get("state") == "paused":
-                    paused.set()
-                    time.sleep(3)
-                    run("nsenter", "-t", server.process.pid, "-m", "rm", folder / "small" / "filler")
-                    return
-                if server.process.poll() is not None:
-                    return
-
-        watcher = threading.Thread(target=make_space)
+    def __init__(self, stack, vblk, folder, form, engine):
+        (folder / "small").mkdir(parents=True)
+        self.folder, self.form, self.paused = folder, form, threading.Event()
+        make_sparse(folder / "fs", 64 * MIB)
+        run("mkfs.ext4", "-q", "-m", "0", folder / "fs")
+        arguments = [folder / "small" / "disk", "--format", form, "--aio", engine, "--queues", 2, "--monitor", folder / "m"]
+        self.server = stack.enter_context(Server(
+            vblk, arguments, folder / "s", folder / "log", ["unshare", "-m", "bash", "-c", self.SCRIPT, "-", str(folder), form],
+            wrapper_stays=False))
+        watcher = threading.Thread(target=self._make_space)
         watcher.start()
-        console, ended = guest.boot([Disk(server.socket)], {"run": "files"})
-        report_guest(report, name, console, ended, 9)
-        report.check(f"{name}: the device paused", paused.is_set(), server.log.read_text())
-        report.check(f"{name}: the server ends with 0", server.stop() == 0, server.log.read_text())
-        watcher.join()
+        stack.callback(watcher.join)
+        stack.callback(self.server.kill)  # before that
+
+    def _make_space(self):
+        for _ in range(BOOT_SECONDS_MAX * 2):
+            time.sleep(0.5)
+            if self.server.process.poll() is not None:
+                return
+            if ask(self.folder / "m", "query-status").get("state") == "paused":
+                self.paused.set()
+                time.sleep(3)
+                run("nsenter", "-t", self.server.process.pid, "-m", "rm", self.folder / "small" / "filler")
+                return
 
 
 def main():
