@@ -4,11 +4,16 @@
 #include <cstdint>
 #include <fcntl.h>
 #include <limits>
+#include <memory>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
+#include <vector>
 
 #include "blockdev/driver/blk_driver.h"
+#include "blockdev/log.h"
 #include "blockdev/vhost_user/backend.h"
+#include "blockdev/virtio/guest_memory.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
@@ -77,6 +82,48 @@ TEST(HostileFrontend, that_is_wrong_all_the_time_does_not_fill_the_log) {
   log::set_level(log::Level::kOff);
   const std::string lines = ::testing::internal::GetCapturedStderr();
   EXPECT_LE(std::ranges::count(lines, '\n'), log::kPeerLinesMax + 1);
+}
+
+TEST(HostileFrontend, takes_no_lines_of_the_log_from_other_devices) {
+  log::set_level(log::Level::kOff);
+  log::set_thread_subject("a noisy device");
+  const auto allowed = [] {
+    unsigned count = 0;
+    while (count <= log::kPeerLinesMax && log::peer_line_allowed()) ++count;
+    return count;
+  };
+  EXPECT_LE(allowed(), log::kPeerLinesMax);
+  EXPECT_FALSE(log::peer_line_allowed());
+  log::set_thread_subject("a quiet device");
+  EXPECT_EQ(allowed(), log::kPeerLinesMax);
+  log::set_thread_subject({});
+}
+
+// As many as five frontends may have at once.
+TEST(HostileFrontend, with_all_the_memory_regions_that_it_may_have_leaves_room_for_other_devices) {
+  constexpr std::size_t kDevices = 5;
+  constexpr std::uint64_t kRegionBytes = 4096;
+  const UniqueFd memory(::memfd_create("memory", MFD_CLOEXEC));
+  ASSERT_EQ(::ftruncate(memory.get(), kRegionBytes), 0);
+  const std::array fds{memory.get()};
+  test::HoldingDisk disk(kDiskBytes);
+  std::vector<std::unique_ptr<test::Served>> devices;
+  std::vector<std::unique_ptr<test::RawFrontend>> frontends;
+  for (std::size_t device = 0; device < kDevices; ++device) {
+    devices.push_back(std::make_unique<test::Served>(disk));
+    frontends.push_back(std::make_unique<test::RawFrontend>(devices.back()->path()));
+    ASSERT_TRUE(frontends.back()->polite().negotiate().has_value());
+    for (std::uint64_t i = 0; i < virtio::GuestMemory::kMaxRegions; ++i) {
+      const SingleMemoryRegion region{.padding = 0,
+                                      .region = {.guest_address = i * kRegionBytes,
+                                                 .size_bytes = kRegionBytes,
+                                                 .user_address = i * kRegionBytes,
+                                                 .mmap_offset = 0}};
+      ASSERT_EQ(frontends.back()->acknowledged(Request::kAddMemReg, test::payload_of(region), fds),
+                0U)
+          << "device " << device << ", region " << i;
+    }
+  }
 }
 
 }  // namespace

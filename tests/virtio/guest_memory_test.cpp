@@ -169,6 +169,21 @@ TEST(GuestMemoryGuard, another_mapping_is_not_marked) {
   EXPECT_FALSE(first->faulted());
 }
 
+TEST(GuestMemoryGuard, has_room_for_the_regions_of_many_devices) {
+  const MemFd file(8192);
+  std::vector<std::shared_ptr<const MemoryRegion>> regions;
+  for (std::size_t i = 0; i < 6 * GuestMemory::kMaxRegions; ++i) {
+    auto region = MemoryRegion::map(file.fd(), 0, 4096, 0, 4096);
+    ASSERT_TRUE(region.has_value()) << i << ": " << region.error().message;
+    regions.push_back(std::move(*region));
+  }
+  ASSERT_EQ(::ftruncate(file.fd(), 4096), 0);
+  volatile std::byte* const host = regions.back()->host();
+  EXPECT_EQ(std::byte{*host}, std::byte{0}) << "one of the last is guarded as well";
+  EXPECT_TRUE(regions.back()->faulted());
+  EXPECT_FALSE(regions.front()->faulted());
+}
+
 TEST(GuestMemoryGuard, a_fault_anywhere_else_is_still_fatal) {
   ::testing::FLAGS_gtest_death_test_style = "threadsafe";
   EXPECT_DEATH(
