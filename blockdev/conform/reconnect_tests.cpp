@@ -209,17 +209,20 @@ void area_is_kept(Probe& probe) {
   Probe::fail(still);
 }
 
-// A driver that has requests in flight all the time, with a backend that is killed under them.
+// A driver that has requests in flight all the time, with a backend that is killed under them, or
+// stops.
 class Victim {
  public:
   Victim(Probe& probe, std::uint16_t queue_count, bool packed) : probe_(probe) {
+    driver::FrontendOptions frontend{.timeout = kPatience};
+    frontend.protocol_features_mask |= bit(kProtocolFGetVringBaseInflight);
     auto driver =
         driver::BlkDriver::connect(probe.socket_path(), {.queue_count = queue_count,
                                                          .queue_size = 64,
                                                          .memory_bytes = std::size_t{32} << 20,
                                                          .packed = packed,
                                                          .inflight = true,
-                                                         .frontend = {.timeout = kPatience}});
+                                                         .frontend = frontend});
     if (!driver && driver.error().kind == ErrorKind::kNotSupported)
       Probe::skip(driver.error().message);
     driver_ = Probe::value(std::move(driver), "connecting with INFLIGHT_SHMFD");
@@ -256,6 +259,31 @@ class Victim {
     }
     for (std::size_t queue = 0; queue * kPerQueue < ios_.size(); ++queue)
       driver_->kick(static_cast<std::uint16_t>(queue));
+  }
+  [[nodiscard]] bool can_suspend() const {
+    return (driver_->frontend().protocol_features() & bit(kProtocolFGetVringBaseInflight)) != 0;
+  }
+  // Stops all rings with whatever is in flight, sees that nothing more happens, and has them
+  // started again.
+  void suspend() {
+    std::vector<std::uint32_t> bases;
+    const auto queue_count = static_cast<std::uint16_t>(ios_.size() / kPerQueue);
+    for (std::uint16_t queue = 0; queue < queue_count; ++queue)
+      bases.push_back(Probe::value(driver_->frontend().stop_ring(queue), "stopping a ring"));
+    const auto take = [&] {
+      std::size_t count = 0;
+      for (std::uint16_t queue = 0; queue < queue_count; ++queue)
+        count += Probe::value(driver_->poll(queue), "looking at a stopped ring");
+      return count;
+    };
+    take();
+    ::usleep(20'000);
+    Probe::expect(take() == 0, "a request is completed though its ring has been stopped");
+    Probe::value(driver_->frontend().set_inflight(*driver_->inflight()), "giving the area again");
+    for (std::uint16_t queue = 0; queue < queue_count; ++queue) {
+      Probe::value(driver_->frontend().start_ring(queue, driver_->queue(queue), bases[queue]),
+                   "starting a ring again");
+    }
   }
   void reconnect() {
     Probe::value(driver_->reconnect(probe_.socket_path()), "going on after SIGKILL");
@@ -316,6 +344,28 @@ void split_requests_survive_sigkill(Probe& probe) { requests_survive_sigkill(pro
 void packed_requests_survive_sigkill(Probe& probe) {
   need_packed(probe);
   requests_survive_sigkill(probe, true);
+}
+
+void requests_survive_stops(Probe& probe, bool packed) {
+  Victim victim(probe, std::min<std::uint16_t>(queues_of(probe), 2), packed);
+  if (!victim.can_suspend()) Probe::skip("no GET_VRING_BASE_INFLIGHT is offered");
+  for (unsigned round = 0; round < 8; ++round) {
+    victim.submit_all(kBlkTOut, round);
+    ::usleep(static_cast<unsigned>(round == 0 ? 0 : probe.random()() % 1500));
+    victim.suspend();
+    victim.await_all("after its ring was stopped and started again");
+    victim.check_content(round);
+  }
+}
+
+void split_requests_survive_stops(Probe& probe) { requests_survive_stops(probe, false); }
+void packed_requests_survive_stops(Probe& probe) {
+  {
+    Channel channel(probe);
+    if ((channel.call_u64(Request::kGetFeatures) & bit(kFRingPacked)) == 0)
+      Probe::skip("no RING_PACKED is offered");
+  }
+  requests_survive_stops(probe, true);
 }
 
 // Marks a request as one that a predecessor had in flight; the backend has to do it, though the
@@ -499,6 +549,9 @@ void packed_marked_request_is_done_again(Probe& probe) {
 
 constexpr const char* kCommunication = "Communication";
 constexpr const char* kInflight = "Inflight I/O tracking";
+// Its protocol feature 20 is younger than the rest.
+constexpr const char* kVhostUserOfQemu11 = "vhost-user.rst (QEMU 11.0)";
+constexpr const char* kGetVringBase = "VHOST_USER_GET_VRING_BASE";
 
 constexpr std::array kTests{
     Test{"reconnect/again-and-again",
@@ -543,6 +596,17 @@ constexpr std::array kTests{
          {kVhostUser, kInflight, Force::kStates,
           "what the region of a packed ring has in flight is done again, once"},
          packed_marked_request_is_done_again},
+    Test{"reconnect/inflight-stop",
+         {kVhostUserOfQemu11, kGetVringBase, Force::kMust,
+          "requests in flight when a ring is stopped are each completed, once, before that or when "
+          "it is started again, with the in-flight area"},
+         split_requests_survive_stops,
+         true},
+    Test{"reconnect/inflight-stop-packed",
+         {kVhostUserOfQemu11, kGetVringBase, Force::kMust,
+          "the same on packed rings, where they are offered"},
+         packed_requests_survive_stops,
+         true},
     Test{.name = "reconnect/inflight-sigkill",
          .statement =
              {kVhostUser, kInflight, Force::kStates,
