@@ -275,8 +275,8 @@ MUTANTS = (
            ("          .marks_ring = (ring.addresses.flags & kVringAddressFLog) != 0,",
             '          .marks_ring = (ring.addresses.flags & kVringAddressFLog) != 0 || mutant("log-flag-is-ignored"),')),
     mutant("log-is-never-off", "migration/log-off", BACKEND,
-           ("  if ((features_ & bit(kFLogAll)) == 0 || log_ == nullptr) return {};",
-            '  if (((features_ & bit(kFLogAll)) == 0 && !mutant("log-is-never-off")) || log_ == nullptr) return {};')),
+           ("  if ((session_.features & bit(kFLogAll)) == 0 || session_.log == nullptr) return {};",
+            '  if (((session_.features & bit(kFLogAll)) == 0 && !mutant("log-is-never-off")) || session_.log == nullptr) return {};')),
     mutant("log-base-is-not-answered", "migration/log-base", BACKEND,
            ("  if (!changed || wants_reply(message)) return changed;",
             '  if (!changed || wants_reply(message) || mutant("log-base-is-not-answered")) return changed;')),
@@ -315,11 +315,11 @@ MUTANTS = (
            ("  (*ring)->next_avail = state.value;",
             '  if (!mutant("vring-base-is-ignored")) (*ring)->next_avail = state.value;')),
     mutant("stop-is-answered-and-not-done", "protocol/stopped-ring", BACKEND,
-           ("  stop(**ring, Afterwards::kUnknown);\n  (*ring)->started = false;\n  (*ring)->waits_for_memory = false;\n"
-            "  (*ring)->kick.reset();",
+           ("  stop(**ring,\n       suspends",
             '  const bool lazy = mutant("stop-is-answered-and-not-done");\n'
-            "  if (!lazy) stop(**ring, Afterwards::kUnknown);\n  if (!lazy) (*ring)->started = false;\n"
-            "  (*ring)->waits_for_memory = false;\n  if (!lazy) (*ring)->kick.reset();")),
+            "  if (!lazy) stop(**ring,\n       suspends"),
+           ("  (*ring)->started = false;\n  (*ring)->waits_for_memory = false;\n  (*ring)->kick.reset();",
+            "  if (!lazy) (*ring)->started = false;\n  (*ring)->waits_for_memory = false;\n  if (!lazy) (*ring)->kick.reset();")),
     mutant("disabled-rings-go-on", "protocol/disabled-ring", BACKEND,
            ("  if (!(*ring)->enabled) stop(**ring, Afterwards::kUnknown);",
             '  if (mutant("disabled-rings-go-on") || mutant("disabled-rings-write")) return {};\n'
@@ -340,8 +340,8 @@ MUTANTS = (
            ("  if (surplus != 0) return refused(",
             '  if (surplus != 0 && !mutant("unoffered-protocol-features-are-accepted")) return refused(')),
     mutant("one-queue-too-many", "protocol/every-queue", BACKEND,
-           ("  return reply_u64(message, rings_.size());",
-            '  return reply_u64(message, rings_.size() + (mutant("one-queue-too-many") ? 1 : 0));')),
+           ("  return reply_u64(message, session_.rings.size());",
+            '  return reply_u64(message, session_.rings.size() + (mutant("one-queue-too-many") ? 1 : 0));')),
     mutant("removed-slots-stay", "memory/slot-removed", BACKEND,
            ("  if (removed == 0) return refused(",
             '  if (mutant("removed-slots-stay")) return {};\n'
@@ -413,8 +413,9 @@ MUTANTS = (
             '    if (!mutant("unknown-messages-are-acknowledged"))\n'
             '      outcome = refused(fmt::format("message {} is not supported", message.header.request));')),
     mutant("queue-index-is-not-checked", "hostile-message/queue-index", BACKEND,
-           ("  if (index < rings_.size()) return &rings_[index];",
-            '  if (index < rings_.size() || mutant("queue-index-is-not-checked")) return &rings_[index % rings_.size()];')),
+           ("  if (index < session_.rings.size()) return &session_.rings[index];",
+            '  if (index < session_.rings.size() || mutant("queue-index-is-not-checked"))\n'
+            "    return &session_.rings[index % session_.rings.size()];")),
     # ---- The disk
     mutant("flush-does-nothing", "durability/flush", NODE,
            ("  if (earlier != 0 || options_.ignore_flush)",
