@@ -22,7 +22,7 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 
-#include "aio/event_fd.h"
+#include "blockdev/bell.h"
 #include "blockdev/poll_policy.h"
 #include "blockdev/poll_trial.h"
 
@@ -145,30 +145,11 @@ struct FdWatchState {
   OperationMemory memory;
 };
 
-// What wakes a loop for a post, besides Asio. Asio changes how epoll watches a descriptor that is
-// readable all the time, of which epoll then has to tell once more. There have been kernels that
-// sometimes did not (Linux 5.3, boostorg/asio issue 320), and from then on Asio takes its loop for
-// woken and wakes it no more. An eventfd that is written to is no such matter.
-class Bell {
- public:
-  Bell() {
-    const auto fd = aio::make_event_fd("a loop");
-    if (!fd) {
-      throw std::system_error(fd.error().errno_value, std::generic_category(), fd.error().message);
-    }
-    fd_ = *fd;
-  }
-  ~Bell() { ::close(fd_); }
-  Bell(const Bell&) = delete;
-  Bell& operator=(const Bell&) = delete;
-
-  [[nodiscard]] int fd() const { return fd_; }
-  void ring() const { aio::signal_event_fd(fd_); }
-  void silence() const { aio::drain_event_fd(fd_); }
-
- private:
-  int fd_{-1};
-};
+Bell make_bell() {
+  auto bell = Bell::make("a loop");
+  if (bell) return std::move(*bell);
+  throw std::system_error(bell.error().errno_value, std::generic_category(), bell.error().message);
+}
 
 }  // namespace
 
@@ -196,8 +177,8 @@ struct IoLoop::State {
   void run_asio_ready();
 
   WaitProbe probe;
-  Bell bell;
-  asio::io_context io{1};  // one thread runs it; others only post
+  Bell bell = make_bell();  // posts ring it
+  asio::io_context io{1};   // one thread runs it; others only post
   asio::executor_work_guard<asio::io_context::executor_type> guard{io.get_executor()};
   std::vector<Poller*>& active_in(PollStage stage) {
     return active[static_cast<std::size_t>(stage)];

@@ -11,6 +11,7 @@
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/read_until.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -19,6 +20,7 @@
 #include <boost/json.hpp>
 #include <fmt/core.h>
 
+#include "blockdev/bell.h"
 #include "blockdev/log.h"
 #include "blockdev/unix_listener.h"
 
@@ -103,8 +105,19 @@ class Session : public std::enable_shared_from_this<Session> {
 }  // namespace
 
 struct Monitor::State {
-  State(blockdev::UnixListener unix_listener, MonitorHandlers monitor_handlers)
-      : listener(std::move(unix_listener)), handlers(std::move(monitor_handlers)) {}
+  State(blockdev::UnixListener unix_listener, MonitorHandlers monitor_handlers,
+        blockdev::Bell monitor_bell)
+      : listener(std::move(unix_listener)),
+        handlers(std::move(monitor_handlers)),
+        bell(std::move(monitor_bell)) {
+    ringing.assign(bell.fd());
+    // Rung once, at the end: that it is heard is all.
+    ringing.async_wait(asio::posix::stream_descriptor::wait_read,
+                       [](const boost::system::error_code&) {});
+  }
+  ~State() { ringing.release(); }
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
 
   void accept() {
     acceptor.async_accept(
@@ -129,7 +142,9 @@ struct Monitor::State {
 
   blockdev::UnixListener listener;
   MonitorHandlers handlers;
+  const blockdev::Bell bell;
   asio::io_context io{1};
+  asio::posix::stream_descriptor ringing{io};  // watches the bell; owns nothing
   UnixSocket::acceptor acceptor{io};
   asio::steady_timer pause{io};
   std::thread thread;
@@ -141,7 +156,9 @@ Expected<std::unique_ptr<Monitor>> Monitor::start(const std::string& path,
                                                   MonitorHandlers handlers) {
   auto listener = blockdev::UnixListener::listen(path, "monitor socket");
   if (!listener) return std::unexpected(std::move(listener.error()));
-  auto state = std::make_unique<State>(std::move(*listener), std::move(handlers));
+  auto bell = blockdev::Bell::make("the monitor");
+  if (!bell) return std::unexpected(std::move(bell.error()));
+  auto state = std::make_unique<State>(std::move(*listener), std::move(handlers), std::move(*bell));
   boost::system::error_code error;
   const int fd = ::dup(state->listener.fd());  // Asio closes what it owns
   if (fd >= 0) state->acceptor.assign(UnixSocket(), fd, error);
@@ -156,6 +173,7 @@ Expected<std::unique_ptr<Monitor>> Monitor::start(const std::string& path,
 
 Monitor::~Monitor() {
   state_->io.stop();
+  state_->bell.ring();
   state_->thread.join();
 }
 

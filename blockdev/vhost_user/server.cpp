@@ -17,7 +17,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <fmt/core.h>
 
-#include "aio/event_fd.h"
+#include "blockdev/bell.h"
 #include "blockdev/flush_now.h"
 #include "blockdev/log.h"
 #include "blockdev/unix_listener.h"
@@ -30,15 +30,11 @@ namespace {
 constexpr std::chrono::milliseconds kAcceptPause{500};
 }  // namespace
 
-// Other threads reach the server's by post(). Asio would wake its loop by itself: by changing how
-// epoll watches a descriptor that is readable all the time, of which epoll then has to tell once
-// more. There have been kernels that sometimes did not (Linux 5.3, boostorg/asio issue 320), and
-// from then on Asio takes its loop for woken and wakes it no more: a server would hear of no
-// SIGTERM until a frontend comes. So there is a bell as well, an eventfd that is written to.
+// Other threads reach the server's by post(), which also rings a bell (bell.h).
 struct Server::State {
   State(virtio::BlkDevice& blk_device,
-        const std::vector<std::unique_ptr<blockdev::IoThread>>& threads)
-      : device(blk_device), io_threads(threads) {}
+        const std::vector<std::unique_ptr<blockdev::IoThread>>& threads, blockdev::Bell server_bell)
+      : device(blk_device), io_threads(threads), bell(std::move(server_bell)) {}
   ~State() {
     disconnect();
     for (auto* watch : {&ringing, &listening}) {
@@ -52,7 +48,7 @@ struct Server::State {
   template <typename Function>
   void post(Function function) {
     asio::post(io, std::move(function));
-    aio::signal_event_fd(bell.get());
+    bell.ring();
   }
   void listen_to_bell();
   void wait_for_frontend();
@@ -70,7 +66,7 @@ struct Server::State {
   std::optional<blockdev::UnixListener> listener;
   UniqueFd inherited;  // listening
   int listening_fd{-1};
-  UniqueFd bell;
+  const blockdev::Bell bell;
   asio::io_context io{1};
   asio::posix::stream_descriptor ringing{io};     // watches the bell; owns nothing
   asio::posix::stream_descriptor listening{io};   // watches; owns nothing
@@ -108,11 +104,10 @@ Expected<std::unique_ptr<Server>> Server::create(
     const ServerOptions& options, virtio::BlkDevice& device,
     const std::vector<std::unique_ptr<blockdev::IoThread>>& io_threads) {
   assert(!io_threads.empty());
-  const auto bell = aio::make_event_fd("the server");
-  if (!bell) return std::unexpected(bell.error());
-  auto state = std::make_unique<State>(device, io_threads);
-  state->bell.reset(*bell);
-  state->ringing.assign(*bell);
+  auto bell = blockdev::Bell::make("the server");
+  if (!bell) return std::unexpected(std::move(bell.error()));
+  auto state = std::make_unique<State>(device, io_threads, std::move(*bell));
+  state->ringing.assign(state->bell.fd());
   state->listen_to_bell();
   state->backend_options = options.backend;
   state->backend_options.on_broken = [broken = state.get()] {
@@ -161,7 +156,7 @@ void Server::State::listen_to_bell() {
   ringing.async_wait(asio::posix::stream_descriptor::wait_read,
                      [this](const boost::system::error_code& error) {
                        if (error) return;
-                       aio::drain_event_fd(bell.get());
+                       bell.silence();
                        listen_to_bell();
                      });
 }

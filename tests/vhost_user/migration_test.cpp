@@ -4,8 +4,10 @@
 #include <array>
 #include <cstdint>
 #include <fcntl.h>
+#include <limits>
 #include <memory>
 #include <string>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #include <vector>
@@ -128,6 +130,31 @@ TEST_F(HandedOverDisk, can_be_flushed_and_keeps_its_size_while_it_is_given_up) {
 }
 
 // ---- The log.
+
+TEST_F(HandedOverDisk, is_served_though_nobody_reads_the_event_of_its_log) {
+  const auto disk = node();
+  Served served(*disk, {.handover = disk.get()});
+  const auto driver = drive(served).value();
+  driver::Frontend& frontend = driver->frontend();
+  const std::uint64_t protocol = frontend.protocol_features() | kLogShmfd;
+  ASSERT_TRUE(frontend.command(Request::kSetProtocolFeatures, payload_of(protocol)).has_value());
+  const UniqueFd log(::memfd_create("log", MFD_CLOEXEC));
+  // A bit for each page up to the driver's memory, which begins at 1 TiB.
+  constexpr std::uint64_t kLogBytes = std::uint64_t{33} << 20;
+  ASSERT_EQ(::ftruncate(log.get(), static_cast<off_t>(kLogBytes)), 0);
+  ASSERT_TRUE(frontend
+                  .command(Request::kSetLogBase, payload_of(LogDescription{kLogBytes, 0}),
+                           std::array{log.get()})
+                  .has_value());
+  // Full, and whoever writes to it waits.
+  const UniqueFd event(::eventfd(0, EFD_CLOEXEC));
+  const std::uint64_t full = std::numeric_limits<std::uint64_t>::max() - 1;
+  ASSERT_EQ(::write(event.get(), &full, sizeof full), static_cast<ssize_t>(sizeof full));
+  ASSERT_TRUE(frontend.command(Request::kSetLogFd, {}, std::array{event.get()}).has_value());
+  ASSERT_TRUE(frontend.command(Request::kSetFeatures, payload_of(frontend.features() | kLogAll))
+                  .has_value());
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(driver->flush().value(), virtio::kBlkSOk);
+}
 
 class MigratingFrontend : public HandedOverDisk {
  protected:
