@@ -60,7 +60,7 @@ void IoLimiter::Queue::look() {
   } else {
     set_timer(due_ns, now_ns);
   }
-  go_on(granted);
+  hand_over(granted, go_on_);
 }
 
 void IoLimiter::Queue::release_all() {
@@ -71,14 +71,25 @@ void IoLimiter::Queue::release_all() {
     const std::lock_guard lock(limiter_.mutex_);
     tickets = limiter_.schedule_.take_all(member_);
   }
-  go_on(tickets);
+  hand_over(tickets, go_on_);
 }
 
-void IoLimiter::Queue::go_on(Ticket* tickets) {
+void IoLimiter::Queue::withdraw_all(const GoOn& taker) {
+  if (waiting_count_ == 0) return;
+  timer_->cancel();
+  Ticket* tickets = nullptr;
+  {
+    const std::lock_guard lock(limiter_.mutex_);
+    tickets = limiter_.schedule_.withdraw(member_);
+  }
+  hand_over(tickets, taker);
+}
+
+void IoLimiter::Queue::hand_over(Ticket* tickets, const GoOn& taker) {
   while (tickets != nullptr) {
     Ticket* const next = tickets->next;
     --waiting_count_;
-    go_on_(*tickets);
+    taker(*tickets);
     tickets = next;
   }
 }

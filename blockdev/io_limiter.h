@@ -66,10 +66,12 @@ class IoLimiter {
     void look();
     // Lets go on all that waits, at the expense of what comes later.
     void release_all();
+    // Gives all that waits back, each to `taker`, which does not let it go on: nobody pays for it.
+    void withdraw_all(const GoOn& taker);
     [[nodiscard]] std::size_t waiting() const { return waiting_count_; }
 
    private:
-    void go_on(Ticket* tickets);
+    void hand_over(Ticket* tickets, const GoOn& taker);
     void set_timer(std::uint64_t due_ns, std::uint64_t now_ns);
 
     IoLimiter& limiter_;

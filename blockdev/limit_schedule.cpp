@@ -190,13 +190,16 @@ LimitSchedule::Ticket* LimitSchedule::take_granted(Member& member) {
   return std::exchange(member.granted_, {}).head;
 }
 
-LimitSchedule::Ticket* LimitSchedule::take_all(Member& member) {
+LimitSchedule::Ticket* LimitSchedule::take_all(Member& member) { return take(member, true); }
+LimitSchedule::Ticket* LimitSchedule::withdraw(Member& member) { return take(member, false); }
+
+LimitSchedule::Ticket* LimitSchedule::take(Member& member, bool charges) {
   TicketList all = std::exchange(member.granted_, {});
   for (std::size_t direction = 0; direction < lines_.size(); ++direction) {
     TicketList& waiting = member.waiting_[direction];
     if (waiting.head == nullptr) continue;
     leave_line(member, direction);
-    for (const Ticket* ticket = waiting.head; ticket != nullptr; ticket = ticket->next)
+    for (const Ticket* ticket = waiting.head; charges && ticket != nullptr; ticket = ticket->next)
       charge(*ticket);
     all.append(waiting);
   }

@@ -105,6 +105,8 @@ class LimitSchedule {
   // All that waits, granted or not, in the order of each direction. It counts as if it had been
   // granted: who stops and starts again has no more than the rest.
   [[nodiscard]] Ticket* take_all(Member& member);
+  // The same, to wait elsewhere or not to go on at all: what was not granted counts for nothing.
+  [[nodiscard]] Ticket* withdraw(Member& member);
 
  private:
   struct Line {
@@ -124,6 +126,7 @@ class LimitSchedule {
   bool grant_next(Direction direction, std::uint64_t now_ns);
   void stand_in_line(Member& member, std::size_t direction);
   void leave_line(Member& member, std::size_t direction);
+  Ticket* take(Member& member, bool charges);
 
   IoLimits limits_;
   std::array<Buckets, IoLimits::kKindCount> buckets_;  // by IoLimits::Kind

@@ -529,7 +529,13 @@ void BlkQueue::stop(Unfinished unfinished, std::move_only_function<void()> stopp
   assert(!state_->stopping);
   state_->stopping = true;
   state_->unfinished = unfinished;
-  state_->limiter.release_all();
+  if (unfinished == Unfinished::kSuspend) {
+    state_->limiter.withdraw_all([this](blockdev::IoLimiter::Ticket& ticket) {
+      state_->put_back(*static_cast<Slot::Ticket&>(ticket).slot);
+    });
+  } else {
+    state_->limiter.release_all();
+  }
   state_->kick_watch.reset();
   state_->stopped = std::move(stopped);
   state_->wake();
@@ -877,9 +883,7 @@ bool BlkQueue::State::must_wait(Slot& slot) {
 }
 
 void BlkQueue::State::go_on(blockdev::IoLimiter::Ticket& ticket) {
-  Slot& slot = *static_cast<Slot::Ticket&>(ticket).slot;
-  if (is_suspending()) return put_back(slot);
-  device.node().submit(slot, context);
+  device.node().submit(*static_cast<Slot::Ticket&>(ticket).slot, context);
 }
 
 // The segments of a discard or write zeroes, one after another; the first error ends the request.

@@ -237,6 +237,23 @@ TEST(LimitSchedule, forgives_the_debts_of_another_limit_but_gives_no_second_burs
   EXPECT_LE(client.done - before, 52U) << "setting the same again is no way to get more";
 }
 
+TEST(LimitSchedule, what_is_withdrawn_costs_nobody_anything) {
+  Simulation simulation("iops-total=100");
+  auto& client = simulation.add(300, Direction::kWrite, 4096);
+  simulation.run_until(simulation.now_ns + kSecond);
+  std::size_t withdrawn = 0;
+  for (auto* ticket = simulation.schedule.withdraw(client.member); ticket != nullptr;
+       ticket = ticket->next)
+    ++withdrawn;
+  EXPECT_EQ(withdrawn, 300U);
+  EXPECT_FALSE(client.member.is_waiting());
+  client.idle.clear();
+  for (auto& ticket : client.tickets) client.idle.push_back(&ticket);
+  const std::uint64_t before = client.done;
+  simulation.run_until(simulation.now_ns + 2 * kSecond);
+  EXPECT_NEAR(static_cast<double>(client.done - before), 200, 5) << "as if nothing had happened";
+}
+
 TEST(LimitSchedule, what_goes_on_without_its_turn_is_at_the_expense_of_what_comes_later) {
   Simulation simulation("iops-total=100");
   auto& client = simulation.add(300, Direction::kWrite, 4096);
