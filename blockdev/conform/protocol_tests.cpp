@@ -376,7 +376,8 @@ void everything_is_exercised(Probe& probe) {
                                  bit(kFRingPacked) | bit(kFLogAll) | bit(24) | bit(27);
   const std::uint64_t protocol = kPlainProtocol | bit(kProtocolFLogShmfd) |
                                  bit(kProtocolFBackendReq) | bit(kProtocolFInflightShmfd) |
-                                 bit(kProtocolFConfigureMemSlots) | bit(13) | bit(16);
+                                 bit(kProtocolFConfigureMemSlots) |
+                                 bit(kProtocolFGetVringBaseInflight) | bit(13) | bit(16);
   std::string left;
   for (unsigned number = 0; number < 64; ++number) {
     if ((channel.offered() & ~features & bit(number)) != 0)

@@ -395,7 +395,8 @@ def test_listing(report, options):
                  len(re.findall(r'", (MUST|SHOULD|states|robust):$', output, re.MULTILINE)) == len(names), output[:1000])
     sources = set(re.findall(r'^    (.*), "(?:[^"]+)", \w+:$', output, re.MULTILINE))
     report.check("--list: each statement names a document with its version", sources <= {
-        "virtio 1.2", "virtio 1.3", "vhost-user.rst (QEMU 7.2)", "vhost-user.rst (QEMU 8.2)"}, sources)
+        "virtio 1.2", "virtio 1.3", "vhost-user.rst (QEMU 7.2)", "vhost-user.rst (QEMU 8.2)",
+        "vhost-user.rst (QEMU 11.0)"}, sources)
     report.check("--list takes a group", set(re.findall(r"^([a-z-]+)/", few, re.MULTILINE)) == {"memory"}, few[:500])
     status, text = run("python3", HERE.parent.parent / "scripts" / "conform_table.py", "--check", options.vblk)
     report.check("docs/conformance.md has the table of --list", status == 0, text)
