@@ -268,6 +268,7 @@ class Victim {
   void suspend() {
     std::vector<std::uint32_t> bases;
     const auto queue_count = static_cast<std::uint16_t>(ios_.size() / kPerQueue);
+    bases.reserve(queue_count);
     for (std::uint16_t queue = 0; queue < queue_count; ++queue)
       bases.push_back(Probe::value(driver_->frontend().stop_ring(queue), "stopping a ring"));
     const auto take = [&] {
