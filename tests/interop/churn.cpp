@@ -549,7 +549,7 @@ std::string Churn::run(std::istream& words) {
   suspensions_ = left_in_flight_ = 0;
   // A generator of its own: when rings stop depends on time, and the requests must not.
   std::mt19937_64 moments(seed + 1);
-  std::uint64_t suspend_at = suspends_ ? completions_ + moments() % 60 : until;
+  std::uint64_t suspend_at = completions_ + moments() % 60;
   std::chrono::steady_clock::duration longest{0};
   while (completions_ < until && !is_lost_ && (sends || in_flight_ > 0)) {
     sends = std::chrono::steady_clock::now() < stop_at;
@@ -566,7 +566,7 @@ std::string Churn::run(std::istream& words) {
     }
     for (std::uint16_t queue = 0; queue < queue_count_; ++queue) driver_->kick(queue);
     if (!poll_all(true)) break;
-    if (sends && completions_ >= suspend_at) {
+    if (suspends_ && sends && completions_ >= suspend_at) {
       if (!suspend()) break;
       suspend_at = completions_ + 1 + moments() % 60;
     }
