@@ -54,6 +54,7 @@ Rules read_rules(const json::object& object) {
     rules.margins[metric] = number(margin);
   rules.samples_behind_quantile_min =
       object.at("samples_behind_quantile_min").to_number<unsigned>();
+  rules.blocks_share_min = number(object.at("blocks_share_min"));
   rules.wash_share_min = number(object.at("wash_share_min"));
   rules.win_share_min = number(object.at("win_share_min"));
   const auto& noise = object.at("noise").as_object();

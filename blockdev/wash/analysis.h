@@ -23,6 +23,7 @@ struct Rules {
   double alpha{0};
   std::map<std::string, double> margins;  // by metric, as parts: 0.05
   unsigned samples_behind_quantile_min{0};
+  double blocks_share_min{0};  // of a cell's blocks, for it to count as measured
   double wash_share_min{0};  // of a claim's cells, for WASH
   double win_share_min{0};   // and to win
   double steal_max{0};       // of a block's processor time, for it not to be noisy

@@ -5,7 +5,8 @@
 #include <set>
 #include <utility>
 
-#include <fmt/core.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 namespace vblk::wash {
 
@@ -34,53 +35,110 @@ std::optional<double> value_of(const StoredRun& run, const std::string& metric) 
   return found->second;
 }
 
-// What one metric of two arms says in the blocks that have both.
+// Blocks that lack a metric, by what is the matter: how many, and the most samples in any of them.
+struct Lack {
+  std::size_t blocks{0};
+  std::uint64_t samples_most{0};
+};
+
+// What one metric of two arms says in the blocks that have both, and what the others lack.
 struct Paired {
   std::vector<double> log_ratios;
   std::vector<double> aio;
   std::vector<double> threads;
-  std::string reason;  // why there are none
+  std::size_t blocks_of{0};
+  std::map<std::string, Lack> lacks;
 };
 
-std::string why_none(const Measured& measured, const std::string& cell, const std::string& arm,
-                     const std::string& metric) {
+// Why a run has no such metric; it is asked of one that has none.
+std::string why_none(const StoredRun& run, const std::string& metric) {
+  if (!run.error.empty()) return fmt::format("{}: {}", run.arm, run.error);
+  if (run.record.saturated) return run.arm + " could not follow the rate";
+  if (run.record.metrics.contains(metric) || run.record.samples == 0)
+    return run.arm + ": no operation ended in time";
+  if (metric == "p50" || metric == "p99" || metric == "write_p99")
+    return fmt::format("{}: too few samples for {}", run.arm, metric);
+  return fmt::format("{} has no {}", run.arm, metric);
+}
+
+// The same where an arm was left out: its failures were why.
+std::string why_left_out(const std::string& arm, const std::map<int, const StoredRun*>* runs) {
+  if (runs != nullptr) {
+    for (const auto& [round, run] : *runs) {
+      if (!run->error.empty()) return why_none(*run, "");
+    }
+  }
+  return arm + " was not run";
+}
+
+std::set<int> rounds_of(const Measured& measured, const std::string& cell) {
+  std::set<int> rounds;
   const auto arms = measured.find(cell);
-  if (arms == measured.end()) return "the cell was not run";
-  const auto runs = arms->second.find(arm);
-  if (runs == arms->second.end() || runs->second.empty()) return arm + " was not run";
-  const StoredRun& last = *runs->second.rbegin()->second;
-  if (!last.error.empty()) return fmt::format("{}: {}", arm, last.error);
-  if (last.record.saturated) return arm + " could not follow the rate";
-  if (metric == "p50" || metric == "p99")
-    return fmt::format("{}: too few samples ({}) for {}", arm, last.record.samples, metric);
-  return fmt::format("{} has no {}", arm, metric);
+  if (arms == measured.end()) return rounds;
+  for (const auto& [arm, runs] : arms->second) {
+    for (const auto& [round, run] : runs) rounds.insert(round);
+  }
+  return rounds;
 }
 
 Paired pair_up(const Measured& measured, const std::string& cell, const std::string& aio,
                const std::string& threads, const std::string& metric) {
   Paired paired;
-  const auto arms = measured.find(cell);
-  if (arms != measured.end() && arms->second.contains(aio) && arms->second.contains(threads)) {
-    const auto& others = arms->second.at(threads);
-    for (const auto& [round, run] : arms->second.at(aio)) {
-      const auto other = others.find(round);
-      if (other == others.end()) continue;
-      const auto one = value_of(*run, metric);
-      const auto two = value_of(*other->second, metric);
-      if (!one || !two) continue;
-      paired.log_ratios.push_back(std::log(*one / *two));
-      paired.aio.push_back(*one);
-      paired.threads.push_back(*two);
-    }
-  }
-  if (paired.log_ratios.size() >= 2) return paired;
-  paired.reason = why_none(measured, cell, aio, metric);
-  if (const auto why = why_none(measured, cell, threads, metric); !paired.log_ratios.empty()) {
-    paired.reason = "fewer than two blocks";
-  } else if (paired.reason.ends_with(" has no " + metric) || paired.reason.empty()) {
-    paired.reason = why;
+  const std::set<int> rounds = rounds_of(measured, cell);
+  paired.blocks_of = rounds.size();
+  if (rounds.empty()) return paired;
+  const auto& arms = measured.at(cell);
+  for (const int round : rounds) {
+    const auto value_in = [&](const std::string& arm) -> std::optional<double> {
+      const auto runs = arms.find(arm);
+      const bool is_there = runs != arms.end() && runs->second.contains(round);
+      const StoredRun* const run = is_there ? runs->second.at(round) : nullptr;
+      if (run != nullptr) {
+        if (const auto value = value_of(*run, metric)) return value;
+      }
+      Lack& lack =
+          paired.lacks[run != nullptr
+                           ? why_none(*run, metric)
+                           : why_left_out(arm, runs == arms.end() ? nullptr : &runs->second)];
+      ++lack.blocks;
+      if (run != nullptr) lack.samples_most = std::max(lack.samples_most, run->record.samples);
+      return std::nullopt;
+    };
+    const auto one = value_in(aio);
+    const auto two = value_in(threads);
+    if (!one || !two) continue;
+    paired.log_ratios.push_back(std::log(*one / *two));
+    paired.aio.push_back(*one);
+    paired.threads.push_back(*two);
   }
   return paired;
+}
+
+// "threads: too few samples for p99 (580 at most) in 9, native: no operation ended in time in 2".
+std::string words_of(const std::map<std::string, Lack>& lacks) {
+  std::vector<std::pair<std::string, Lack>> sorted(lacks.begin(), lacks.end());
+  std::ranges::stable_sort(sorted, std::ranges::greater{},
+                           [](const auto& lack) { return lack.second.blocks; });
+  std::string words;
+  for (const auto& [what, lack] : sorted) {
+    const bool tells_samples = what.find("too few samples") != std::string::npos;
+    words += fmt::format("{}{}{} in {}", words.empty() ? "" : ", ", what,
+                         tells_samples ? fmt::format(" ({} at most)", lack.samples_most) : "",
+                         lack.blocks);
+  }
+  return words;
+}
+
+// Why what is left says too little; empty: it says enough.
+std::string why_not_measured(const Rules& rules, const Paired& paired) {
+  if (paired.blocks_of == 0) return "the cell was not run";
+  const std::size_t blocks = paired.log_ratios.size();
+  if (blocks >= 2 &&
+      static_cast<double>(blocks) >= rules.blocks_share_min * static_cast<double>(paired.blocks_of))
+    return {};
+  if (paired.lacks.empty()) return "fewer than two blocks";
+  return fmt::format("{} of {} blocks have it: {}", blocks, paired.blocks_of,
+                     words_of(paired.lacks));
 }
 
 // A family: what is decided together, Holm's adjustment over all of it.
@@ -100,8 +158,11 @@ std::vector<CellVerdict> decide_family(const Analysis& analysis, const Measured&
   std::vector<std::size_t> indexes;
   for (const Asked& one : asked) {
     Paired paired = pair_up(measured, one.cell, one.aio, one.threads, metric);
-    CellVerdict verdict{.cell = one.cell, .metric = metric, .reason = paired.reason};
-    if (paired.reason.empty()) {
+    CellVerdict verdict{.cell = one.cell, .metric = metric, .blocks_of = paired.blocks_of};
+    verdict.reason = why_not_measured(analysis.rules, paired);
+    verdict.log_ratio.count = paired.log_ratios.size();
+    if (verdict.reason.empty()) {
+      verdict.missing = words_of(paired.lacks);
       verdict.log_ratio = estimate(paired.log_ratios, alpha);
       verdict.aio_median = median_of(paired.aio);
       verdict.threads_median = median_of(paired.threads);
@@ -155,9 +216,14 @@ std::size_t measured_in(const std::map<Verdict, std::size_t>& counts) {
   return sum;
 }
 
+std::size_t cells_in(const std::map<Verdict, std::size_t>& counts) {
+  return measured_in(counts) + count_of(counts, Verdict::kNotMeasured);
+}
+
+// Shares are of all cells: one that was not measured is neither a wash nor a win.
 std::string outcome_of(const Rules& rules, const std::map<Verdict, std::size_t>& counts) {
-  const auto all = static_cast<double>(measured_in(counts));
-  if (all == 0) return kNotMeasured;
+  const auto all = static_cast<double>(cells_in(counts));
+  if (measured_in(counts) == 0) return kNotMeasured;
   const auto share = [&](Verdict verdict) {
     return static_cast<double>(count_of(counts, verdict)) / all;
   };
@@ -219,12 +285,13 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
                     asked_in(controls.slowed_families, controls.slowed, controls.slowed_against),
                     controls.slowed_metric,
                     is_more_better(controls.slowed_metric) ? Sides::kBelow : Sides::kAbove);
-  for (const CellVerdict& verdict : result.slowed) {
-    if (verdict.verdict == Verdict::kNotMeasured) continue;
-    ++result.slowed_cells;
-    if (verdict.verdict == Verdict::kThreadsWin) ++result.slowed_found;
-  }
-  if (result.slowed_cells == 0) {
+  // Where it was not measured it was not found.
+  result.slowed_cells = result.slowed.size();
+  result.slowed_found = static_cast<std::size_t>(
+      std::ranges::count(result.slowed, Verdict::kThreadsWin, &CellVerdict::verdict));
+  if (std::ranges::all_of(result.slowed, [](const CellVerdict& verdict) {
+        return verdict.verdict == Verdict::kNotMeasured;
+      })) {
     result.refusal = "the controls were not measured";
   } else if (static_cast<double>(result.slowed_found) <
              controls.found_share_min * static_cast<double>(result.slowed_cells)) {
@@ -309,36 +376,41 @@ std::string words_of_metrics(const ClaimResult& result) {
   std::string words;
   for (const MetricOutcome& metric : result.metrics) {
     words += fmt::format(
-        "{}{}: {} ({} wash, {} AIO, {} threads, {} open)", words.empty() ? "" : "; ", metric.metric,
+        "{}{}: {} ({} wash, {} AIO, {} threads, {} open", words.empty() ? "" : "; ", metric.metric,
         metric.outcome, count_of(metric.counts, Verdict::kWash),
         count_of(metric.counts, Verdict::kAioWins), count_of(metric.counts, Verdict::kThreadsWin),
         count_of(metric.counts, Verdict::kInconclusive));
+    const std::size_t unmeasured = count_of(metric.counts, Verdict::kNotMeasured);
+    words += unmeasured == 0 ? ")" : fmt::format(", {} not measured)", unmeasured);
   }
   return words;
 }
 
+// A metric that was not measured is as far from what is expected as one that is INCONCLUSIVE.
 void conclude_share(ClaimResult& result) {
   const std::string& expected = result.claim->expects;
+  const std::size_t all = result.metrics.size();
   std::size_t as_expected = 0;
   std::size_t otherwise = 0;
-  std::size_t measured = 0;
+  std::size_t unmeasured = 0;
   bool refused = false;
   for (const MetricOutcome& metric : result.metrics) {
-    if (metric.outcome == kNotMeasured) continue;
-    ++measured;
-    if (metric.outcome == kNoVerdict) refused = true;
-    if (metric.outcome == expected) {
+    if (metric.outcome == kNotMeasured) {
+      ++unmeasured;
+    } else if (metric.outcome == kNoVerdict) {
+      refused = true;
+    } else if (metric.outcome == expected) {
       ++as_expected;
-    } else if (metric.outcome != kInconclusive && metric.outcome != kNoVerdict) {
+    } else if (metric.outcome != kInconclusive) {
       ++otherwise;
     }
   }
   const bool needs_all = result.claim->needs_all;
-  if (measured == 0) {
+  if (unmeasured == all) {
     result.outcome = kNotMeasured;
-  } else if (needs_all ? as_expected == measured : as_expected > 0) {
+  } else if (needs_all ? as_expected == all : as_expected > 0) {
     result.outcome = kHolds;
-  } else if (needs_all ? otherwise > 0 : otherwise == measured) {
+  } else if (needs_all ? otherwise > 0 : otherwise == all) {
     result.outcome = kDoesNotHold;
   } else {
     result.outcome = refused ? kNoVerdict : kInconclusive;
@@ -362,8 +434,13 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
   Crossover crossover;
   std::vector<double> rates;
   std::vector<double> extras;
+  std::string unmeasured;
   for (const CellVerdict& cell : deciding->cells) {
     if (cell.metric != "cpu") continue;
+    if (cell.verdict == Verdict::kNotMeasured) {
+      unmeasured += fmt::format("; not measured: {} ({})", cell.cell, cell.reason);
+      continue;
+    }
     const Paired paired = pair_up(measured, cell.cell, deciding->comparison->aio,
                                   deciding->comparison->threads, "cpu");
     const double rate = rate_of(cell.cell, cells);
@@ -379,7 +456,7 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
   const auto line = fit_line(rates, extras, analysis.rules.alpha);
   if (!line) {
     result.outcome = kNotMeasured;
-    result.words = "fewer than two rates were measured";
+    result.words = "fewer than two rates were measured" + unmeasured;
     return;
   }
   const Rules& rules = analysis.rules;
@@ -399,6 +476,7 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
       "of a core {}",
       crossover.extra_us, line->slope_lower * 1e6, line->slope_upper * 1e6, line->r_squared,
       rules.crossover_core_share * 100, where);
+  result.words += unmeasured;
   const std::string refusal = refusal_of(controls, "cpu");
   // What the line says must be sure over the whole of its interval.
   const auto at = [&](double slope) {
@@ -409,8 +487,11 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
   if (!refusal.empty()) {
     result.outcome = kNoVerdict;
     result.words += "; " + refusal;
-  } else if (earliest >= rules.crossover_low && latest < rules.crossover_high &&
-             line->r_squared >= rules.crossover_r_squared_min) {
+  } else if (line->r_squared < rules.crossover_r_squared_min) {
+    // Where a line describes it badly, where the line crosses says nothing either way.
+    result.outcome = kInconclusive;
+    result.words += fmt::format("; no line, for R^2 is below {}", rules.crossover_r_squared_min);
+  } else if (earliest >= rules.crossover_low && latest < rules.crossover_high) {
     result.outcome = kHolds;
   } else if (latest < rules.crossover_low || earliest >= rules.crossover_high) {
     result.outcome = kDoesNotHold;
@@ -427,9 +508,14 @@ void conclude_dominance(const Analysis& analysis, const ControlResult& controls,
   double engines = 0;
   std::optional<double> least;
   std::optional<double> most;
+  std::string unmeasured;
   for (const ComparisonResult& one : result.comparisons) {
     for (const CellVerdict& cell : one.cells) {
-      if (cell.verdict == Verdict::kNotMeasured) continue;
+      if (cell.verdict == Verdict::kNotMeasured) {
+        unmeasured +=
+            fmt::format("; not measured: {}, {} ({})", one.comparison->aio, cell.cell, cell.reason);
+        continue;
+      }
       if (!one.comparison->decides) {
         engines = std::max(engines, std::expm1(std::abs(cell.log_ratio.mean)));
       } else {
@@ -440,7 +526,7 @@ void conclude_dominance(const Analysis& analysis, const ControlResult& controls,
   }
   if (!least) {
     result.outcome = kNotMeasured;
-    result.words = "flushes were not measured";
+    result.words = "flushes were not measured" + unmeasured;
     return;
   }
   // An engine effect that is nothing would be dominated by anything.
@@ -449,10 +535,14 @@ void conclude_dominance(const Analysis& analysis, const ControlResult& controls,
       "without flushes the rate changes by {:.0f} % to {:.0f} %; the largest difference between "
       "engines is {:.0f} %",
       *least * 100, *most * 100, engines * 100);
+  result.words += unmeasured;
   const std::string refusal = refusal_of(controls, "rate");
   if (!refusal.empty()) {
     result.outcome = kNoVerdict;
     result.words += "; " + refusal;
+  } else if (!unmeasured.empty()) {
+    // Least, most and largest are those of all cells or nothing.
+    result.outcome = kInconclusive;
   } else if (*least >= rules.dominance_holds_from * yardstick) {
     result.outcome = kHolds;
   } else if (*most < rules.dominance_refuted_below * yardstick) {
@@ -462,79 +552,95 @@ void conclude_dominance(const Analysis& analysis, const ControlResult& controls,
   }
 }
 
-std::set<int> rounds_of(const Measured& measured, const std::string& cell) {
-  std::set<int> rounds;
-  const auto arms = measured.find(cell);
-  if (arms == measured.end()) return rounds;
-  for (const auto& [arm, runs] : arms->second) {
-    for (const auto& [round, run] : runs) rounds.insert(round);
+// What one comparison gains from a shallow cell to a deep one, block by block.
+struct Gains {
+  std::vector<double> aio;  // logarithms
+  std::vector<double> threads;
+  std::vector<double> differences;
+  std::string reason;  // why there is too little of it
+};
+
+Gains gains_of(const Rules& rules, const Measured& measured, const Comparison& comparison,
+               const std::string& from, const std::string& to) {
+  Gains gains;
+  const auto rate_in = [&](const std::string& cell, const std::string& arm,
+                           int round) -> std::optional<double> {
+    const auto arms = measured.find(cell);
+    if (arms == measured.end() || !arms->second.contains(arm)) return std::nullopt;
+    const auto& runs = arms->second.at(arm);
+    const auto run = runs.find(round);
+    return run == runs.end() ? std::nullopt : value_of(*run->second, "rate");
+  };
+  const std::set<int> rounds = rounds_of(measured, from);
+  for (const int round : rounds) {
+    const auto a = rate_in(from, comparison.aio, round);
+    const auto b = rate_in(to, comparison.aio, round);
+    const auto c = rate_in(from, comparison.threads, round);
+    const auto d = rate_in(to, comparison.threads, round);
+    if (!a || !b || !c || !d) continue;
+    gains.aio.push_back(std::log(*b / *a));
+    gains.threads.push_back(std::log(*d / *c));
+    gains.differences.push_back(gains.aio.back() - gains.threads.back());
   }
-  return rounds;
+  const std::size_t blocks = gains.differences.size();
+  if (blocks < 2 ||
+      static_cast<double>(blocks) < rules.blocks_share_min * static_cast<double>(rounds.size()))
+    gains.reason = fmt::format("{}: {} of {} rounds have a rate of both engines at both depths",
+                               comparison.aio, blocks, rounds.size());
+  return gains;
 }
 
-// Block by block: how much more a deeper cell does than a shallow one, for each arm.
+// How much more a deeper cell does than a shallow one, for each arm. All comparisons are one family
+// of Holm's.
 void conclude_gain(const Analysis& analysis, const ControlResult& controls,
                    const std::vector<Cell>& cells, const Measured& measured, ClaimResult& result) {
   const Claim& claim = *result.claim;
+  const Rules& rules = analysis.rules;
   const auto cell_with = [&](const Comparison& comparison, const std::string& value) {
     for (const Cell& cell : cells) {
       if (applies_to(comparison, cell) && level_of(cell, claim.gain_level) == value) return cell.id;
     }
     return std::string();
   };
-  const auto rate_in = [&](const std::string& cell, const std::string& arm, int round) {
-    const auto arms = measured.find(cell);
-    if (arms == measured.end() || !arms->second.contains(arm)) return std::optional<double>();
-    const auto& runs = arms->second.at(arm);
-    const auto run = runs.find(round);
-    return run == runs.end() ? std::optional<double>() : value_of(*run->second, "rate");
-  };
-  bool all_alike = true;
-  bool any_differs = false;
+  std::vector<std::vector<double>> differences;
+  std::vector<std::string> words;
   bool all_gain = true;
-  std::size_t seen = 0;
+  bool all_measured = true;
   for (const Comparison& comparison : claim.comparisons) {
-    const std::string from = cell_with(comparison, claim.gain_from);
-    const std::string to = cell_with(comparison, claim.gain_to);
-    std::vector<double> differences;
-    std::vector<double> aio_gains;
-    std::vector<double> threads_gains;
-    for (const int round : rounds_of(measured, from)) {
-      const auto a = rate_in(from, comparison.aio, round);
-      const auto b = rate_in(to, comparison.aio, round);
-      const auto c = rate_in(from, comparison.threads, round);
-      const auto d = rate_in(to, comparison.threads, round);
-      if (!a || !b || !c || !d) continue;
-      aio_gains.push_back(std::log(*b / *a));
-      threads_gains.push_back(std::log(*d / *c));
-      differences.push_back(aio_gains.back() - threads_gains.back());
+    Gains gains = gains_of(rules, measured, comparison, cell_with(comparison, claim.gain_from),
+                           cell_with(comparison, claim.gain_to));
+    if (!gains.reason.empty()) {
+      all_measured = false;
+      words.push_back("not measured: " + gains.reason);
+      continue;
     }
-    if (differences.size() < 2) continue;
-    ++seen;
-    const double alpha = analysis.rules.alpha;
-    const auto tests = test_margin(differences, std::log1p(analysis.rules.gain_margin));
-    if (tests.equivalent > alpha) all_alike = false;
-    if (std::min(tests.above, tests.below) * 2 <= alpha) any_differs = true;
-    const double aio_gain = std::exp(estimate(aio_gains, alpha).mean);
-    const double threads_gain = std::exp(estimate(threads_gains, alpha).mean);
-    if (std::min(aio_gain, threads_gain) < analysis.rules.gain_factor_min) all_gain = false;
-    result.words += fmt::format(
-        "{}{}: {} at once instead of {} is {:.2f} times as fast, with "
-        "threads {:.2f} times",
-        result.words.empty() ? "" : "; ", comparison.aio, claim.gain_to, claim.gain_from, aio_gain,
-        threads_gain);
+    const double aio_gain = std::exp(estimate(gains.aio, rules.alpha).mean);
+    const double threads_gain = std::exp(estimate(gains.threads, rules.alpha).mean);
+    if (std::min(aio_gain, threads_gain) < rules.gain_factor_min) all_gain = false;
+    words.push_back(
+        fmt::format("{}: {} at once instead of {} is {:.2f} times as fast, with "
+                    "threads {:.2f} times",
+                    comparison.aio, claim.gain_to, claim.gain_from, aio_gain, threads_gain));
+    differences.push_back(std::move(gains.differences));
   }
+  result.words = fmt::format("{}", fmt::join(words, "; "));
+  const auto decisions = decide(differences, std::log1p(rules.gain_margin), rules.alpha);
   const std::string refusal = refusal_of(controls, "rate");
-  if (seen == 0) {
+  if (differences.empty()) {
     result.outcome = kNotMeasured;
-    result.words = "flushes were not measured at both depths";
   } else if (!refusal.empty()) {
     result.outcome = kNoVerdict;
     result.words += "; " + refusal;
-  } else if (any_differs) {
+  } else if (std::ranges::any_of(decisions, [](const CellDecision& decision) {
+               return decision.direction == Direction::kAbove ||
+                      decision.direction == Direction::kBelow;
+             })) {
     result.outcome = kDoesNotHold;
   } else {
-    result.outcome = all_alike && all_gain ? kHolds : kInconclusive;
+    const bool all_alike = std::ranges::all_of(decisions, [](const CellDecision& decision) {
+      return decision.direction == Direction::kEquivalent;
+    });
+    result.outcome = all_measured && all_alike && all_gain ? kHolds : kInconclusive;
   }
 }
 

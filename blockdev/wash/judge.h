@@ -33,7 +33,12 @@ struct CellVerdict {
   double aio_median{0};  // of the metric, over the blocks
   double threads_median{0};
   std::size_t blocks_for_wash{0};  // that the spread asks for; 0: unknown
-  std::string reason;              // why it was not measured
+  // Of so many blocks the estimate's `count` have the metric on both sides.
+  std::size_t blocks_of{0};
+  // What the other blocks lack, arm by arm: they are seldom like the rest, for a run in which the
+  // disk stood still is one that ends without a rate or with too few samples.
+  std::string missing;
+  std::string reason;  // why it was not measured
 };
 
 struct ComparisonResult {

@@ -120,9 +120,9 @@ std::string cells_table(const Analysis& analysis, const Comparison& comparison,
     }
     table += fmt::format(
         "<td class=\"number\">{}</td><td><span class=\"outcome {}\">{}</span> {}</td></tr>\n",
-        cell.log_ratio.count, class_of(verdict),
+        blocks_text(cell), class_of(verdict),
         bench::escaped(verdict_text(analysis, comparison, cell.verdict)),
-        bench::escaped(cell.reason));
+        bench::escaped(cell.missing.empty() ? cell.reason : "missing: " + cell.missing));
   }
   return table + "</table></div></details>\n";
 }

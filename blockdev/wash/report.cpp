@@ -47,15 +47,16 @@ std::string claim_text(const Report& report, const ClaimResult& result) {
     text += fmt::format("    {}{}: ratios of {} to {}\n", comparison.comparison->name,
                         comparison.comparison->decides ? "" : " (decides nothing)",
                         comparison.comparison->aio, comparison.comparison->threads);
-    text += fmt::format("      {:<34}{:<12}{:>26}  {:>6}  {}\n", "cell", "metric",
+    text += fmt::format("      {:<34}{:<12}{:>26}  {:>8}  {}\n", "cell", "metric",
                         "ratio (90 % interval)", "blocks", "verdict");
     for (const CellVerdict& cell : comparison.cells) {
       std::string verdict = verdict_text(*report.analysis, *comparison.comparison, cell.verdict);
       if (!cell.reason.empty()) verdict += ": " + cell.reason;
       if (cell.verdict == Verdict::kInconclusive && cell.blocks_for_wash > cell.log_ratio.count)
         verdict += fmt::format(" (a wash would need about {} blocks)", cell.blocks_for_wash);
-      text += fmt::format("      {:<34}{:<12}{:>26}  {:>6}  {}\n", cell.cell, cell.metric,
-                          ratio_text(cell), cell.log_ratio.count, verdict);
+      if (!cell.missing.empty()) verdict += fmt::format(" (missing: {})", cell.missing);
+      text += fmt::format("      {:<34}{:<12}{:>26}  {:>8}  {}\n", cell.cell, cell.metric,
+                          ratio_text(cell), blocks_text(cell), verdict);
     }
   }
   return text + "\n";
@@ -71,7 +72,9 @@ json::object cell_json(const CellVerdict& cell) {
   json::object object{{"cell", cell.cell},
                       {"metric", cell.metric},
                       {"verdict", to_string(cell.verdict)},
-                      {"blocks", cell.log_ratio.count}};
+                      {"blocks", cell.log_ratio.count},
+                      {"blocks_of", cell.blocks_of}};
+  if (!cell.missing.empty()) object["missing"] = cell.missing;
   if (!cell.reason.empty()) object["reason"] = cell.reason;
   if (cell.verdict == Verdict::kNotMeasured) return object;
   object["ratio"] = std::exp(cell.log_ratio.mean);
@@ -166,6 +169,10 @@ std::string ratio_text(const CellVerdict& cell) {
   if (cell.verdict == Verdict::kNotMeasured) return "n/a";
   return fmt::format("{:.3f} ({:.3f} to {:.3f})", std::exp(cell.log_ratio.mean),
                      std::exp(cell.log_ratio.lower), std::exp(cell.log_ratio.upper));
+}
+
+std::string blocks_text(const CellVerdict& cell) {
+  return fmt::format("{} of {}", cell.log_ratio.count, cell.blocks_of);
 }
 
 std::string metric_name(const std::string& metric) {

@@ -37,6 +37,8 @@ struct Report {
                                        Verdict verdict);
 // "1.034 (0.987 to 1.083)", or "n/a".
 [[nodiscard]] std::string ratio_text(const CellVerdict& cell);
+// "24 of 26": blocks that a cell rests on, and those that there are.
+[[nodiscard]] std::string blocks_text(const CellVerdict& cell);
 [[nodiscard]] std::string metric_name(const std::string& metric);  // "requests per second"
 // The label of the preset, and what qualifies it.
 [[nodiscard]] std::string label_of(const Report& report);

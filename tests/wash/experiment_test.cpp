@@ -181,7 +181,7 @@ TEST_F(ExperimentTest, leaves_out_an_arm_that_cannot_be_measured_and_says_why) {
   EXPECT_EQ(judgement.failed_runs, cells_of(conduct_).size());
   const auto& cell = judgement.claims.front().comparisons.front().cells.front();
   EXPECT_EQ(cell.verdict, Verdict::kNotMeasured);
-  EXPECT_EQ(cell.reason, "native: no such engine");
+  EXPECT_EQ(cell.reason, "0 of 2 blocks have it: native: no such engine in 2");
 }
 
 TEST_F(ExperimentTest, stops_where_nothing_can_be_measured) {

@@ -9,7 +9,10 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <set>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include <gtest/gtest.h>
 
@@ -26,22 +29,18 @@ struct Truth {
   double cpu{1};
 };
 
-// The rules with one family of cells. A judgement refers to them.
-const Analysis& rules() {
-  static const Analysis analysis = [] {
-    Analysis core = registered_analysis();
-    std::erase_if(core.families, [](const Family& family) { return family.id != "core"; });
-    return core;
-  }();
-  return analysis;
-}
+// What a run gives in the end, where that is not what an engine's truth says.
+using Change = std::function<void(const Cell& cell, const std::string& arm, int round, RunRecord&)>;
 
-// Runs as they would be stored, of all cells of the family "core" in a preset, with metrics that a
+// Runs as they would be stored, of all cells of some families in a preset, with metrics that a
 // machine of some noise and drift would give.
 class Laboratory {
  public:
-  explicit Laboratory(const std::string& preset = "smoke")
-      : preset_(*rules().preset(preset)), cells_(cells_of(rules(), preset_, {"image"})) {
+  explicit Laboratory(const std::string& preset = "smoke",
+                      const std::set<std::string>& families = {"core"})
+      : preset_(*registered_analysis().preset(preset)),
+        cells_(cells_of(registered_analysis(), preset_, {"image", "files", "none"})) {
+    std::erase_if(cells_, [&](const Cell& cell) { return !families.contains(cell.family->id); });
     preset_.slowdown = 0.2;
     preset_.noisy_share_max = 0.25;
     truths_["threads-slowed"].cpu = 1.2;
@@ -68,6 +67,16 @@ class Laboratory {
   Laboratory& blind_cells(std::size_t count) {
     blind_cells_ = count;
     return *this;
+  }
+  Laboratory& change(Change change) {
+    change_ = std::move(change);
+    return *this;
+  }
+  // Leaves a metric out of the first so many rounds of an arm in every cell.
+  Laboratory& without(const std::string& lacking, const std::string& metric, int rounds) {
+    return change([=](const Cell&, const std::string& arm, int round, RunRecord& record) {
+      if (arm == lacking && round < rounds) record.metrics.erase(metric);
+    });
   }
   [[nodiscard]] std::size_t cells() const { return cells_.size(); }
   Laboratory& rounds(int count) {
@@ -96,11 +105,12 @@ class Laboratory {
                                 {"p99", sample(300 * truth.latency * slow)},
                                 {"cpu", sample(10 * truth.cpu * slow)}};
           run.record.samples = 5000;
+          if (change_) change_(cells_[index], arm, round, run.record);
           runs.push_back(std::move(run));
         }
       }
     }
-    return judge(rules(), preset_, cells_, runs);
+    return judge(registered_analysis(), preset_, cells_, runs);
   }
 
  private:
@@ -111,6 +121,7 @@ class Laboratory {
   double drift_{1};
   bool noisy_{false};
   std::size_t blind_cells_{0};
+  Change change_;
   int rounds_{12};
 };
 
@@ -231,6 +242,146 @@ TEST(Judge, calls_no_more_winners_among_equals_than_promised) {
     // 5 %, and four standard deviations.
     EXPECT_LE(wrong, 0.05 * families + 4 * std::sqrt(0.05 * 0.95 * families))
         << "of " << families << " at noise " << noise;
+  }
+}
+
+const CellVerdict& first_cell(const Judgement& judgement, const std::string& id,
+                              const std::string& metric) {
+  for (const CellVerdict& cell : claim(judgement, id).comparisons.front().cells) {
+    if (cell.metric == metric) return cell;
+  }
+  throw std::runtime_error("no cell by " + metric);
+}
+
+TEST(Judge, says_how_many_blocks_a_cell_rests_on_and_what_the_others_lack) {
+  const auto judgement = Laboratory().without("native", "p99", 2).experiment(test::test_seed());
+  const CellVerdict& cell = first_cell(judgement, "C0", "p99");
+  EXPECT_EQ(cell.verdict, Verdict::kWash);
+  EXPECT_EQ(cell.log_ratio.count, 10U);
+  EXPECT_EQ(cell.blocks_of, 12U);
+  EXPECT_EQ(cell.missing, "native: too few samples for p99 (5000 at most) in 2");
+  EXPECT_EQ(first_cell(judgement, "C0", "p50").missing, "");
+}
+
+TEST(Judge, takes_a_cell_that_lacks_more_than_a_fifth_of_its_blocks_for_not_measured) {
+  const auto judgement = Laboratory()
+                             .change([](const Cell&, const std::string& arm, int round, auto& run) {
+                               if (arm != "threads" || round >= 3) return;
+                               // The disk stood still.
+                               run.metrics = {{"rate", 0}};
+                               run.samples = 0;
+                             })
+                             .experiment(test::test_seed());
+  const CellVerdict& cell = first_cell(judgement, "C0", "rate");
+  EXPECT_EQ(cell.verdict, Verdict::kNotMeasured);
+  EXPECT_EQ(cell.reason, "9 of 12 blocks have it: threads: no operation ended in time in 3")
+      << "it blames the side that lacks it";
+  EXPECT_EQ(cell.log_ratio.count, 9U);
+}
+
+TEST(Judge, names_each_side_that_lacks_something) {
+  const auto judgement = Laboratory()
+                             .change([](const Cell&, const std::string& arm, int round, auto& run) {
+                               if (arm == "threads" && round < 2) run.saturated = true;
+                               if (arm == "native" && round < 5) run.samples = 580;
+                               if (run.saturated || run.samples == 580) run.metrics.erase("p99");
+                             })
+                             .experiment(test::test_seed());
+  EXPECT_EQ(first_cell(judgement, "C0", "p99").reason,
+            "7 of 12 blocks have it: native: too few samples for p99 (580 at most) in 5, threads "
+            "could not follow the rate in 2");
+}
+
+TEST(Judge, lets_no_claim_hold_of_which_a_part_was_not_measured) {
+  const auto judgement = Laboratory().without("native", "p99", 12).experiment(test::test_seed());
+  EXPECT_EQ(outcome(judgement, "C0", "p99"), "NOT MEASURED");
+  EXPECT_EQ(outcome(judgement, "C0", "rate"), "WASH");
+  EXPECT_EQ(claim(judgement, "C0").outcome, "INCONCLUSIVE");
+  EXPECT_NE(claim(judgement, "C0").words.find("not measured)"), std::string::npos)
+      << claim(judgement, "C0").words;
+  const auto refuted = Laboratory()
+                           .without("native", "p99", 12)
+                           .truth("native", {.cpu = 0.5})
+                           .experiment(test::test_seed());
+  EXPECT_EQ(claim(refuted, "C0").outcome, "DOES NOT HOLD") << "one metric is enough for that";
+}
+
+TEST(Judge, takes_shares_of_all_cells_and_not_of_those_that_were_measured) {
+  // One cell of two is a wash, the other was not measured.
+  const auto judgement =
+      Laboratory()
+          .change([](const Cell& cell, const std::string& arm, int, RunRecord& record) {
+            if (arm == "native" && level_of(cell, "iodepth") == "1") record.metrics.erase("rate");
+          })
+          .experiment(test::test_seed());
+  EXPECT_EQ(outcome(judgement, "C0", "rate"), "INCONCLUSIVE");
+}
+
+// The pool's extra processor time by the rate, in cores; the rest of a core is the same.
+Laboratory rates(const std::function<double(double rate)>& extra_cores) {
+  Laboratory laboratory("standard", {"core", "rates"});
+  laboratory.change([=](const Cell& cell, const std::string& arm, int, RunRecord& record) {
+    const std::string rate = level_of(cell, "rate_iops");
+    if (rate.empty()) return;
+    const double per_second = std::stod(rate);
+    const double extra = arm == "threads" ? extra_cores(per_second) : 0;
+    record.metrics["cpu"] += extra / per_second * 1e6;
+  });
+  return laboratory;
+}
+
+TEST(Judge, finds_where_a_pool_costs_a_twentieth_of_a_core) {
+  // At 20,000 per second.
+  const auto judgement =
+      rates([](double rate) { return 2.5e-6 * rate; }).noise(0.001).experiment(test::test_seed());
+  EXPECT_EQ(claim(judgement, "C4").outcome, "HOLDS") << claim(judgement, "C4").words;
+  const auto early =
+      rates([](double rate) { return 25e-6 * rate; }).noise(0.001).experiment(test::test_seed());
+  EXPECT_EQ(claim(early, "C4").outcome, "DOES NOT HOLD") << claim(early, "C4").words;
+}
+
+TEST(Judge, takes_no_crossover_from_a_line_that_describes_nothing) {
+  // Much at low rates, then less: no line.
+  const auto judgement = rates([](double rate) { return rate < 10000 ? 0.5 : 0.2; })
+                             .noise(0.001)
+                             .experiment(test::test_seed());
+  EXPECT_EQ(claim(judgement, "C4").outcome, "INCONCLUSIVE") << claim(judgement, "C4").words;
+}
+
+// How many more at a depth of 16 than of 1, by arm; all rates at depth 1 are alike.
+Laboratory flushes(const std::map<std::string, double>& gain) {
+  Laboratory laboratory("standard", {"core", "flushes"});
+  laboratory.change([=](const Cell& cell, const std::string& arm, int, RunRecord& record) {
+    if (cell.family->id != "flushes") return;
+    const auto found = gain.find(arm);
+    if (level_of(cell, "iodepth") == "16")
+      record.metrics["rate"] *= found == gain.end() ? 4 : found->second;
+    if (arm == "threads-unflushed") record.metrics["rate"] *= 30;
+  });
+  return laboratory;
+}
+
+TEST(Judge, compares_what_engines_gain_from_many_flushes_at_once) {
+  const auto alike = flushes({}).experiment(test::test_seed());
+  EXPECT_EQ(claim(alike, "C6c").outcome, "HOLDS") << claim(alike, "C6c").words;
+  EXPECT_EQ(claim(alike, "C6b").outcome, "HOLDS") << claim(alike, "C6b").words;
+  const auto differs = flushes({{"native", 8}}).experiment(test::test_seed());
+  EXPECT_EQ(claim(differs, "C6c").outcome, "DOES NOT HOLD") << claim(differs, "C6c").words;
+}
+
+TEST(Judge, does_not_judge_gain_and_dominance_without_some_of_the_flushes) {
+  const auto judgement =
+      Laboratory("standard", {"core", "flushes"})
+          .change([](const Cell& cell, const std::string& arm, int round, RunRecord& record) {
+            if (cell.family->id != "flushes") return;
+            if (level_of(cell, "iodepth") == "16") record.metrics["rate"] *= 4;
+            if (arm == "threads-unflushed") record.metrics["rate"] *= 30;
+            if (arm == "io_uring" && round < 3) record.metrics["rate"] = 0;
+          })
+          .experiment(test::test_seed());
+  for (const char* id : {"C6b", "C6c"}) {
+    EXPECT_EQ(claim(judgement, id).outcome, "INCONCLUSIVE") << claim(judgement, id).words;
+    EXPECT_NE(claim(judgement, id).words.find("not measured"), std::string::npos);
   }
 }
 
