@@ -57,6 +57,9 @@ Rules read_rules(const json::object& object) {
   rules.blocks_share_min = number(object.at("blocks_share_min"));
   rules.wash_share_min = number(object.at("wash_share_min"));
   rules.win_share_min = number(object.at("win_share_min"));
+  const auto& before_run = object.at("before_each_run").as_object();
+  rules.before_run = {.sync = before_run.at("sync").as_bool(),
+                      .drop_cache = before_run.at("drop_cache").as_bool()};
   const auto& noise = object.at("noise").as_object();
   rules.steal_max = number(noise.at("steal_max"));
   rules.foreign_max = number(noise.at("foreign_max"));

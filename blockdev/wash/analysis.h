@@ -19,15 +19,22 @@
 
 namespace vblk::wash {
 
+// What is done with the image before each run (settle.h).
+struct BeforeRun {
+  bool sync{false};
+  bool drop_cache{false};
+};
+
 struct Rules {
   double alpha{0};
   std::map<std::string, double> margins;  // by metric, as parts: 0.05
   unsigned samples_behind_quantile_min{0};
   double blocks_share_min{0};  // of a cell's blocks, for it to count as measured
-  double wash_share_min{0};  // of a claim's cells, for WASH
-  double win_share_min{0};   // and to win
-  double steal_max{0};       // of a block's processor time, for it not to be noisy
-  double foreign_max{0};     // the same of what other processes use
+  double wash_share_min{0};    // of a claim's cells, for WASH
+  double win_share_min{0};     // and to win
+  BeforeRun before_run;
+  double steal_max{0};    // of a block's processor time, for it not to be noisy
+  double foreign_max{0};  // the same of what other processes use
   double crossover_core_share{0};
   double crossover_low{0};  // operations per second
   double crossover_high{0};

@@ -349,6 +349,7 @@ Expected<RunRecord> measure_ranges(const RunSpec& spec, const Arm& arm) {
   auto engine = aio::make_file_call_engine(arm.engine, arm.options);
   if (!engine) return std::unexpected(engine.error());
   bench::LatencyHistogram latencies;
+  const StealMeter steal;
   const auto begin = Clock::now();
   for (std::uint64_t i = 0; i < kIterationsMin || Clock::now() < begin + spec.run_time; ++i) {
     // All of what is not to be synced, and one page that is.
@@ -369,6 +370,7 @@ Expected<RunRecord> measure_ranges(const RunSpec& spec, const Arm& arm) {
   }
   RunRecord record;
   record.seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  record.steal_share = steal.share();
   add_latencies(record, latencies);
   return record;
 }

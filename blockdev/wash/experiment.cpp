@@ -51,13 +51,9 @@ std::chrono::nanoseconds cpu_time_of(int who) {
 class ForeignLoad {
  public:
   ForeignLoad() : machine_(bench::machine_usage()), ours_(ours()) {}
-  [[nodiscard]] double share() const {
-    const bench::MachineUsage now = bench::machine_usage();
-    const auto busy = std::chrono::duration<double>(now.busy - machine_.busy);
-    const auto all = busy + (now.idle - machine_.idle) + (now.steal - machine_.steal);
-    if (all.count() <= 0) return 0;
-    const auto own = std::chrono::duration<double>(ours() - ours_);
-    return std::max(0.0, (busy - own) / all);
+  // `elsewhere`: of servers that are none of our processes.
+  [[nodiscard]] double share(std::chrono::duration<double> elsewhere) const {
+    return foreign_share(machine_, bench::machine_usage(), elsewhere + (ours() - ours_));
   }
 
  private:
@@ -95,7 +91,6 @@ class Conductor {
  private:
   void remember(const StoredRun& run) {
     done_.insert({run.cell, run.arm, run.round, run.attempt});
-    if (!run.error.empty()) broken_[{run.cell, run.arm}] = run.error;
     if (run.error.empty()) any_worked_ = true;
     if (run.round == StoredRun::kCalibration && run.error.empty()) {
       const auto cpu = run.record.metrics.find("cpu");
@@ -173,17 +168,27 @@ class Conductor {
   Expected<bool> run_attempt(const Cell& cell, int round, unsigned attempt) {
     std::vector<std::string> arms;
     for (const auto& arm : order_of_arms(store_.experiment().seed, round, attempt, cell)) {
-      if (!broken_.contains({cell.id, arm})) arms.push_back(arm);
+      const auto failures = failures_.find({cell.id, arm});
+      if (failures == failures_.end() || failures->second < kFailuresMax) arms.push_back(arm);
     }
     done_runs_ += cell.family->arms.size() - arms.size();
     double steal = 0;
+    std::chrono::duration<double> elsewhere{0};
+    bool failed = false;
     const ForeignLoad foreign;
     for (const std::string& arm : arms) {
       StoredRun run = carry_out(cell, arm, round, attempt);
       if (is_interrupted()) return false;
       steal += run.record.steal_share / static_cast<double>(arms.size());
+      if (const auto served = run.record.counters.find(RunRecord::kServedElsewhere);
+          served != run.record.counters.end())
+        elsewhere += std::chrono::duration<double>(served->second);
+      failed = failed || !run.error.empty();
       run.block_end = &arm == &arms.back();
-      if (run.block_end) judge_noise(cell, run, steal, foreign.share());
+      if (run.block_end) {
+        judge_noise(cell, run, steal, foreign.share(elsewhere));
+        run.is_kept = (!run.noisy && !failed) || attempt >= conduct_.preset->reruns_max;
+      }
       const bool is_kept = run.is_kept;
       if (auto stored = keep(std::move(run)); !stored) return std::unexpected(stored.error());
       if (!is_kept) {
@@ -202,7 +207,6 @@ class Conductor {
     run.foreign_share = foreign_share;
     run.noisy =
         steal_share > rules.steal_max || (is_foreign_known && foreign_share > rules.foreign_max);
-    run.is_kept = !run.noisy || run.attempt >= conduct_.preset->reruns_max;
   }
 
   // A signal reaches the run, too: what an interrupted one says is not to be kept.
@@ -223,10 +227,14 @@ class Conductor {
     ++done_runs_;
     ++runs_here_;
     const std::string error = run.error;
+    unsigned& failures = failures_[{run.cell, run.arm}];
+    failures = error.empty() ? 0 : failures + 1;
+    failures_of_all_ = error.empty() ? 0 : failures_of_all_ + 1;
     if (auto stored = store_.append(std::move(run)); !stored) return stored;
     // Where not even the first things can be done, the rest would be the same message.
     constexpr std::size_t kHopeless = 5;
-    if (!any_worked_ && broken_.size() >= kHopeless) return make_error(ErrorKind::kIo, error);
+    if (failures_of_all_ >= (any_worked_ ? kFailuresOfAllMax : kHopeless))
+      return make_error(ErrorKind::kIo, error);
     return {};
   }
 
@@ -250,7 +258,9 @@ class Conductor {
   ResultStore& store_;
   const std::vector<Cell> cells_;
   std::set<Key> done_;
-  std::map<std::pair<std::string, std::string>, std::string> broken_;  // cell, arm: why
+  // Cell, arm: how often in a row, since this process began.
+  std::map<std::pair<std::string, std::string>, unsigned> failures_;
+  std::size_t failures_of_all_{0};
   std::map<std::pair<std::string, int>, unsigned> ended_;  // cell, round: last attempt, or kKept
   std::map<std::string, double> cpu_us_;                   // of a request, by cell
   bool any_worked_{false};
@@ -262,6 +272,13 @@ class Conductor {
 };
 
 }  // namespace
+
+double foreign_share(const bench::MachineUsage& before, const bench::MachineUsage& after,
+                     std::chrono::duration<double> own) {
+  const std::chrono::duration<double> busy = after.busy - before.busy;
+  const auto all = busy + (after.idle - before.idle) + (after.steal - before.steal);
+  return all.count() <= 0 ? 0 : std::max(0.0, (busy - own) / all);
+}
 
 std::vector<Cell> cells_of(const Conduct& conduct) {
   std::vector<std::string> names;

@@ -6,12 +6,14 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "aio/error.h"
+#include "blockdev/bench/machine_usage.h"
 #include "blockdev/wash/analysis.h"
 #include "blockdev/wash/run.h"
 #include "blockdev/wash/store.h"
@@ -46,8 +48,20 @@ struct Conduct {
 [[nodiscard]] std::vector<std::string> order_of_arms(std::uint64_t seed, int round,
                                                      unsigned attempt, const Cell& cell);
 
+// What others used of the processors between two looks at the machine. `own`: what was used of them
+// for the experiment.
+[[nodiscard]] double foreign_share(const bench::MachineUsage& before,
+                                   const bench::MachineUsage& after,
+                                   std::chrono::duration<double> own);
+
+// After so many failures in a row an arm is left out of a cell until the experiment is gone on
+// with. A failure that passes costs one block, which is run again like a noisy one.
+inline constexpr unsigned kFailuresMax = 3;
+// After so many of anything in a row the experiment stops: the disk has gone or is full.
+inline constexpr unsigned kFailuresOfAllMax = 100;
+
 // Runs what is not in the store yet. True: all of it is done; false: interrupted. Errors: those of
-// the store; of a run, where nothing at all can be measured.
+// the store; of a run, where nothing can be measured, or nothing any more.
 Expected<bool> conduct_experiment(const Conduct& conduct, ResultStore& store);
 
 }  // namespace vblk::wash

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <iostream>
 #include <iterator>
@@ -14,8 +15,10 @@
 
 #include "blockdev/bench/image_target.h"
 #include "blockdev/bench/measure.h"
+#include "blockdev/bench/process_usage.h"
 #include "blockdev/wash/child.h"
 #include "blockdev/wash/observed_target.h"
+#include "blockdev/wash/settle.h"
 
 namespace vblk::wash {
 
@@ -173,9 +176,12 @@ Expected<RunRecord> measure_burst(const RunSpec& spec, const Family& family, con
   workload->idle_time = spec.idle_time;
   auto target = bench::open_image_target(target_options(spec, family, arm));
   if (!target) return std::unexpected(std::move(target.error()));
+  // The burst itself is too short for the kernel's ticks: its rest is counted, too.
+  const StealMeter steal;
   const auto result = drive(**target, {*workload}, spec);
   if (!result) return std::unexpected(result.error());
   RunRecord record;
+  record.steal_share = steal.share();
   add_latencies(record, latencies_of(result->jobs.front()));
   return record;
 }
@@ -250,12 +256,27 @@ Expected<RunRecord> measure_served(const RunSpec& spec, const Family& family, co
   }
   auto target = connect(socket_path, server ? server->pid() : 0, *workload);
   if (!target) return std::unexpected(std::move(target.error()));
+  const pid_t elsewhere = server ? 0 : (*target)->process();
+  const auto before = bench::usage_of(elsewhere);
   const auto result = drive(**target, {*workload}, spec);
   if (!result) return std::unexpected(result.error());
-  return record_of(*result);
+  RunRecord record = record_of(*result);
+  if (elsewhere != 0) {
+    const std::chrono::duration<double> used =
+        bench::usage_of(elsewhere).cpu_time - before.cpu_time;
+    record.counters[RunRecord::kServedElsewhere] = used.count();
+  }
+  return record;
 }
 
 }  // namespace
+
+double StealMeter::share() const {
+  const bench::MachineUsage now = bench::machine_usage();
+  const std::chrono::duration<double> steal = now.steal - before_.steal;
+  const auto all = steal + (now.busy - before_.busy) + (now.idle - before_.idle);
+  return all.count() <= 0 ? 0 : steal / all;
+}
 
 void add_latencies(RunRecord& record, const bench::LatencyHistogram& latencies) {
   record.samples = latencies.total();
@@ -279,6 +300,11 @@ Expected<RunRecord> carry_out(const RunSpec& spec) {
   if (family == nullptr || arm == analysis.arms.end()) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("there is no '{}' in '{}'", spec.arm, spec.family));
+  }
+  for (const std::string& path : {spec.image_path, spec.directory}) {
+    if (path.empty()) continue;
+    if (auto settled = settle(path, analysis.rules.before_run); !settled)
+      return std::unexpected(std::move(settled.error()));
   }
   switch (family->kind) {
     case Kind::kLoad:
@@ -306,6 +332,8 @@ Expected<RunRecord> carry_out_elsewhere(const RunSpec& spec) {
 }
 
 int run_one() {
+  // ^C reaches every process of the terminal. This one is over soon, and clears up after itself.
+  ::signal(SIGINT, SIG_IGN);
   const std::string text{std::istreambuf_iterator<char>(std::cin), {}};
   const auto spec = parse_run_spec(text);
   const auto record = spec ? carry_out(*spec) : std::unexpected(spec.error());

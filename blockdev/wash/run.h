@@ -14,6 +14,7 @@
 
 #include "aio/error.h"
 #include "blockdev/bench/latency_histogram.h"
+#include "blockdev/bench/machine_usage.h"
 #include "blockdev/image.h"
 #include "blockdev/wash/analysis.h"
 
@@ -41,6 +42,8 @@ struct RunRecord {
   std::map<std::string, double> metrics;
   // What explains them: counts and times that no verdict rests on.
   std::map<std::string, double> counters;
+  // Processor time of servers that run already: none of this process, and yet not of strangers.
+  static constexpr const char* kServedElsewhere = "served_elsewhere_seconds";
   std::uint64_t samples{0};
   bool saturated{false};
   double seconds{0};
@@ -66,6 +69,17 @@ int run_one();
 Expected<RunRecord> measure_wakes(const RunSpec& spec, const Arm& arm);
 Expected<RunRecord> measure_calls(const RunSpec& spec, const Arm& arm);
 Expected<RunRecord> measure_ranges(const RunSpec& spec, const Arm& arm);
+
+// What the hypervisor takes from now on, for runs that vblk bench does not count itself.
+class StealMeter {
+ public:
+  StealMeter() : before_(bench::machine_usage()) {}
+  // Of the processors' time.
+  [[nodiscard]] double share() const;
+
+ private:
+  const bench::MachineUsage before_;
+};
 
 // Adds quantiles that have enough samples behind them, "p50" and "p99", and the histogram itself.
 void add_latencies(RunRecord& record, const bench::LatencyHistogram& latencies);

@@ -49,6 +49,7 @@ Expected<RunRecord> measure_wakes(const RunSpec& spec, const Arm& arm) {
   std::chrono::nanoseconds submitting{0};
   const auto measured_from = Clock::now() + spec.ramp_time;
   const auto end = measured_from + spec.run_time;
+  const StealMeter steal;
   bench::ProcessUsage before = bench::usage_of(::getpid());
   auto begun = Clock::now();
   bool measured = false;
@@ -78,6 +79,7 @@ Expected<RunRecord> measure_wakes(const RunSpec& spec, const Arm& arm) {
   const bench::ProcessUsage after = bench::usage_of(::getpid());
   RunRecord record;
   record.seconds = std::chrono::duration<double>(Clock::now() - begun).count();
+  record.steal_share = steal.share();
   add_latencies(record, until_last);
   if (record.samples == 0) return record;
   const auto batches = static_cast<double>(record.samples);

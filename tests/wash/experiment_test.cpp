@@ -27,7 +27,8 @@ class ExperimentTest : public testing::Test {
     conduct_.carry_out = [this](const RunSpec& spec) -> Expected<RunRecord> {
       specs_.push_back(spec);
       if (specs_.size() == interrupt_after_) interrupted_ = true;
-      if (spec.arm == broken_arm_) return make_error(ErrorKind::kNotSupported, "no such engine");
+      if (spec.arm == broken_arm_ && ++failures_ <= failures_max_)
+        return make_error(ErrorKind::kNotSupported, "no such engine");
       RunRecord record;
       record.metrics = {{"rate", 1000}, {"cpu", 10}};
       record.steal_share = steal_;
@@ -62,6 +63,8 @@ class ExperimentTest : public testing::Test {
   std::vector<RunSpec> specs_;
   std::size_t interrupt_after_{0};
   std::string broken_arm_;
+  unsigned failures_{0};
+  unsigned failures_max_{~0U};
   double steal_{0};
 };
 
@@ -176,12 +179,74 @@ TEST_F(ExperimentTest, leaves_out_an_arm_that_cannot_be_measured_and_says_why) {
   const auto store = open();
   EXPECT_EQ(conduct(*store).value(), true);
   EXPECT_EQ(std::ranges::count(specs_, "native", &RunSpec::arm),
-            static_cast<std::ptrdiff_t>(cells_of(conduct_).size()));
+            static_cast<std::ptrdiff_t>(cells_of(conduct_).size() * preset_.rounds));
   const auto judgement = judge(analysis_, preset_, cells_of(conduct_), store->runs());
-  EXPECT_EQ(judgement.failed_runs, cells_of(conduct_).size());
+  EXPECT_EQ(judgement.failed_runs, cells_of(conduct_).size() * preset_.rounds);
   const auto& cell = judgement.claims.front().comparisons.front().cells.front();
   EXPECT_EQ(cell.verdict, Verdict::kNotMeasured);
   EXPECT_EQ(cell.reason, "0 of 2 blocks have it: native: no such engine in 2");
+}
+
+TEST_F(ExperimentTest, measures_a_block_again_in_which_a_run_failed) {
+  preset_.reruns_max = 1;
+  broken_arm_ = "native";
+  failures_max_ = 1;
+  const auto store = open();
+  EXPECT_EQ(conduct(*store).value(), true);
+  const auto measured = kept_runs(store->runs());
+  for (const Cell& cell : cells_of(conduct_)) {
+    const auto& runs = measured.at(cell.id).at("native");
+    ASSERT_EQ(runs.size(), preset_.rounds) << cell.id;
+    for (const auto& [round, run] : runs) EXPECT_EQ(run->error, "") << "the failure passed";
+  }
+}
+
+TEST_F(ExperimentTest, gives_an_arm_up_after_failures_in_a_row_until_it_is_gone_on_with) {
+  std::erase_if(analysis_.families[0].levels.at("smoke"), [](const auto&) { return true; });
+  preset_.rounds = 6;
+  broken_arm_ = "native";
+  interrupt_after_ = 1 + 4 * analysis_.families[0].arms.size();
+  {
+    const auto store = open();
+    EXPECT_EQ(conduct(*store).value(), false);
+    EXPECT_EQ(std::ranges::count(specs_, "native", &RunSpec::arm),
+              static_cast<std::ptrdiff_t>(kFailuresMax));
+  }
+  interrupted_ = false;
+  interrupt_after_ = 0;
+  broken_arm_ = "";
+  specs_.clear();
+  const auto store = open();
+  EXPECT_EQ(conduct(*store).value(), true);
+  EXPECT_GE(std::ranges::count(specs_, "native", &RunSpec::arm), 2) << "it is tried again";
+}
+
+TEST_F(ExperimentTest, stops_where_nothing_can_be_measured_any_more) {
+  preset_ = *analysis_.preset("standard");
+  const auto store = open();
+  std::size_t runs = 0;
+  conduct_.carry_out = [&](const RunSpec&) -> Expected<RunRecord> {
+    if (++runs > 40) return make_error(ErrorKind::kIo, "the disk is gone");
+    return RunRecord{.metrics = {{"rate", 1}, {"cpu", 1}}};
+  };
+  const auto done = conduct(*store);
+  ASSERT_FALSE(done);
+  EXPECT_EQ(done.error().message, "the disk is gone");
+  EXPECT_EQ(runs, 40 + kFailuresOfAllMax);
+}
+
+TEST(ForeignLoad, is_what_is_neither_ours_nor_of_servers_that_we_drive) {
+  using std::chrono::milliseconds;
+  using std::chrono::seconds;
+  const bench::MachineUsage before{.busy = seconds(100), .steal = seconds(1), .idle = seconds(50)};
+  bench::MachineUsage after = before;
+  after.busy += seconds(6);
+  after.idle += seconds(3);
+  after.steal += seconds(1);
+  EXPECT_DOUBLE_EQ(foreign_share(before, after, seconds(2)), 0.4);
+  EXPECT_DOUBLE_EQ(foreign_share(before, after, seconds(6)), 0);
+  EXPECT_DOUBLE_EQ(foreign_share(before, after, seconds(7)), 0) << "ticks are coarse";
+  EXPECT_DOUBLE_EQ(foreign_share(before, before, seconds(1)), 0);
 }
 
 TEST_F(ExperimentTest, stops_where_nothing_can_be_measured) {
