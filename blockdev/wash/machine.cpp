@@ -1,16 +1,26 @@
 #include "blockdev/wash/machine.h"
 
+#include <cerrno>
+#include <cstdint>
+#include <endian.h>
+#include <fcntl.h>
 #include <filesystem>
 #include <fstream>
+#include <linux/fs.h>
+#include <linux/perf_event.h>
 #include <set>
 #include <sstream>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
 #include <fmt/core.h>
 
+#include "blockdev/vhost_user/socket.h"
 #include "blockdev/wash/digest.h"
 
 namespace vblk::wash {
@@ -84,7 +94,64 @@ void add_device(std::map<std::string, std::string>& facts, const std::string& im
   if (!error) facts["block device, queues"] = fmt::format("{}", queues);
 }
 
+// Whether cycles can be counted; without, work is known by processor time alone.
+std::string performance_counters() {
+  perf_event_attr what{};
+  what.size = sizeof(what);
+  what.type = PERF_TYPE_HARDWARE;
+  what.config = PERF_COUNT_HW_CPU_CYCLES;
+  what.exclude_kernel = 1;
+  const vhost_user::UniqueFd counter(
+      static_cast<int>(::syscall(SYS_perf_event_open, &what, 0, -1, -1, PERF_FLAG_FD_CLOEXEC)));
+  if (counter) return "yes";
+  return errno == EACCES || errno == EPERM ? "not permitted" : "none";
+}
+
+// The bytes of a disk that an image holds, not of the file.
+std::uint64_t disk_bytes(const std::string& path, int fd, const struct stat& status) {
+  std::uint64_t bytes = static_cast<std::uint64_t>(status.st_size);
+  if (S_ISBLK(status.st_mode)) {
+    ::ioctl(fd, BLKGETSIZE64, &bytes);
+  } else if (path.ends_with(".qcow2")) {
+    // qcow2.txt, "Header": the size of the virtual disk, big endian. The file grows.
+    constexpr off_t kSizeOffset = 24;
+    std::uint64_t size = 0;
+    if (::pread(fd, &size, sizeof(size), kSizeOffset) == sizeof(size)) bytes = be64toh(size);
+  }
+  return bytes;
+}
+
+// Of a device what its maker calls it, or the file behind it; of a file its place in its file
+// system. Numbers of devices change with the machine's start and say nothing.
+std::string which_disk(int fd, const struct stat& status) {
+  if (S_ISBLK(status.st_mode)) {
+    const std::filesystem::path device =
+        fmt::format("/sys/dev/block/{}:{}", ::major(status.st_rdev), ::minor(status.st_rdev));
+    for (const char* name :
+         {"wwid", "device/wwid", "serial", "device/serial", "loop/backing_file"}) {
+      const std::string value = first_line(device / name);
+      if (!value.empty()) return value;
+    }
+    return "no serial number";
+  }
+  struct statfs system{};
+  ::fstatfs(fd, &system);
+  return fmt::format("file {} of file system {:08x}{:08x}", status.st_ino,
+                     static_cast<std::uint32_t>(system.f_fsid.__val[0]),
+                     static_cast<std::uint32_t>(system.f_fsid.__val[1]));
+}
+
 }  // namespace
+
+std::string identity_of_image(const std::string& path) {
+  std::error_code error;
+  const std::string absolute = std::filesystem::absolute(path, error).string();
+  const vhost_user::UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  struct stat status{};
+  if (!fd || ::fstat(fd.get(), &status) != 0) return absolute + ", not there";
+  return fmt::format("{}, {} bytes, {}", absolute, disk_bytes(path, fd.get(), status),
+                     which_disk(fd.get(), status));
+}
 
 std::map<std::string, std::string> machine_facts(const std::string& image_path) {
   utsname system{};
@@ -105,6 +172,7 @@ std::map<std::string, std::string> machine_facts(const std::string& image_path) 
     const std::string value = first_line(path);
     if (!value.empty()) facts[name] = value;
   }
+  facts["performance counters"] = performance_counters();
   facts["vblk"] = VBLK_VERSION;
   add_device(facts, image_path);
   return facts;

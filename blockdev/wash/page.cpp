@@ -4,6 +4,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,7 +27,9 @@ constexpr const char* kStyle = R"css(
     --wash: #8ab4f0; --aio: #63cf95; --threads: #f0a06a; --open: #a3abb6;
     --s0: #f0a06a; --s1: #63cf95; --s2: #8ab4f0; --s3: #c3a1ff; --s4: #a3abb6; --s5: #f08cc8; } }
 @media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #f3f4f6; --line: #999;
-  --band: #e4e4e4; } section { break-inside: avoid-page; } details > * { display: block; } }
+  --band: #e4e4e4; } section { break-inside: auto; } tr, svg { break-inside: avoid; }
+  details::details-content { content-visibility: visible; display: block; block-size: auto; }
+  .scroll { overflow: visible; } .scroll > svg { min-width: 0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
@@ -247,6 +250,72 @@ std::string latency_part(const Report& report) {
          part + "</details></section>\n";
 }
 
+double median_over(const std::map<int, const StoredRun*>& runs, const char* name) {
+  std::vector<double> values;
+  for (const auto& [round, run] : runs) {
+    for (const auto* all : {&run->record.metrics, &run->record.counters}) {
+      const auto found = all->find(name);
+      if (found != all->end()) values.push_back(found->second);
+    }
+  }
+  if (values.empty()) return 0;
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::ranges::nth_element(values, middle);
+  return *middle;
+}
+
+// One value of each arm over how many flushes there are at once, on a device; medians over blocks.
+Chart flush_chart(const Report& report, const Measured& measured, const Family& family,
+                  const std::string& device, const char* name, const Axis& y) {
+  Chart plot{.x = {.label = "writes with their flush at once", .is_logarithmic = true}, .y = y};
+  std::map<std::string, std::vector<std::pair<double, double>>> points;
+  for (const Cell& cell : report.cells) {
+    const auto arms = measured.find(cell.id);
+    const std::string depth = level_of(cell, "iodepth");
+    if (cell.family != &family || cell.device != device || arms == measured.end() || depth.empty())
+      continue;
+    plot.x.marks.emplace_back(std::stod(depth), depth);
+    for (const auto& [arm, runs] : arms->second) {
+      // No axis has a place for none on a logarithmic scale.
+      if (const double value = median_over(runs, name); value > 0)
+        points[arm].emplace_back(std::stod(depth), value);
+    }
+  }
+  for (const std::string& arm : family.arms) plot.series.push_back({arm, points[arm], true, false});
+  return plot;
+}
+
+std::string flushes_part(const Report& report) {
+  const Family* const family = report.analysis->family("flushes");
+  if (family == nullptr) return {};
+  const Measured measured = kept_runs(*report.runs);
+  std::set<std::string> devices;
+  for (const Cell& cell : report.cells) {
+    if (cell.family == family) devices.insert(cell.device);
+  }
+  std::string part;
+  for (const std::string& device : devices) {
+    std::string drawn;
+    for (const auto& [title, name, y] :
+         {std::tuple("How many per second", "rate",
+                     Axis{.label = "per second", .is_logarithmic = true}),
+          std::tuple("Until a write is durable, p99", "p99",
+                     Axis{.label = "us", .is_logarithmic = true}),
+          std::tuple("Flushes that the disk was sent, for each one asked for",
+                     "device_flushes_per_io", Axis{.label = "flushes of the disk"})}) {
+      const std::string plot = chart(flush_chart(report, measured, *family, device, name, y));
+      if (!plot.empty())
+        drawn += fmt::format("<h3>{}: {}</h3>\n{}", bench::escaped(device), title, plot);
+    }
+    part += drawn;
+  }
+  if (part.empty()) return {};
+  return fmt::format(
+      "<section id=\"flushes\"><h2>Flushes</h2>\n<p>{}; medians over the blocks.</p>\n{}"
+      "</section>\n",
+      bench::escaped(family->what), part);
+}
+
 std::string controls_part(const Report& report) {
   const ControlResult& controls = report.judgement.controls;
   std::string part = "<section id=\"controls\"><h2>Controls</h2>\n";
@@ -276,6 +345,16 @@ std::string setting_part(const Report& report) {
   const Experiment& experiment = *report.experiment;
   std::string part = "<section id=\"setting\"><h2>The machine and the experiment</h2>\n";
   part += facts_table(experiment.machine);
+  const auto limits = limits_of(experiment);
+  if (!limits.empty()) {
+    part += "<h3 id=\"limits\">What this machine cannot show</h3>\n<ul>";
+    for (const std::string& limit : limits)
+      part += fmt::format("<li>{}</li>", bench::escaped(limit));
+    part += "</ul>\n";
+  }
+  for (const SkippedDevice& one : report.skipped)
+    part += fmt::format("<p>{} cells are skipped, those of {}: {}.</p>\n", one.cells,
+                        bench::escaped(one.device), bench::escaped(one.why));
   part += "<h3>Devices</h3>\n" + facts_table(experiment.devices);
   part += "<h3>Identity</h3>\n" + facts_table(experiment.identity);
   part += fmt::format("<p>Begun {}, seed {}; {} runs, {} of them failed.</p>\n",
@@ -304,6 +383,7 @@ std::string html_report(const Report& report) {
   page += reading_part(report);
   page += controls_part(report);
   for (const ClaimResult& claim : report.judgement.claims) page += claim_part(report, claim);
+  page += flushes_part(report);
   page += latency_part(report);
   page += setting_part(report);
   return page + "</body></html>\n";

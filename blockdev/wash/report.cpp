@@ -221,6 +221,49 @@ std::string controls_text(const ControlResult& controls, const Preset& preset) {
   return text;
 }
 
+std::string skipped_text(const Report& report) {
+  std::string text;
+  for (const SkippedDevice& one : report.skipped)
+    text += fmt::format("{} cells skipped, those of {}: {}\n", one.cells, one.device, one.why);
+  return text;
+}
+
+std::vector<std::string> limits_of(const Experiment& experiment) {
+  std::vector<std::string> limits;
+  const auto fact = [&](const char* name) {
+    const auto found = experiment.machine.find(name);
+    return found == experiment.machine.end() ? std::string() : found->second;
+  };
+  const std::string processors = fact("processors");
+  // Load, loop, and workers for a batch; with fewer processors they take turns.
+  constexpr unsigned long kProcessorsForAll = 4;
+  if (!processors.empty() && std::stoul("0" + processors) < kProcessorsForAll)
+    limits.push_back(
+        fmt::format("Load, loop and workers share {} processors: what is won by "
+                    "working at the same time can hardly be seen, nor what many "
+                    "processors get into each other's way with (C2).",
+                    std::stoul("0" + processors)));
+  if (fact("virtual machine") == "yes")
+    limits.push_back(
+        "A virtual machine: its processors and its disk are others' as well, and to "
+        "wake an idle processor takes the hypervisor.");
+  if (const std::string counters = fact("performance counters");
+      !counters.empty() && counters != "yes")
+    limits.push_back(
+        fmt::format("No performance counters ({}): what an engine costs is processor "
+                    "time, not cycles, and cache lines cannot be watched.",
+                    counters));
+  if (fact("block device, queues") == "1")
+    limits.push_back(
+        "The disk has one queue: submissions of several threads meet there, whatever "
+        "the engine.");
+  if (fact("block device, fua") == "0" && fact("block device, write_cache") == "write back")
+    limits.push_back(
+        "The disk has a volatile cache and no FUA: each durable write is a write and "
+        "a flush.");
+  return limits;
+}
+
 std::string headline(const Report& report) {
   std::string text;
   for (const ClaimResult& claim : report.judgement.claims) {
@@ -236,6 +279,9 @@ std::string text_report(const Report& report) {
   text += headline(report);
   text += "\n" + wrapped(controls_text(report.judgement.controls, *report.preset), 100, "") + "\n";
   for (const std::string& note : report.notes) text += wrapped("note: " + note, 100, "");
+  text += skipped_text(report);
+  for (const std::string& limit : limits_of(experiment))
+    text += wrapped("limit: " + limit, 100, "");
   for (const auto& [name, value] : experiment.devices)
     text += fmt::format("device {}: {}\n", name, value);
   for (const auto& [name, value] : experiment.machine) text += fmt::format("{}: {}\n", name, value);
@@ -267,6 +313,13 @@ std::string json_report(const Report& report) {
                               {"no_verdict_of_metric_because", texts_json(controls.refusals)},
                               {"again_cells", cells_json(controls.again_cells)},
                               {"slowed", cells_json(controls.slowed)}};
+  json::array skipped;
+  for (const SkippedDevice& one : report.skipped)
+    skipped.push_back(
+        json::object{{"device", one.device}, {"cells", one.cells}, {"because", one.why}});
+  json::array limits;
+  for (const std::string& limit : limits_of(*report.experiment))
+    limits.push_back(json::string(limit));
   json::array notes;
   for (const std::string& note : report.notes) notes.push_back(json::string(note));
   const Experiment& experiment = *report.experiment;
@@ -283,6 +336,8 @@ std::string json_report(const Report& report) {
                                       {"runs", report.judgement.runs},
                                       {"failed_runs", report.judgement.failed_runs},
                                       {"skipped", texts_json(report.judgement.skipped)},
+                                      {"skipped_cells", std::move(skipped)},
+                                      {"limits", std::move(limits)},
                                       {"notes", std::move(notes)},
                                       {"controls", std::move(control_object)},
                                       {"claims", std::move(claims)}}) +

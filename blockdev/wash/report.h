@@ -9,6 +9,13 @@
 
 namespace vblk::wash {
 
+// A device that is not there, and what of the preset is not measured for it.
+struct SkippedDevice {
+  std::string device;
+  std::size_t cells{0};
+  std::string why;
+};
+
 // All that a report is made of.
 struct Report {
   const Analysis* analysis{nullptr};
@@ -17,6 +24,7 @@ struct Report {
   const std::vector<StoredRun>* runs{nullptr};
   std::vector<Cell> cells;
   Judgement judgement;
+  std::vector<SkippedDevice> skipped;
   bool complete{false};  // all runs are there
   std::vector<std::string> notes;
 };
@@ -42,6 +50,10 @@ struct Report {
 [[nodiscard]] std::string metric_name(const std::string& metric);  // "requests per second"
 // The label of the preset, and what qualifies it.
 [[nodiscard]] std::string label_of(const Report& report);
+// A line for each device that is not there: "4 cells skipped, those of ram: ...".
+[[nodiscard]] std::string skipped_text(const Report& report);
+// What the machine, by its facts, cannot show.
+[[nodiscard]] std::vector<std::string> limits_of(const Experiment& experiment);
 // The sentence about the controls.
 [[nodiscard]] std::string controls_text(const ControlResult& controls, const Preset& preset);
 

@@ -27,6 +27,7 @@ namespace json = boost::json;
 constexpr const char* kExperiment = "experiment.json";
 constexpr const char* kRuns = "runs.jsonl";
 constexpr const char* kAnalysis = "analysis.json";
+constexpr const char* kSeed = "seed";
 constexpr int kSchema = 1;
 constexpr std::string_view kLineBegin = R"({"digest":")";
 constexpr std::string_view kLineMiddle = R"(","run":)";
@@ -137,13 +138,30 @@ bool holds_something(const std::string& folder, std::error_code& error) {
 
 std::string differences(const Identity& there, const Identity& here) {
   std::string text;
+  const auto add = [&text](const std::string& name, const std::string& old,
+                           const std::string& now) {
+    text += fmt::format("{}{} ({}, now {})", text.empty() ? "" : ", ", name, old, now);
+  };
   for (const auto& [name, value] : here) {
     const auto found = there.find(name);
-    const std::string old = found == there.end() ? "unknown" : found->second;
-    if (old != value)
-      text += fmt::format("{}{} ({}, now {})", text.empty() ? "" : ", ", name, old, value);
+    if (found == there.end()) {
+      // A seed that was not asked for by number is in the experiment all the same.
+      add(name, "none", value);
+    } else if (found->second != value) {
+      add(name, found->second, value);
+    }
+  }
+  for (const auto& [name, value] : there) {
+    if (!here.contains(name) && name != kSeed) add(name, value, "none");
   }
   return text;
+}
+
+// What is in a folder, such as a new name, is durable when the folder is.
+Expected<void> sync_folder(const std::string& folder) {
+  const vhost_user::UniqueFd fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!fd || ::fsync(fd.get()) != 0) return failed("sync the folder", folder, errno);
+  return {};
 }
 
 }  // namespace
@@ -176,6 +194,9 @@ Expected<std::unique_ptr<ResultStore>> ResultStore::open(const std::string& fold
       return std::unexpected(written.error());
     if (auto written = store->write(kExperiment, text_of(wanted)); !written)
       return std::unexpected(written.error());
+    // The folder itself is new, too.
+    const auto parent = std::filesystem::absolute(folder, error).lexically_normal().parent_path();
+    if (auto synced = sync_folder(parent.string()); !synced) return std::unexpected(synced.error());
     return store;
   }
   if (auto locked = store->lock(); !locked) return std::unexpected(locked.error());
@@ -197,9 +218,9 @@ Expected<std::unique_ptr<ResultStore>> ResultStore::open(const std::string& fold
   return store;
 }
 
-Expected<std::unique_ptr<ResultStore>> ResultStore::read(const std::string& folder) {
+Expected<std::unique_ptr<ResultStore>> ResultStore::read(const std::string& folder, bool force) {
   std::unique_ptr<ResultStore> store(new ResultStore(folder));
-  if (auto loaded = store->load(false, false); !loaded) return std::unexpected(loaded.error());
+  if (auto loaded = store->load(false, force); !loaded) return std::unexpected(loaded.error());
   return store;
 }
 
@@ -272,9 +293,13 @@ Expected<void> ResultStore::write(const std::string& name, const std::string& te
     ::unlink(temporary.c_str());
     return written;
   }
-  if (::rename(temporary.c_str(), path(name).c_str()) != 0)
-    return failed("write", path(name), errno);
-  return {};
+  const vhost_user::UniqueFd fd(::open(temporary.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd || ::fsync(fd.get()) != 0 || ::rename(temporary.c_str(), path(name).c_str()) != 0) {
+    const int error = errno;
+    ::unlink(temporary.c_str());
+    return failed("write", path(name), error);
+  }
+  return sync_folder(folder_);
 }
 
 }  // namespace vblk::wash

@@ -37,7 +37,8 @@ struct StoredRun {
   static constexpr int kCalibration = -1;
 };
 
-// What must be alike for an experiment to go on: name and value of each thing.
+// What must be alike for an experiment to go on: name and value of each thing, on both sides. Only
+// the seed need not be said again.
 using Identity = std::map<std::string, std::string>;
 
 struct Experiment {
@@ -61,8 +62,8 @@ class ResultStore {
   // Whether an experiment is in the folder, which need not be there. Error: kBusy: something else
   // is.
   static Expected<bool> look(const std::string& folder);
-  // Only to read. Errors: as above.
-  static Expected<std::unique_ptr<ResultStore>> read(const std::string& folder);
+  // Only to read. `force`: past damaged lines. Errors: as above.
+  static Expected<std::unique_ptr<ResultStore>> read(const std::string& folder, bool force);
 
   [[nodiscard]] const Experiment& experiment() const { return experiment_; }
   [[nodiscard]] const std::vector<StoredRun>& runs() const { return runs_; }
@@ -72,7 +73,8 @@ class ResultStore {
 
   // Durable when it returns. Errors: kExhausted (a full disk) and so on; what was there is kept.
   Expected<void> append(StoredRun run);
-  // Writes a file of the folder whole or not at all.
+  // Writes a file of the folder whole or not at all, whatever happens to the machine meanwhile.
+  // Durable when it returns.
   Expected<void> write(const std::string& name, const std::string& text) const;
 
  private:

@@ -30,6 +30,7 @@
 #include "blockdev/wash/precondition.h"
 #include "blockdev/wash/ram_device.h"
 #include "blockdev/wash/report.h"
+#include "blockdev/wash/scratch_folder.h"
 
 namespace vblk::wash {
 
@@ -37,6 +38,8 @@ namespace {
 
 constexpr int kExitFailure = 1;
 constexpr int kExitUsage = 2;
+// What stands before the reason where a device is not there.
+constexpr const char* kSkipped = "skipped: ";
 
 int fail(const Error& error, int status) {
   fmt::print(stderr, "vblk: wash: {}\n", error.message);
@@ -98,6 +101,7 @@ std::string now_text() {
 struct Setting {
   std::vector<Device> devices;
   std::unique_ptr<RamDevice> ram;
+  std::unique_ptr<ScratchFolder> scratch;
   std::map<std::string, std::string> device_facts;
 };
 
@@ -131,12 +135,12 @@ Expected<void> take_images(const WashOptions& options, const Preset& preset,
 
 void take_ram(const WashOptions& options, const Preset& preset, Setting& setting) {
   if (!options.ram) {
-    setting.device_facts["ram"] = "skipped: --ram off";
+    setting.device_facts["ram"] = std::string(kSkipped) + "--ram off";
     return;
   }
   auto ram = RamDevice::create(preset.ram_bytes);
   if (!ram) {
-    setting.device_facts["ram"] = "skipped: " + ram.error().message;
+    setting.device_facts["ram"] = kSkipped + ram.error().message;
     return;
   }
   setting.device_facts["ram"] =
@@ -147,15 +151,46 @@ void take_ram(const WashOptions& options, const Preset& preset, Setting& setting
 }
 
 // Files lie beside the image, or where the result does if that is a device.
-void take_files(const WashOptions& options, Setting& setting) {
+std::string folder_of_files(const WashOptions& options) {
   std::error_code error;
   const std::filesystem::path image = options.image_paths.front();
-  const std::filesystem::path folder = std::filesystem::is_block_file(image, error)
-                                           ? std::filesystem::path(options.output_path)
-                                           : std::filesystem::absolute(image, error).parent_path();
-  setting.devices.push_back({.name = "files", .path = folder.string()});
-  setting.device_facts["files"] = folder.string();
+  if (std::filesystem::is_block_file(image, error)) return options.output_path;
+  return std::filesystem::absolute(image, error).parent_path().string();
+}
+
+// Requires the result to be ours.
+void take_files(const WashOptions& options, Setting& setting) {
+  const std::string folder = folder_of_files(options);
+  auto scratch = ScratchFolder::make(folder, options.output_path);
+  if (scratch) setting.scratch = std::move(*scratch);
+  // Where none can be made each run says so; the other cells are measured all the same.
+  setting.devices.push_back(
+      {.name = "files", .path = setting.scratch ? setting.scratch->path() : folder});
   setting.devices.push_back({.name = "none"});
+}
+
+// An experiment has the loop device from its first run to its last, or never.
+Expected<void> agree_on_ram(const ResultStore& store, bool force, Setting& setting) {
+  const auto& devices = store.experiment().devices;
+  const auto before = devices.find("ram");
+  const bool had = before != devices.end() && !before->second.starts_with(kSkipped);
+  if (had && !setting.ram && !force) {
+    return make_error(
+        ErrorKind::kInvalidArgument,
+        fmt::format("'{}' was begun with a loop device over memory ({}), which cannot be had now "
+                    "({}); go on without it by --force",
+                    store.folder(), before->second, setting.device_facts["ram"]));
+  }
+  if (!had && setting.ram) {
+    std::erase_if(setting.devices, [](const Device& device) { return device.name == "ram"; });
+    setting.ram.reset();
+  }
+  return {};
+}
+
+void identify_images(const WashOptions& options, Identity& identity) {
+  for (std::size_t i = 0; i < options.image_paths.size(); ++i)
+    identity[device_name(options, i)] = identity_of_image(options.image_paths[i]);
 }
 
 Expected<Experiment> wanted_experiment(const WashOptions& options) {
@@ -166,11 +201,8 @@ Expected<Experiment> wanted_experiment(const WashOptions& options) {
   experiment.identity = std::move(*identity);
   experiment.identity["preset"] = options.preset;
   experiment.identity["peer"] = options.peer;
-  for (std::size_t i = 0; i < options.image_paths.size(); ++i) {
-    std::error_code error;
-    experiment.identity[device_name(options, i)] =
-        std::filesystem::absolute(options.image_paths[i], error).string();
-  }
+  experiment.identity["ram"] = options.ram ? "on" : "off";
+  identify_images(options, experiment.identity);
   if (options.seed) experiment.identity["seed"] = fmt::format("{}", *options.seed);
   experiment.machine = machine_facts(options.image_paths.front());
   return experiment;
@@ -180,7 +212,7 @@ Expected<Experiment> wanted_experiment(const WashOptions& options) {
 std::vector<std::string> devices_of(const ResultStore& store) {
   std::vector<std::string> devices{"none"};
   for (const auto& [name, what] : store.experiment().devices) {
-    if (!what.starts_with("skipped:")) devices.push_back(name);
+    if (!what.starts_with(kSkipped)) devices.push_back(name);
   }
   return devices;
 }
@@ -194,6 +226,12 @@ Report report_of(const ResultStore& store, bool complete) {
                 .complete = complete,
                 .notes = store.notes()};
   report.cells = cells_of(analysis, *report.preset, devices_of(store));
+  for (const auto& [name, what] : store.experiment().devices) {
+    if (!what.starts_with(kSkipped)) continue;
+    report.skipped.push_back({.device = name,
+                              .cells = cells_of(analysis, *report.preset, {name}).size(),
+                              .why = what.substr(std::string_view(kSkipped).size())});
+  }
   report.judgement = judge(analysis, *report.preset, report.cells, store.runs());
   return report;
 }
@@ -208,7 +246,7 @@ Expected<void> write_reports(const ResultStore& store, const Report& report) {
   return {};
 }
 
-// Every round of every cell is there, or cannot be.
+// Every round of every cell is there, or cannot be: nothing in it has ever worked.
 bool is_complete(const ResultStore& store) {
   const Analysis& analysis = registered_analysis();
   const Preset& preset = *analysis.preset(store.experiment().preset);
@@ -221,23 +259,29 @@ bool is_complete(const ResultStore& store) {
     if (arms != measured.end()) {
       for (const auto& [arm, runs] : arms->second) rounds = std::max(rounds, runs.size());
     }
-    if (rounds < preset.rounds) return false;
+    const bool cannot_be = std::ranges::all_of(cell.family->arms, [&](const std::string& arm) {
+      const auto failures = std::ranges::count_if(store.runs(), [&](const StoredRun& run) {
+        return run.cell == cell.id && run.arm == arm && !run.error.empty();
+      });
+      return failures >= kFailuresMax;
+    });
+    if (rounds < preset.rounds && !cannot_be) return false;
   }
   return true;
 }
 
-int tell(const ResultStore& store, bool complete) {
-  const Report report = report_of(store, complete);
+int tell(const ResultStore& store) {
+  const Report report = report_of(store, is_complete(store));
   if (auto written = write_reports(store, report); !written)
     return fail(written.error(), kExitFailure);
-  fmt::print("{}\n\n{}\n{}\n", label_of(report), headline(report),
-             controls_text(report.judgement.controls, *report.preset));
+  fmt::print("{}\n\n{}\n{}\n{}", label_of(report), headline(report),
+             controls_text(report.judgement.controls, *report.preset), skipped_text(report));
   fmt::print("report: {}/report.html (summary.txt, summary.json, runs.csv)\n", store.folder());
   return 0;
 }
 
 int report_only(const WashOptions& options) {
-  const auto store = ResultStore::read(options.output_path);
+  const auto store = ResultStore::read(options.output_path, options.force);
   if (!store) return fail(store.error(), kExitFailure);
   if ((*store)->experiment().identity.at("analysis") != sha256(analysis_text()).substr(0, 16)) {
     return fail({.kind = ErrorKind::kInvalidArgument,
@@ -246,7 +290,8 @@ int report_only(const WashOptions& options) {
                                         options.output_path)},
                 kExitFailure);
   }
-  return tell(**store, is_complete(**store));
+  for (const std::string& note : (*store)->notes()) fmt::print(stderr, "vblk: wash: {}\n", note);
+  return tell(**store);
 }
 
 int measure(const WashOptions& options) {
@@ -284,13 +329,19 @@ int measure(const WashOptions& options) {
     }
     if (interrupted) return 128 + SIGINT;
     take_ram(options, preset, setting);
-    take_files(options, setting);
+    setting.device_facts["files"] = folder_of_files(options);
     wanted->devices = setting.device_facts;
-    if (!store) {
+    if (store) {
+      if (auto agreed = agree_on_ram(*store, options.force, setting); !agreed)
+        return fail(agreed.error(), kExitFailure);
+    } else {
+      // Now they are there, and of their size.
+      identify_images(options, wanted->identity);
       auto opened = ResultStore::open(options.output_path, *wanted, options.force);
       if (!opened) return fail(opened.error(), kExitFailure);
       store = std::move(*opened);
     }
+    take_files(options, setting);
     for (const std::string& note : store->notes()) fmt::print(stderr, "vblk: wash: {}\n", note);
     const Conduct conduct{
         .analysis = &analysis,
@@ -306,8 +357,12 @@ int measure(const WashOptions& options) {
         .carry_out = carry_out_elsewhere};
     done = conduct_experiment(conduct, *store);
   }
-  const int status = tell(*store, done && *done);
-  if (!done) return fail(done.error(), kExitFailure);
+  if (!done) {
+    // One line says why. The reports of what there is are worth a try, on a full disk, too.
+    static_cast<void>(write_reports(*store, report_of(*store, false)));
+    return fail(done.error(), kExitFailure);
+  }
+  const int status = tell(*store);
   if (!*done) {
     fmt::print(stderr, "vblk: wash: interrupted; the same command goes on where it was\n");
     return 128 + SIGINT;

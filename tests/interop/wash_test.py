@@ -126,6 +126,8 @@ def test_whole(report, vblk):
         status, output = wash(vblk, "--output", result, "--report")
         report.check("the reports are made again from what was stored", status == 0 and
                      json.loads((result / "summary.json").read_text())["claims"] == summary["claims"], output)
+        refused(report, vblk, "going on with fewer images than it began with",
+                ["--image", image, "--output", result, "--preset", "smoke", "--randseed", "5", "--peer", PEER], "image:b.qcow2 (")
         status, output = wash(vblk, "compare", result, result)
         report.check("results are set side by side", status == 0 and "C0" in output and "core/image" in output, output)
         status, output = wash(vblk, "--image", image, "--image", qcow2, "--output", result, "--preset", "smoke",
@@ -165,6 +167,18 @@ def test_browser(report, page):
     printed = page.parent / "page.pdf"
     run(*common, f"--print-to-pdf={printed}", url, timeout=120)
     report.check("it is printed", printed.exists() and printed.read_bytes().startswith(b"%PDF"))
+    # On paper nothing can be opened: what is folded on the screen must be there.
+    folded = page.parent / "folded.html"
+    folded.write_text(page.read_text().replace("details::details-content", "details::nothing"))
+    short = page.parent / "folded.pdf"
+    run(*common, f"--print-to-pdf={short}", folded.as_uri(), timeout=120)
+    pages = [len(re.findall(rb"/Type\s*/Page\b", path.read_bytes())) for path in (printed, short) if path.exists()]
+    report.check("tables that are folded on the screen are printed", len(pages) == 2 and pages[0] > pages[1] > 0, pages)
+    report.check("the flush plots and the machine's limits are on the page", 'id="flushes"' in dom and 'id="limits"' in dom)
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if name.startswith("vblk-wash-")]
 
 
 def test_kill_and_resume(report, vblk):
@@ -177,19 +191,24 @@ def test_kill_and_resume(report, vblk):
         command = ["--image", image, "--size", "64M", "--output", result, "--preset", "smoke", "--ram", "off",
                    "--randseed", "9", "--eta", "never", "--peer", folder / "{aio}.s"]
         seen = 0
-        for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             process = subprocess.Popen([str(vblk), "wash", *map(str, command)], stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT)
+                                       stderr=subprocess.STDOUT, start_new_session=True)
             path = result / "runs.jsonl"
             goes_on = wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= seen + 12, 120)
-            process.send_signal(how)
+            # A terminal sends SIGINT to all of its processes.
+            if how == signal.SIGINT:
+                os.killpg(process.pid, how)
+            else:
+                process.send_signal(how)
             output, _ = process.communicate(timeout=60)
             runs = path.read_bytes()
             count = runs[:runs.rfind(b"\n") + 1].count(b"\n")
             report.check(f"after {how.name} all runs up to then are there", goes_on and count >= seen + 12,
                          f"{count} after {seen}\n{output.decode()}")
-            if how == signal.SIGTERM:
-                report.check("SIGTERM ends it with 130, a report, and how to go on",
+            if how != signal.SIGKILL:
+                report.check(f"{how.name} leaves no files beside the image", not leftovers(folder), leftovers(folder))
+                report.check(f"{how.name} ends it with 130, a report, and how to go on",
                              process.returncode == 130 and b"goes on" in output and (result / "report.html").exists(),
                              f"status {process.returncode}\n{output.decode()}")
                 label = json.loads((result / "summary.json").read_text())
@@ -209,11 +228,12 @@ def test_kill_and_resume(report, vblk):
         kept = {(one["cell"], one["arm"], one["round"]) for one in runs}
         rounds = json.loads((result / "analysis.json").read_text())["presets"]["smoke"]["rounds"]
         cells = {one["cell"] for one in runs}
+        report.check("their processor time is none of strangers",
+                     all(one["record"]["counters"]["served_elsewhere_seconds"] > 0 for one in served), served[:1])
         report.check("no block is missing",
                      all((cell, arm, number) in kept for number in range(rounds) for cell in cells
                          for arm in {one["arm"] for one in runs if one["cell"] == cell and one["round"] == 0}))
-        leftovers = [name for name in os.listdir(folder) if name.startswith("vblk-wash-")]
-        report.check("runs that were killed leave at most their folder of files", len(leftovers) <= 3, leftovers)
+        report.check("what killed runs leave behind the next one clears away", not leftovers(folder), leftovers(folder))
 
         path = result / "runs.jsonl"
         whole = path.read_bytes()
@@ -221,6 +241,10 @@ def test_kill_and_resume(report, vblk):
         refused(report, vblk, "a damaged folder", command, "damaged in line")
         refused(report, vblk, "a report of a damaged folder", ["--output", result, "--report"], "damaged in line")
         report.check("the damaged folder is left alone", path.read_bytes() == whole.replace(b'"rate":', b'"rota":', 1))
+        status, output = wash(vblk, "--output", result, "--report", "--force")
+        report.check("a damaged folder is reported without that line by --force",
+                     status == 0 and "damaged in line" in output and
+                     any("damaged" in note for note in json.loads((result / "summary.json").read_text())["notes"]), output)
         path.write_bytes(whole)
         other = shutil.copy(vblk, folder / "other-vblk")
         with open(other, "ab") as file:
@@ -228,6 +252,18 @@ def test_kill_and_resume(report, vblk):
         refused(report, other, "going on by another program", command, "program (")
         refused(report, vblk, "going on with another preset", 
                 ["--image", image, "--output", result, "--preset", "quick", "--randseed", "9"], "preset (smoke, now quick)")
+        refused(report, vblk, "going on with a loop device that it did not begin with",
+                [word if word != "off" else "on" for word in command], "ram (off, now on)")
+        with image.open("r+b") as file:
+            file.truncate(96 * MIB)
+        refused(report, vblk, "going on with an image of another size", command, "image (")
+        with image.open("r+b") as file:
+            file.truncate(64 * MIB)
+        shutil.copy(image, folder / "copy.img")
+        os.rename(image, folder / "kept.img")
+        os.rename(folder / "copy.img", image)
+        refused(report, vblk, "going on with another image in the same place", command, "image (")
+        os.rename(folder / "kept.img", image)
         status, output = wash(other, *command, "--force")
         report.check("it goes on all the same by --force, and says so", status == 0 and "--force" in output,
                      f"status {status}\n{output}")
@@ -316,6 +352,54 @@ def test_full_disk(report, vblk):
             subprocess.run(["umount", place], check=False)
 
 
+def test_full_output(report, vblk):
+    """The disk under the result fills while runs are measured."""
+    if os.geteuid() != 0:
+        return report.skip("wash, a full disk under the result", "needs root")
+    with Folder() as folder:
+        place = folder / "mnt"
+        place.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], stderr=subprocess.DEVNULL).returncode:
+            return report.skip("wash, a full disk under the result", "cannot mount a tmpfs")
+        try:
+            result = place / "out"
+            command = ["--image", folder / "a.img", "--size", "32M", "--output", result, "--preset", "smoke", "--ram", "off",
+                       "--randseed", "3", "--eta", "never"]
+            status, output = wash(vblk, *command)
+            report.check("wash, a full disk under the result ends it in one line",
+                         status == 1 and "No space left" in output and output.count("\n") == 1, f"status {status}\n{output}")
+            runs = runs_of(result)
+            report.check("what was measured is kept", len(runs) > 5, len(runs))
+            report.check("no half of a report is left", not list(result.glob("*.new")), list(result.iterdir()))
+            subprocess.run(["mount", "-o", "remount,size=64M", place], check=True)
+            status, output = wash(vblk, *command)
+            report.check("with space it goes on", status == 0 and runs_of(result)[:len(runs)] == runs, f"status {status}\n{output}")
+        finally:
+            subprocess.run(["umount", place], check=False)
+
+
+def test_no_permission(report, vblk):
+    """Cells of a device that cannot be had are counted, never made up."""
+    if os.geteuid() != 0:
+        return report.skip("wash, no permission for a loop device", "needs root, to be another user")
+    with Folder() as folder:
+        # Where that user may be: the build folder may not be such a place.
+        program = shutil.copy(vblk, folder / "vblk")
+        os.chmod(folder, 0o777)
+        command = [program, "wash", "--image", folder / "a.img", "--size", "32M", "--output", folder / "out", "--preset", "smoke",
+                   "--eta", "never"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, user=65534, group=65534,
+                              extra_groups=[], check=False)
+        summary = json.loads((folder / "out" / "summary.json").read_text()) if done.returncode == 0 else {}
+        skipped = summary.get("skipped_cells", [])
+        report.check("without permission for a loop device its cells are skipped and counted",
+                     [one["device"] for one in skipped] == ["ram"] and skipped[0]["cells"] == 1 and
+                     "ermission" in skipped[0]["because"] and "1 cells skipped" in done.stdout,
+                     f"status {done.returncode}\n{done.stdout}{done.stderr}{skipped}")
+        cells = {cell["cell"] for claim in summary.get("claims", []) for one in claim["comparisons"] for cell in one["cells"]}
+        report.check("none of them is in the result", cells and not any("/ram/" in cell for cell in cells), sorted(cells))
+
+
 def test_progress(report, vblk):
     with Folder() as folder:
         command = [vblk, "wash", "--image", folder / "a.img", "--size", "32M", "--output", folder / "out", "--preset", "smoke",
@@ -344,7 +428,7 @@ def main():
     parser.add_argument("--vblk", required=True, type=Path)
     options = parser.parse_args()
     report = Report()
-    for test in (test_documented_result, test_bad_input, test_devices, test_full_disk, test_whole, test_kill_and_resume,
+    for test in (test_documented_result, test_bad_input, test_devices, test_full_disk, test_full_output, test_no_permission, test_whole, test_kill_and_resume,
                  test_progress):
         test(report, options.vblk.resolve())
     report.exit()

@@ -1,13 +1,24 @@
 // The folder of a result through crashes, damage, and other machines.
 #include "blockdev/wash/store.h"
 
+#include <algorithm>
+#include <cstddef>
+#include <fcntl.h>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <linux/magic.h>
 #include <string>
+#include <sys/mman.h>
+#include <sys/statfs.h>
+#include <vector>
 
 #include <gtest/gtest.h>
 
+#include "blockdev/vhost_user/socket.h"
+#include "blockdev/wash/machine.h"
+#include "blockdev/wash/scratch_folder.h"
+#include "blockdev/wash/settle.h"
 #include "tests/support/temp_dir.h"
 
 namespace vblk::wash {
@@ -106,6 +117,92 @@ TEST_F(Store, refuses_to_go_on_elsewhere_naming_the_difference_unless_forced) {
   ASSERT_TRUE(forced);
   EXPECT_EQ((*forced)->notes().size(), 1U);
   EXPECT_TRUE((*forced)->experiment().machine.contains("mixed"));
+}
+
+TEST_F(Store, refuses_to_go_on_with_less_than_it_began_with) {
+  const Identity both{{"image", "/a"}, {"image:b", "/b"}, {"seed", "42"}};
+  ASSERT_TRUE(open(false, both));
+  const auto store = open(false, {{"image", "/a"}});
+  ASSERT_FALSE(store);
+  EXPECT_NE(store.error().message.find("image:b (/b, now none)"), std::string::npos)
+      << store.error().message;
+  EXPECT_EQ(store.error().message.find("seed"), std::string::npos) << "it need not be said again";
+}
+
+TEST_F(Store, is_read_past_damage_only_by_force) {
+  fill(3);
+  std::string damaged = text();
+  damaged[damaged.find('\n') + 200] ^= 1;
+  set_text(damaged);
+  EXPECT_FALSE(ResultStore::read(folder(), false));
+  const auto forced = ResultStore::read(folder(), true);
+  ASSERT_TRUE(forced) << forced.error().message;
+  EXPECT_EQ((*forced)->runs().size(), 2U);
+  EXPECT_EQ((*forced)->notes().size(), 1U);
+}
+
+TEST(Image, is_known_by_its_size_and_by_which_file_it_is) {
+  const test::TempDir dir;
+  const std::string path = dir.file("a.img");
+  EXPECT_NE(identity_of_image(path).find("not there"), std::string::npos);
+  std::ofstream(path) << "12345678";
+  const std::string first = identity_of_image(path);
+  EXPECT_NE(first.find("8 bytes"), std::string::npos) << first;
+  EXPECT_EQ(identity_of_image(path), first);
+  std::ofstream(path, std::ios::app) << "9";
+  EXPECT_NE(identity_of_image(path), first);
+  std::ofstream(dir.file("b.img")) << "12345678";
+  std::filesystem::rename(dir.file("b.img"), path);
+  EXPECT_NE(identity_of_image(path), first) << "another file of that size";
+}
+
+TEST(Scratch, is_where_it_was_empty_and_gone) {
+  const test::TempDir dir;
+  std::string path;
+  {
+    const auto scratch = ScratchFolder::make(dir.file("."), dir.file("result"));
+    ASSERT_TRUE(scratch) << scratch.error().message;
+    path = (*scratch)->path();
+    std::ofstream((*scratch)->path() + "/left") << "by a run that was killed";
+    std::filesystem::copy(path, dir.file("kept"));
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
+  std::filesystem::rename(dir.file("kept"), path);
+  const auto again = ScratchFolder::make(dir.file("."), dir.file("result"));
+  ASSERT_TRUE(again);
+  EXPECT_EQ((*again)->path(), path);
+  EXPECT_TRUE(std::filesystem::is_empty(path));
+  EXPECT_NE((*ScratchFolder::make(dir.file("."), dir.file("other")))->path(), path);
+}
+
+// Pages of a file that are in the page cache.
+std::size_t cached_pages(const std::string& path, std::size_t bytes) {
+  const vhost_user::UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  void* const address = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+  std::vector<unsigned char> pages(bytes / 4096);
+  ::mincore(address, bytes, pages.data());
+  ::munmap(address, bytes);
+  return static_cast<std::size_t>(
+      std::ranges::count_if(pages, [](unsigned char page) { return (page & 1) != 0; }));
+}
+
+TEST(Settle, leaves_no_page_of_the_image_in_the_cache) {
+  const test::TempDir dir;
+  const std::string path = dir.file("a.img");
+  constexpr std::size_t kBytes = std::size_t{1} << 20;
+  std::ofstream(path) << std::string(kBytes, 'x');
+  struct statfs system{};
+  ASSERT_EQ(::statfs(path.c_str(), &system), 0);
+  if (system.f_type == TMPFS_MAGIC) GTEST_SKIP() << "a tmpfs has no other place for its pages";
+  ASSERT_EQ(cached_pages(path, kBytes), kBytes / 4096) << "dirty ones, of the writes";
+  ASSERT_TRUE(settle(path, {.sync = true, .drop_cache = false}));
+  EXPECT_EQ(cached_pages(path, kBytes), kBytes / 4096);
+  ASSERT_TRUE(settle(path, {.sync = true, .drop_cache = true}));
+  EXPECT_EQ(cached_pages(path, kBytes), 0U);
+  EXPECT_TRUE(settle(dir.file("."), {.sync = true, .drop_cache = true})) << "a folder is synced";
+  const auto missing = settle(dir.file("none"), {.sync = true, .drop_cache = true});
+  ASSERT_FALSE(missing);
+  EXPECT_EQ(missing.error().kind, ErrorKind::kNotFound);
 }
 
 TEST_F(Store, is_for_one_process_at_a_time) {
