@@ -163,6 +163,34 @@ Family read_family(const json::object& object) {
   return family;
 }
 
+Expectation expectation_named(const std::string& name) {
+  return one_of<Expectation, 5>(name, {{{"WASH", Expectation::kWash},
+                                        {"AIO WINS", Expectation::kAioWins},
+                                        {"THREADS WIN", Expectation::kThreadsWin},
+                                        {"NO WORSE", Expectation::kNoWorse},
+                                        {"LEVEL", Expectation::kLevel}}});
+}
+
+bool needs_all_by(const std::string& name) {
+  return one_of<bool, 2>(name, {{{"all", true}, {"any", false}}});
+}
+
+Level read_level(const json::object& object) {
+  Level level;
+  for (const auto& [name, value] : object) {
+    if (name == "aio_above") {
+      level.aio_above = number(value);
+    } else if (name == "aio_below") {
+      level.aio_below = number(value);
+    } else if (name == "threads_at_most") {
+      level.threads_at_most = number(value);
+    } else {
+      wrong(fmt::format("level '{}' means nothing", std::string_view(name)));
+    }
+  }
+  return level;
+}
+
 Comparison read_comparison(const json::object& object) {
   Comparison comparison{.name = text(object.at("name")),
                         .families = texts(object.at("families")),
@@ -173,6 +201,19 @@ Comparison read_comparison(const json::object& object) {
     for (const auto& [level, values] : where->as_object()) comparison.where[level] = texts(values);
   }
   if (const auto* decides = object.if_contains("decides")) comparison.decides = decides->as_bool();
+  if (const auto* expects = object.if_contains("expects"))
+    comparison.expects = expectation_named(text(*expects));
+  if (const auto* needs = object.if_contains("needs"))
+    comparison.needs_all = needs_all_by(text(*needs));
+  if (const auto* margins = object.if_contains("margins")) {
+    for (const auto& [metric, margin] : margins->as_object())
+      comparison.margins[metric] = number(margin);
+  }
+  if (const auto* levels = object.if_contains("levels")) {
+    for (const auto& [metric, level] : levels->as_object())
+      comparison.levels[metric] = read_level(level.as_object());
+  }
+  if (const auto* reports = object.if_contains("reports")) comparison.reports = texts(*reports);
   return comparison;
 }
 
@@ -185,28 +226,35 @@ Claim read_claim(const json::object& object) {
                                                                {"crossover", ClaimRule::kCrossover},
                                                                {"dominance", ClaimRule::kDominance},
                                                                {"gain", ClaimRule::kGain}}});
-  if (claim.rule == ClaimRule::kShare) {
-    claim.expects = text(object.at("expects"));
-    claim.needs_all = text(object.at("needs")) == "all";
-  }
   if (claim.rule == ClaimRule::kGain) {
     const auto& gain = object.at("gain").as_object();
     claim.gain_level = text(gain.at("level"));
     claim.gain_from = text(gain.at("from"));
     claim.gain_to = text(gain.at("to"));
   }
-  for (const auto& comparison : object.at("comparisons").as_array())
-    claim.comparisons.push_back(read_comparison(comparison.as_object()));
+  for (const auto& value : object.at("comparisons").as_array()) {
+    json::object comparison = value.as_object();
+    // What the claim says is meant for each that says nothing else.
+    for (const char* name : {"expects", "needs"}) {
+      if (claim.rule == ClaimRule::kShare && !comparison.contains(name))
+        comparison[name] = object.at(name);
+    }
+    claim.comparisons.push_back(read_comparison(comparison));
+  }
   return claim;
 }
 
 Controls read_controls(const json::object& object) {
-  const auto& again = object.at("again").as_object();
   const auto& slowed = object.at("slowed").as_object();
-  return {.again_families = texts(again.at("families")),
-          .again = text(again.at("arm")),
-          .again_against = text(again.at("against")),
-          .again_metrics = texts(again.at("metrics")),
+  std::vector<AgainControl> again;
+  for (const auto& value : object.at("again").as_array()) {
+    const auto& one = value.as_object();
+    again.push_back({.families = texts(one.at("families")),
+                     .arm = text(one.at("arm")),
+                     .against = text(one.at("against")),
+                     .metrics = texts(one.at("metrics"))});
+  }
+  return {.again = std::move(again),
           .slowed_families = texts(slowed.at("families")),
           .slowed = text(slowed.at("arm")),
           .slowed_against = text(slowed.at("against")),
@@ -244,13 +292,23 @@ void check(const Analysis& analysis) {
   for (const Claim& claim : analysis.claims) {
     if (std::ranges::none_of(claim.comparisons, &Comparison::decides))
       wrong(fmt::format("{}: nothing decides it", claim.id));
-    for (const Comparison& comparison : claim.comparisons)
+    for (const Comparison& comparison : claim.comparisons) {
       check_pair(claim.id, comparison.families, comparison.aio, comparison.threads,
                  comparison.metrics);
+      for (const auto& [metric, margin] : comparison.margins) {
+        if (!is_among(comparison.metrics, metric))
+          wrong(fmt::format("{}: a margin for '{}', which is not compared", claim.id, metric));
+      }
+      for (const auto& metric : comparison.metrics) {
+        if (comparison.decides &&
+            comparison.levels.contains(metric) != (comparison.expects == Expectation::kLevel))
+          wrong(fmt::format("{}: LEVEL and levels belong together ('{}')", claim.id, metric));
+      }
+    }
   }
   const Controls& controls = analysis.controls;
-  check_pair("again", controls.again_families, controls.again, controls.again_against,
-             controls.again_metrics);
+  for (const AgainControl& again : controls.again)
+    check_pair("again", again.families, again.arm, again.against, again.metrics);
   check_pair("slowed", controls.slowed_families, controls.slowed, controls.slowed_against,
              {controls.slowed_metric});
 }
@@ -269,6 +327,16 @@ const Family* Analysis::family(std::string_view id) const {
 
 double Analysis::margin(std::string_view metric) const {
   return std::log1p(rules.margins.at(std::string(metric)));
+}
+
+double Analysis::margin(const Comparison& comparison, const std::string& metric) const {
+  const auto own = comparison.margins.find(metric);
+  return own == comparison.margins.end() ? margin(metric) : std::log1p(own->second);
+}
+
+bool Analysis::is_control(std::string_view arm) const {
+  return arm == controls.slowed ||
+         std::ranges::find(controls.again, arm, &AgainControl::arm) != controls.again.end();
 }
 
 Expected<Analysis> parse_analysis(std::string_view text_of_file) {

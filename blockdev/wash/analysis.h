@@ -95,6 +95,24 @@ struct Family {
   std::map<std::string, std::vector<std::pair<std::string, std::vector<std::string>>>> levels;
 };
 
+// What the sides must be in themselves, each by a metric, for sure: their geometric means over the
+// blocks. What is not said is not asked.
+struct Level {
+  std::optional<double> aio_above;
+  std::optional<double> aio_below;
+  // And what is as much as the AIO side's, or above `aio_above`, refutes it.
+  std::optional<double> threads_at_most;
+};
+
+// What a comparison must come to for its claim to hold.
+enum class Expectation : std::uint8_t {
+  kWash,
+  kAioWins,
+  kThreadsWin,
+  kNoWorse,  // the AIO side is not worse by more than the margin
+  kLevel     // the levels are as they are said to be
+};
+
 struct Comparison {
   std::string name;
   std::vector<std::string> families;
@@ -103,6 +121,12 @@ struct Comparison {
   std::string threads;
   std::vector<std::string> metrics;
   bool decides{false};  // whether the claim hangs on it
+  // Of one that decides; the claim's, where it says nothing itself.
+  Expectation expects{Expectation::kWash};
+  bool needs_all{true};                   // in each metric, or in any
+  std::map<std::string, double> margins;  // by metric, as parts, instead of the rules'
+  std::map<std::string, Level> levels;    // by metric, of kLevel
+  std::vector<std::string> reports;       // counters to be told beside it
 };
 
 enum class ClaimRule : std::uint8_t { kShare, kCrossover, kDominance, kGain };
@@ -112,19 +136,22 @@ struct Claim {
   std::string title;
   std::string sentence;  // of the mail, verbatim
   ClaimRule rule{ClaimRule::kShare};
-  std::string expects;     // kShare: the outcome by which the claim holds
-  bool needs_all{true};    // in each metric that decides, or in any
   std::string gain_level;  // kGain
   std::string gain_from;
   std::string gain_to;
   std::vector<Comparison> comparisons;
 };
 
+// An arm that is another one once more, where it is, and by what the two are compared.
+struct AgainControl {
+  std::vector<std::string> families;
+  std::string arm;
+  std::string against;
+  std::vector<std::string> metrics;
+};
+
 struct Controls {
-  std::vector<std::string> again_families;
-  std::string again;
-  std::string again_against;
-  std::vector<std::string> again_metrics;
+  std::vector<AgainControl> again;
   std::vector<std::string> slowed_families;
   std::string slowed;
   std::string slowed_against;
@@ -143,7 +170,11 @@ struct Analysis {
 
   [[nodiscard]] const Preset* preset(std::string_view name) const;
   [[nodiscard]] const Family* family(std::string_view id) const;
-  [[nodiscard]] double margin(std::string_view metric) const;  // on the logarithmic scale
+  // On the logarithmic scale.
+  [[nodiscard]] double margin(std::string_view metric) const;
+  [[nodiscard]] double margin(const Comparison& comparison, const std::string& metric) const;
+  // Whether an arm is there to be compared with another by the controls alone.
+  [[nodiscard]] bool is_control(std::string_view arm) const;
 };
 
 // Error: kInvalidArgument: not JSON, something is missing, or names something that is not there.

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <random>
 #include <set>
+#include <string_view>
 #include <sys/resource.h>
 #include <tuple>
 #include <utility>
@@ -21,6 +22,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr std::string_view kSystemCalls = "system_calls_per_io";
 // What a run takes beside its ramp and its measured part: a process, an image, an engine.
 constexpr double kSecondsPerRunAtStart = 0.15;
 
@@ -79,6 +81,9 @@ class Conductor {
     for (const Cell& cell : cells_) {
       if (auto done = calibrate(cell); !done || !*done) return done;
     }
+    for (const Cell& cell : cells_) {
+      if (auto done = count_system_calls(cell); !done || !*done) return done;
+    }
     for (int round = 0; round < static_cast<int>(conduct_.preset->rounds); ++round) {
       for (const std::size_t index :
            order_of_cells(store_.experiment().seed, round, cells_.size())) {
@@ -120,7 +125,8 @@ class Conductor {
                  .run_time = cell.family->run_times * preset.run_time,
                  .ramp_time = preset.ramp_time,
                  .idle_time = preset.idle_time,
-                 .peer = conduct_.peer};
+                 .peer = conduct_.peer,
+                 .count_system_calls = round == StoredRun::kCounting};
     // All arms of a block do the same.
     spec.seed = derived_seed(store_.experiment().seed,
                              fmt::format("load {} {} {}", cell.id, round, attempt));
@@ -142,6 +148,26 @@ class Conductor {
     if (is_interrupted()) return false;
     if (auto stored = keep(std::move(run)); !stored) return std::unexpected(stored.error());
     --done_runs_;
+    return true;
+  }
+
+  // What claims are to tell of system calls, each arm once: to count them makes them slower.
+  Expected<bool> count_system_calls(const Cell& cell) {
+    std::set<std::string> arms;
+    for (const Claim& claim : conduct_.analysis->claims) {
+      for (const Comparison& comparison : claim.comparisons) {
+        if (applies_to(comparison, cell) &&
+            std::ranges::find(comparison.reports, kSystemCalls) != comparison.reports.end())
+          arms.insert({comparison.aio, comparison.threads});
+      }
+    }
+    for (const std::string& arm : arms) {
+      if (done_.contains({cell.id, arm, StoredRun::kCounting, 0})) continue;
+      StoredRun run = carry_out(cell, arm, StoredRun::kCounting, 0);
+      if (is_interrupted()) return false;
+      if (auto stored = keep(std::move(run)); !stored) return std::unexpected(stored.error());
+      --done_runs_;
+    }
     return true;
   }
 

@@ -18,6 +18,9 @@ constexpr const char* kHolds = "HOLDS";
 constexpr const char* kDoesNotHold = "DOES NOT HOLD";
 constexpr const char* kInconclusive = "INCONCLUSIVE";
 constexpr const char* kNotMeasured = "NOT MEASURED";
+constexpr const char* kNoWorse = "NO WORSE";
+constexpr const char* kAsClaimed = "AS CLAIMED";
+constexpr const char* kNotAsClaimed = "NOT AS CLAIMED";
 // With which power the number of blocks is foretold.
 constexpr double kPower = 0.9;
 
@@ -146,19 +149,28 @@ struct Asked {
   std::string cell;
   std::string aio;
   std::string threads;
+  double margin{0};
 };
+
+Estimate estimate_of_logarithms(const std::vector<double>& values, double alpha) {
+  std::vector<double> logarithms;
+  logarithms.reserve(values.size());
+  for (const double value : values) logarithms.push_back(std::log(value));
+  return estimate(logarithms, alpha);
+}
 
 std::vector<CellVerdict> decide_family(const Analysis& analysis, const Measured& measured,
                                        const std::vector<Asked>& asked, const std::string& metric,
                                        Sides sides = Sides::kBoth) {
-  const double margin = analysis.margin(metric);
   const double alpha = analysis.rules.alpha;
   std::vector<CellVerdict> verdicts;
   std::vector<std::vector<double>> samples;
+  std::vector<double> margins;
   std::vector<std::size_t> indexes;
   for (const Asked& one : asked) {
     Paired paired = pair_up(measured, one.cell, one.aio, one.threads, metric);
-    CellVerdict verdict{.cell = one.cell, .metric = metric, .blocks_of = paired.blocks_of};
+    CellVerdict verdict{
+        .cell = one.cell, .metric = metric, .margin = one.margin, .blocks_of = paired.blocks_of};
     verdict.reason = why_not_measured(analysis.rules, paired);
     verdict.log_ratio.count = paired.log_ratios.size();
     if (verdict.reason.empty()) {
@@ -168,18 +180,23 @@ std::vector<CellVerdict> decide_family(const Analysis& analysis, const Measured&
       verdict.threads_median = median_of(paired.threads);
       verdict.bootstrap = bootstrap(paired.log_ratios, alpha, paired.log_ratios.size());
       verdict.blocks_for_wash =
-          blocks_for_wash(verdict.log_ratio.standard_deviation, margin, alpha, kPower);
+          blocks_for_wash(verdict.log_ratio.standard_deviation, one.margin, alpha, kPower);
+      const double shared = alpha / static_cast<double>(asked.size());
+      verdict.log_aio = estimate_of_logarithms(paired.aio, shared);
+      verdict.log_threads = estimate_of_logarithms(paired.threads, shared);
+      margins.push_back(one.margin);
       samples.push_back(std::move(paired.log_ratios));
       indexes.push_back(verdicts.size());
     }
     verdicts.push_back(std::move(verdict));
   }
-  const auto decisions = decide(samples, margin, alpha, sides);
+  const auto decisions = decide(samples, margins, alpha, sides);
   const bool more = is_more_better(metric);
   for (std::size_t i = 0; i < decisions.size(); ++i) {
     CellVerdict& verdict = verdicts[indexes[i]];
     verdict.p_equivalent = decisions[i].p_equivalent;
     verdict.p_better = more ? decisions[i].p_above : decisions[i].p_below;
+    verdict.p_no_worse = more ? decisions[i].p_not_below : decisions[i].p_not_above;
     verdict.p_worse = more ? decisions[i].p_below : decisions[i].p_above;
     switch (decisions[i].direction) {
       case Direction::kEquivalent:
@@ -248,19 +265,22 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
     if (run.is_kept && run.noisy) ++result.noisy_blocks;
   }
   const Controls& controls = analysis.controls;
-  const auto asked_in = [&](const std::vector<std::string>& families, const std::string& one,
-                            const std::string& other) {
-    std::vector<Asked> asked;
+  const auto ask_in = [&](const std::vector<std::string>& families, const std::string& one,
+                          const std::string& other, const std::string& metric,
+                          std::vector<Asked>& asked) {
     for (const Cell& cell : cells) {
       if (std::ranges::find(families, cell.family->id) != families.end())
-        asked.push_back({cell.id, one, other});
+        asked.push_back({cell.id, one, other, analysis.margin(metric)});
     }
-    return asked;
   };
-  for (const std::string& metric : controls.again_metrics) {
-    auto verdicts = decide_family(
-        analysis, measured,
-        asked_in(controls.again_families, controls.again, controls.again_against), metric);
+  // All pairs that are compared by a metric are one family.
+  std::map<std::string, std::vector<Asked>> again;
+  for (const AgainControl& control : controls.again) {
+    for (const std::string& metric : control.metrics)
+      ask_in(control.families, control.arm, control.against, metric, again[metric]);
+  }
+  for (const auto& [metric, asked] : again) {
+    auto verdicts = decide_family(analysis, measured, asked, metric);
     const auto counts = counts_of(verdicts);
     result.again[metric] = counts;
     const std::size_t wins =
@@ -271,6 +291,8 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
           "an engine compared with itself differs in {} of {} cells: the machine or the bench is "
           "not to be trusted",
           wins, all);
+    } else if (all == 0) {
+      result.refusals[metric] = "no engine was compared with itself by it";
     }
     std::vector<double> widths;
     for (const CellVerdict& verdict : verdicts) {
@@ -280,10 +302,11 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
     if (!widths.empty()) result.again_within[metric] = median_of(std::move(widths));
     result.again_cells.insert(result.again_cells.end(), verdicts.begin(), verdicts.end());
   }
+  std::vector<Asked> slowed;
+  ask_in(controls.slowed_families, controls.slowed, controls.slowed_against, controls.slowed_metric,
+         slowed);
   result.slowed =
-      decide_family(analysis, measured,
-                    asked_in(controls.slowed_families, controls.slowed, controls.slowed_against),
-                    controls.slowed_metric,
+      decide_family(analysis, measured, slowed, controls.slowed_metric,
                     is_more_better(controls.slowed_metric) ? Sides::kBelow : Sides::kAbove);
   // Where it was not measured it was not found.
   result.slowed_cells = result.slowed.size();
@@ -308,38 +331,37 @@ ControlResult check_controls(const Analysis& analysis, const Preset& preset,
 
 // ---- Claims.
 
-std::vector<std::string> deciding_metrics(const Claim& claim) {
-  std::vector<std::string> metrics;
-  for (const Comparison& comparison : claim.comparisons) {
-    if (!comparison.decides) continue;
-    for (const std::string& metric : comparison.metrics) {
-      if (std::ranges::find(metrics, metric) == metrics.end()) metrics.push_back(metric);
-    }
-  }
-  return metrics;
+// What Holm's adjustment covers together, of a claim and a metric.
+enum class Group : std::uint8_t { kDecidesByRatio, kDecidesByLevel, kDecidesNothing };
+
+Group group_of(const Comparison& comparison) {
+  if (!comparison.decides) return Group::kDecidesNothing;
+  return comparison.expects == Expectation::kLevel ? Group::kDecidesByLevel
+                                                   : Group::kDecidesByRatio;
 }
 
-// All comparisons of a claim; one family of Holm's for each metric of those that decide, and one of
-// the others.
+// All comparisons of a claim.
 void compare_all(const Analysis& analysis, const std::vector<Cell>& cells, const Measured& measured,
                  ClaimResult& result) {
-  for (const Comparison& comparison : result.claim->comparisons)
-    result.comparisons.push_back({.comparison = &comparison, .cells = {}});
   std::set<std::string> metrics;
-  for (const Comparison& comparison : result.claim->comparisons)
+  for (const Comparison& comparison : result.claim->comparisons) {
+    result.comparisons.push_back({.comparison = &comparison});
     metrics.insert(comparison.metrics.begin(), comparison.metrics.end());
+  }
   for (const std::string& metric : metrics) {
-    for (const bool decides : {true, false}) {
+    for (const Group group :
+         {Group::kDecidesByRatio, Group::kDecidesByLevel, Group::kDecidesNothing}) {
       std::vector<Asked> asked;
       std::vector<ComparisonResult*> owners;
       for (ComparisonResult& one : result.comparisons) {
         const Comparison& comparison = *one.comparison;
-        if (comparison.decides != decides ||
+        if (group_of(comparison) != group ||
             std::ranges::find(comparison.metrics, metric) == comparison.metrics.end())
           continue;
         for (const Cell& cell : cells) {
           if (!applies_to(comparison, cell)) continue;
-          asked.push_back({cell.id, comparison.aio, comparison.threads});
+          asked.push_back(
+              {cell.id, comparison.aio, comparison.threads, analysis.margin(comparison, metric)});
           owners.push_back(&one);
         }
       }
@@ -350,35 +372,136 @@ void compare_all(const Analysis& analysis, const std::vector<Cell>& cells, const
   }
 }
 
+// Counters that are told, over the kept runs; where they have none, of the runs that only count.
+void report_counters(const std::vector<Cell>& cells, const Measured& measured,
+                     const std::vector<StoredRun>& runs, ClaimResult& result) {
+  const auto median_in = [&](const std::string& cell, const std::string& arm,
+                             const std::string& counter) -> std::optional<double> {
+    std::vector<double> values;
+    const auto take = [&](const StoredRun& run) {
+      const auto found = run.record.counters.find(counter);
+      if (found != run.record.counters.end()) values.push_back(found->second);
+    };
+    const auto arms = measured.find(cell);
+    if (arms != measured.end() && arms->second.contains(arm)) {
+      for (const auto& [round, run] : arms->second.at(arm)) take(*run);
+    }
+    if (values.empty()) {
+      for (const StoredRun& run : runs) {
+        if (run.round == StoredRun::kCounting && run.cell == cell && run.arm == arm) take(run);
+      }
+    }
+    if (values.empty()) return std::nullopt;
+    return median_of(std::move(values));
+  };
+  for (ComparisonResult& one : result.comparisons) {
+    const Comparison& comparison = *one.comparison;
+    for (const Cell& cell : cells) {
+      if (!applies_to(comparison, cell)) continue;
+      for (const std::string& counter : comparison.reports) {
+        one.reported.push_back({.cell = cell.id,
+                                .counter = counter,
+                                .aio = median_in(cell.id, comparison.aio, counter),
+                                .threads = median_in(cell.id, comparison.threads, counter)});
+      }
+    }
+  }
+}
+
 std::string refusal_of(const ControlResult& controls, const std::string& metric) {
   if (!controls.refusal.empty()) return controls.refusal;
   const auto found = controls.refusals.find(metric);
   return found == controls.refusals.end() ? "" : found->second;
 }
 
+// Whether a cell's sides are what they are said to be: yes, no, or these blocks cannot tell.
+std::optional<bool> is_as_claimed(const Level& level, const CellVerdict& cell) {
+  if (cell.verdict == Verdict::kNotMeasured) return std::nullopt;
+  bool is_sure = true;
+  const auto ask = [&is_sure](bool holds, bool fails) {
+    is_sure = is_sure && holds;
+    return fails;
+  };
+  bool fails = false;
+  if (level.aio_above) {
+    const double bound = std::log(*level.aio_above);
+    fails |= ask(cell.log_aio.lower > bound, cell.log_aio.upper < bound);
+  }
+  if (level.aio_below) {
+    const double bound = std::log(*level.aio_below);
+    fails |= ask(cell.log_aio.upper<bound, cell.log_aio.lower> bound);
+  }
+  if (level.threads_at_most) {
+    const bool is_as_much =
+        cell.verdict == Verdict::kWash || cell.verdict == Verdict::kThreadsWin ||
+        (level.aio_above && cell.log_threads.lower > std::log(*level.aio_above));
+    fails |= ask(cell.log_threads.upper <= std::log(*level.threads_at_most), is_as_much);
+  }
+  if (fails) return false;
+  return is_sure ? std::optional(true) : std::nullopt;
+}
+
+std::string outcome_by_level(const Rules& rules, const Level& level,
+                             const std::vector<const CellVerdict*>& cells) {
+  double as_claimed = 0;
+  double otherwise = 0;
+  for (const CellVerdict* const cell : cells) {
+    const auto is_so = is_as_claimed(level, *cell);
+    if (is_so) ++(*is_so ? as_claimed : otherwise);
+  }
+  const auto all = static_cast<double>(cells.size());
+  if (as_claimed / all >= rules.wash_share_min) return kAsClaimed;
+  return otherwise / all > rules.win_share_min ? kNotAsClaimed : kInconclusive;
+}
+
+std::string outcome_of_metric(const Rules& rules, const Comparison& comparison,
+                              const std::string& metric,
+                              const std::vector<const CellVerdict*>& cells,
+                              const std::map<Verdict, std::size_t>& counts) {
+  std::string outcome = outcome_of(rules, counts);
+  if (outcome == kNotMeasured) return outcome;
+  if (comparison.expects == Expectation::kLevel)
+    return outcome_by_level(rules, comparison.levels.at(metric), cells);
+  if (comparison.expects != Expectation::kNoWorse) return outcome;
+  const auto no_worse = std::ranges::count_if(
+      cells, [&](const CellVerdict* cell) { return cell->p_no_worse <= rules.alpha; });
+  const auto all = static_cast<double>(cells.size());
+  if (static_cast<double>(no_worse) / all >= rules.wash_share_min) return kNoWorse;
+  // To be better in some of the cells is not to be worse.
+  return outcome == to_string(Verdict::kAioWins) ? kInconclusive : outcome;
+}
+
 void sum_up_metrics(const Analysis& analysis, const ControlResult& controls, ClaimResult& result) {
-  for (const std::string& metric : deciding_metrics(*result.claim)) {
-    MetricOutcome outcome{.metric = metric};
-    for (const ComparisonResult& one : result.comparisons) {
-      if (!one.comparison->decides) continue;
+  for (const ComparisonResult& one : result.comparisons) {
+    const Comparison& comparison = *one.comparison;
+    if (!comparison.decides) continue;
+    for (const std::string& metric : comparison.metrics) {
+      MetricOutcome outcome{.comparison = &comparison, .metric = metric};
+      std::vector<const CellVerdict*> cells;
       for (const CellVerdict& cell : one.cells) {
-        if (cell.metric == metric) ++outcome.counts[cell.verdict];
+        if (cell.metric != metric) continue;
+        cells.push_back(&cell);
+        ++outcome.counts[cell.verdict];
       }
+      outcome.outcome =
+          outcome_of_metric(analysis.rules, comparison, metric, cells, outcome.counts);
+      if (outcome.outcome != kNotMeasured) outcome.reason = refusal_of(controls, metric);
+      if (!outcome.reason.empty()) outcome.outcome = kNoVerdict;
+      result.metrics.push_back(std::move(outcome));
     }
-    outcome.outcome = outcome_of(analysis.rules, outcome.counts);
-    outcome.reason = refusal_of(controls, metric);
-    if (outcome.outcome != kNotMeasured && !outcome.reason.empty()) outcome.outcome = kNoVerdict;
-    result.metrics.push_back(std::move(outcome));
   }
 }
 
 std::string words_of_metrics(const ClaimResult& result) {
+  const auto deciding = std::ranges::count_if(
+      result.comparisons, [](const ComparisonResult& one) { return one.comparison->decides; });
   std::string words;
   for (const MetricOutcome& metric : result.metrics) {
     words += fmt::format(
-        "{}{}: {} ({} wash, {} AIO, {} threads, {} open", words.empty() ? "" : "; ", metric.metric,
-        metric.outcome, count_of(metric.counts, Verdict::kWash),
-        count_of(metric.counts, Verdict::kAioWins), count_of(metric.counts, Verdict::kThreadsWin),
+        "{}{}{}: {} ({} wash, {} AIO, {} threads, {} open", words.empty() ? "" : "; ",
+        deciding > 1 ? metric.comparison->name + ", " : "", metric.metric, metric.outcome,
+        count_of(metric.counts, Verdict::kWash), count_of(metric.counts, Verdict::kAioWins),
+        count_of(metric.counts, Verdict::kThreadsWin),
         count_of(metric.counts, Verdict::kInconclusive));
     const std::size_t unmeasured = count_of(metric.counts, Verdict::kNotMeasured);
     words += unmeasured == 0 ? ")" : fmt::format(", {} not measured)", unmeasured);
@@ -386,37 +509,71 @@ std::string words_of_metrics(const ClaimResult& result) {
   return words;
 }
 
-// A metric that was not measured is as far from what is expected as one that is INCONCLUSIVE.
-void conclude_share(ClaimResult& result) {
-  const std::string& expected = result.claim->expects;
-  const std::size_t all = result.metrics.size();
-  std::size_t as_expected = 0;
-  std::size_t otherwise = 0;
-  std::size_t unmeasured = 0;
-  bool refused = false;
-  for (const MetricOutcome& metric : result.metrics) {
-    if (metric.outcome == kNotMeasured) {
-      ++unmeasured;
-    } else if (metric.outcome == kNoVerdict) {
-      refused = true;
-    } else if (metric.outcome == expected) {
-      ++as_expected;
-    } else if (metric.outcome != kInconclusive) {
-      ++otherwise;
-    }
+// The outcome that is expected.
+std::string_view wanted_by(const Comparison& comparison) {
+  switch (comparison.expects) {
+    case Expectation::kWash:
+      return to_string(Verdict::kWash);
+    case Expectation::kAioWins:
+      return to_string(Verdict::kAioWins);
+    case Expectation::kThreadsWin:
+      return to_string(Verdict::kThreadsWin);
+    case Expectation::kNoWorse:
+      return kNoWorse;
+    case Expectation::kLevel:
+      return kAsClaimed;
   }
-  const bool needs_all = result.claim->needs_all;
-  if (unmeasured == all) {
+  return {};
+}
+
+// A claim holds if each comparison that decides comes out as is expected of it, and does not hold
+// if any surely does not. A metric that was not measured is as far from what is expected as one
+// that is INCONCLUSIVE.
+void conclude_share(ClaimResult& result) {
+  bool all_hold = true;
+  bool any_fails = false;
+  bool any_measured = false;
+  bool any_refused = false;
+  for (const Comparison& comparison : result.claim->comparisons) {
+    if (!comparison.decides) continue;
+    std::size_t metrics = 0;
+    std::size_t as_expected = 0;
+    std::size_t otherwise = 0;
+    for (const MetricOutcome& metric : result.metrics) {
+      if (metric.comparison != &comparison) continue;
+      ++metrics;
+      if (metric.outcome == kNotMeasured) continue;
+      any_measured = true;
+      if (metric.outcome == kNoVerdict) {
+        any_refused = true;
+      } else if (metric.outcome == wanted_by(comparison)) {
+        ++as_expected;
+      } else if (metric.outcome != kInconclusive) {
+        ++otherwise;
+      }
+    }
+    all_hold = all_hold && (comparison.needs_all ? as_expected == metrics : as_expected > 0);
+    any_fails = any_fails || (comparison.needs_all ? otherwise > 0 : otherwise == metrics);
+  }
+  if (!any_measured) {
     result.outcome = kNotMeasured;
-  } else if (needs_all ? as_expected == all : as_expected > 0) {
-    result.outcome = kHolds;
-  } else if (needs_all ? otherwise > 0 : otherwise == all) {
+  } else if (any_fails) {
     result.outcome = kDoesNotHold;
+  } else if (all_hold) {
+    result.outcome = kHolds;
   } else {
-    result.outcome = refused ? kNoVerdict : kInconclusive;
+    result.outcome = any_refused ? kNoVerdict : kInconclusive;
   }
   result.words = words_of_metrics(result);
 }
+
+// Below the rates that a claim of a crossover names nothing may be won by latency, and most must be
+// a wash.
+struct Below {
+  std::size_t cells{0};
+  std::size_t washes{0};
+  std::size_t wins{0};
+};
 
 double rate_of(const std::string& cell, const std::vector<Cell>& cells) {
   const auto found = std::ranges::find(cells, cell, &Cell::id);
@@ -425,9 +582,8 @@ double rate_of(const std::string& cell, const std::vector<Cell>& cells) {
 }
 
 // The share of a core that each arm takes at each rate, run by run, and the line through the extra.
-void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
-                        const std::vector<Cell>& cells, const Measured& measured,
-                        ClaimResult& result) {
+void conclude_crossover(const Analysis& analysis, const std::vector<Cell>& cells,
+                        const Measured& measured, ClaimResult& result) {
   const auto deciding =
       std::ranges::find(result.comparisons, true,
                         [](const ComparisonResult& one) { return one.comparison->decides; });
@@ -453,6 +609,16 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
       crossover.points.emplace_back(rate, extras.back());
     }
   }
+  Below below;
+  for (const CellVerdict& cell : deciding->cells) {
+    if (cell.metric == "cpu" || rate_of(cell.cell, cells) >= analysis.rules.crossover_low) continue;
+    ++below.cells;
+    below.washes += cell.verdict == Verdict::kWash ? 1 : 0;
+    below.wins += cell.verdict == Verdict::kAioWins ? 1 : 0;
+  }
+  const auto share_below = [&](std::size_t count) {
+    return below.cells == 0 ? 0 : static_cast<double>(count) / static_cast<double>(below.cells);
+  };
   const auto line = fit_line(rates, extras, analysis.rules.alpha);
   if (!line) {
     result.outcome = kNotMeasured;
@@ -476,8 +642,13 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
       "of a core {}",
       crossover.extra_us, line->slope_lower * 1e6, line->slope_upper * 1e6, line->r_squared,
       rules.crossover_core_share * 100, where);
+  result.words += fmt::format("; by latency below {:.0f} per second {} of {} are a wash, {} AIO's",
+                              rules.crossover_low, below.washes, below.cells, below.wins);
   result.words += unmeasured;
-  const std::string refusal = refusal_of(controls, "cpu");
+  std::string refusal;
+  for (const MetricOutcome& metric : result.metrics) {
+    if (metric.outcome == kNoVerdict) refusal = metric.reason;
+  }
   // What the line says must be sure over the whole of its interval.
   const auto at = [&](double slope) {
     return slope <= 0 ? HUGE_VAL : (rules.crossover_core_share - line->intercept) / slope;
@@ -487,11 +658,14 @@ void conclude_crossover(const Analysis& analysis, const ControlResult& controls,
   if (!refusal.empty()) {
     result.outcome = kNoVerdict;
     result.words += "; " + refusal;
+  } else if (share_below(below.wins) > rules.win_share_min) {
+    result.outcome = kDoesNotHold;
   } else if (line->r_squared < rules.crossover_r_squared_min) {
     // Where a line describes it badly, where the line crosses says nothing either way.
     result.outcome = kInconclusive;
     result.words += fmt::format("; no line, for R^2 is below {}", rules.crossover_r_squared_min);
-  } else if (earliest >= rules.crossover_low && latest < rules.crossover_high) {
+  } else if (earliest >= rules.crossover_low && latest < rules.crossover_high &&
+             share_below(below.washes) >= rules.wash_share_min) {
     result.outcome = kHolds;
   } else if (latest < rules.crossover_low || earliest >= rules.crossover_high) {
     result.outcome = kDoesNotHold;
@@ -663,7 +837,8 @@ std::string_view to_string(Verdict verdict) {
 }
 
 bool is_more_better(std::string_view metric) {
-  return metric == "rate" || metric == "stream_rate" || metric == "per_wakeup";
+  return metric == "rate" || metric == "stream_rate" || metric == "per_wakeup" ||
+         metric == "per_call";
 }
 
 Measured kept_runs(const std::vector<StoredRun>& runs) {
@@ -694,13 +869,14 @@ Judgement judge(const Analysis& analysis, const Preset& preset, const std::vecto
   for (const Claim& claim : analysis.claims) {
     ClaimResult result{.claim = &claim};
     compare_all(analysis, cells, measured, result);
+    report_counters(cells, measured, runs, result);
     sum_up_metrics(analysis, judgement.controls, result);
     switch (claim.rule) {
       case ClaimRule::kShare:
         conclude_share(result);
         break;
       case ClaimRule::kCrossover:
-        conclude_crossover(analysis, judgement.controls, cells, measured, result);
+        conclude_crossover(analysis, cells, measured, result);
         break;
       case ClaimRule::kDominance:
         conclude_dominance(analysis, judgement.controls, result);

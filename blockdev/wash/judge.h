@@ -29,6 +29,11 @@ struct CellVerdict {
   double p_equivalent{1};
   double p_better{1};  // of "the AIO side is not better by more than the margin"
   double p_worse{1};
+  double p_no_worse{1};  // of "the AIO side is worse by more than the margin"
+  double margin{0};      // of the logarithm
+  // Each side's metric in itself: logarithms, at an error that is shared by the family.
+  Estimate log_aio;
+  Estimate log_threads;
   std::optional<BootstrapInterval> bootstrap;
   double aio_median{0};  // of the metric, over the blocks
   double threads_median{0};
@@ -41,15 +46,28 @@ struct CellVerdict {
   std::string reason;  // why it was not measured
 };
 
+// A counter that a comparison tells beside its ratios; medians over the blocks, or of the one run
+// that counts what counting would make slower.
+struct Reported {
+  std::string cell;
+  std::string counter;
+  std::optional<double> aio;
+  std::optional<double> threads;
+};
+
 struct ComparisonResult {
   const Comparison* comparison{nullptr};
   std::vector<CellVerdict> cells;
+  std::vector<Reported> reported;
 };
 
-// What a metric says over all cells that decide.
+// What a metric of one comparison that decides says over all its cells.
 struct MetricOutcome {
+  const Comparison* comparison{nullptr};
   std::string metric;
-  std::string outcome;  // a Verdict's name, "DEPENDS ON THE CELL" or "NO VERDICT"
+  // A Verdict's name, "NO WORSE", "AS CLAIMED", "NOT AS CLAIMED", "DEPENDS ON THE CELL" or "NO
+  // VERDICT".
+  std::string outcome;
   std::map<Verdict, std::size_t> counts;
   std::string reason;  // of NO VERDICT
 };

@@ -27,7 +27,7 @@ threads, claim by claim. What is on the image is destroyed. The result is a
 folder; an experiment that was stopped goes on where it was when the same
 command is given again. See docs/wash.md.
 
-Presets: quick (minutes: a first opinion), standard (about 45 minutes), full
+Presets: quick (minutes: a first opinion), standard (about 50 minutes), full
 (hours), smoke (a trial of the program that measures nothing).
 
 )";
@@ -53,7 +53,7 @@ program_options::options_description describe() {
       ("ram", text("on|off"), "measure a loop device over memory, too (default: on; root)")  //
       ("randseed", text("N"), "seed of all orders and loads (default: a new one)")           //
       ("force", program_options::bool_switch(),
-       "go on though program, machine or image have changed, or lines are damaged")  //
+       "go on (or report) though program, machine or images have changed, or lines are damaged")  //
       ("report", program_options::bool_switch(),
        "measure nothing: write the reports of what is there")      //
       ("eta", text("WHEN"), "show progress, as vblk bench --eta")  //

@@ -87,8 +87,7 @@ std::string headline_table(const Report& report) {
   return table + "</table></div>\n";
 }
 
-std::vector<ForestRow> forest_rows(const Analysis& analysis,
-                                   const std::vector<CellVerdict>& cells) {
+std::vector<ForestRow> forest_rows(const std::vector<CellVerdict>& cells) {
   std::vector<ForestRow> rows;
   for (const CellVerdict& cell : cells) {
     if (cell.verdict == Verdict::kNotMeasured) continue;
@@ -98,7 +97,7 @@ std::vector<ForestRow> forest_rows(const Analysis& analysis,
                     .middle = cell.log_ratio.mean,
                     .lower = cell.log_ratio.lower,
                     .upper = cell.log_ratio.upper,
-                    .margin = analysis.margin(cell.metric)});
+                    .margin = cell.margin});
   }
   return rows;
 }
@@ -130,16 +129,33 @@ std::string cells_table(const Analysis& analysis, const Comparison& comparison,
   return table + "</table></div></details>\n";
 }
 
-std::string comparison_part(const Analysis& analysis, const ComparisonResult& result) {
+std::string reported_table(const ComparisonResult& result) {
+  if (result.reported.empty()) return {};
+  std::string table = fmt::format(
+      "<div class=\"scroll\"><table><tr><th>cell</th><th>beside "
+      "it</th><th>{}</th><th>{}</th></tr>\n",
+      bench::escaped(result.comparison->aio), bench::escaped(result.comparison->threads));
+  for (const Reported& one : result.reported)
+    table += fmt::format(
+        "<tr><td>{}</td><td>{}</td><td class=\"number\">{}</td>"
+        "<td class=\"number\">{}</td></tr>\n",
+        bench::escaped(one.cell), bench::escaped(counter_name(one.counter)), counter_text(one.aio),
+        counter_text(one.threads));
+  return table + "</table></div>\n";
+}
+
+std::string comparison_part(const Analysis& analysis, const Claim& claim,
+                            const ComparisonResult& result) {
   if (result.cells.empty()) return {};
   const Comparison& comparison = *result.comparison;
-  std::string part = fmt::format("<h3>{}{}</h3>\n", bench::escaped(comparison.name),
-                                 comparison.decides ? "" : " <small>(decides nothing)</small>");
+  std::string part =
+      fmt::format("<h3>{} <small>({})</small></h3>\n", bench::escaped(comparison.name),
+                  bench::escaped(part_text(claim, comparison)));
   part += fmt::format("<p>{} divided by {}; for rates more is better, for times less.</p>\n",
                       bench::escaped(analysis.arms.at(comparison.aio).what),
                       bench::escaped(analysis.arms.at(comparison.threads).what));
-  part += forest_plot(forest_rows(analysis, result.cells), "smaller", "greater");
-  return part + cells_table(analysis, comparison, result.cells);
+  part += forest_plot(forest_rows(result.cells), "smaller", "greater");
+  return part + reported_table(result) + cells_table(analysis, comparison, result.cells);
 }
 
 std::string crossover_part(const Analysis& analysis, const Crossover& crossover) {
@@ -187,7 +203,7 @@ std::string claim_part(const Report& report, const ClaimResult& claim) {
     part += fmt::format("<p>No verdict where {}.</p>\n", bench::escaped(reason));
   if (claim.crossover) part += crossover_part(*report.analysis, *claim.crossover);
   for (const ComparisonResult& comparison : claim.comparisons)
-    part += comparison_part(*report.analysis, comparison);
+    part += comparison_part(*report.analysis, *claim.claim, comparison);
   return part + "</section>\n";
 }
 
@@ -234,9 +250,7 @@ std::string latency_part(const Report& report) {
                .y = {.label = "us", .is_logarithmic = true}};
     for (const std::string& arm : cell.family->arms) {
       const auto runs = arms->second.find(arm);
-      const bool is_control =
-          arm == report.analysis->controls.again || arm == report.analysis->controls.slowed;
-      if (runs == arms->second.end() || is_control) continue;
+      if (runs == arms->second.end() || report.analysis->is_control(arm)) continue;
       plot.series.push_back({arm, nines(runs->second), true, false});
     }
     const std::string drawn = chart(plot);
@@ -321,9 +335,9 @@ std::string controls_part(const Report& report) {
   std::string part = "<section id=\"controls\"><h2>Controls</h2>\n";
   part += fmt::format("<p>{}</p>\n", bench::escaped(controls_text(controls, *report.preset)));
   part += "<h3>An engine and itself</h3>\n" +
-          forest_plot(forest_rows(*report.analysis, controls.again_cells), "smaller", "greater");
+          forest_plot(forest_rows(controls.again_cells), "smaller", "greater");
   part += "<h3>The engine slowed down and itself</h3>\n" +
-          forest_plot(forest_rows(*report.analysis, controls.slowed), "smaller", "greater");
+          forest_plot(forest_rows(controls.slowed), "smaller", "greater");
   return part + "</section>\n";
 }
 

@@ -44,8 +44,8 @@ std::string claim_text(const Report& report, const ClaimResult& result) {
   }
   for (const ComparisonResult& comparison : result.comparisons) {
     if (comparison.cells.empty()) continue;
-    text += fmt::format("    {}{}: ratios of {} to {}\n", comparison.comparison->name,
-                        comparison.comparison->decides ? "" : " (decides nothing)",
+    text += fmt::format("    {} ({}): ratios of {} to {}\n", comparison.comparison->name,
+                        part_text(*result.claim, *comparison.comparison),
                         comparison.comparison->aio, comparison.comparison->threads);
     text += fmt::format("      {:<34}{:<12}{:>26}  {:>8}  {}\n", "cell", "metric",
                         "ratio (90 % interval)", "blocks", "verdict");
@@ -58,6 +58,9 @@ std::string claim_text(const Report& report, const ClaimResult& result) {
       text += fmt::format("      {:<34}{:<12}{:>26}  {:>8}  {}\n", cell.cell, cell.metric,
                           ratio_text(cell), blocks_text(cell), verdict);
     }
+    for (const Reported& one : comparison.reported)
+      text += fmt::format("      {:<34}{}: {} and {}\n", one.cell, counter_name(one.counter),
+                          counter_text(one.aio), counter_text(one.threads));
   }
   return text + "\n";
 }
@@ -83,6 +86,11 @@ json::object cell_json(const CellVerdict& cell) {
   object["p_equivalent"] = cell.p_equivalent;
   object["p_better"] = cell.p_better;
   object["p_worse"] = cell.p_worse;
+  object["p_no_worse"] = cell.p_no_worse;
+  object["margin"] = std::expm1(cell.margin);
+  object["aio_interval"] = json::array{std::exp(cell.log_aio.lower), std::exp(cell.log_aio.upper)};
+  object["threads_interval"] =
+      json::array{std::exp(cell.log_threads.lower), std::exp(cell.log_threads.upper)};
   object["aio_median"] = cell.aio_median;
   object["threads_median"] = cell.threads_median;
   object["blocks_for_wash"] = cell.blocks_for_wash;
@@ -98,13 +106,41 @@ json::array cells_json(const std::vector<CellVerdict>& cells) {
   return array;
 }
 
+json::array reported_json(const std::vector<Reported>& reported) {
+  json::array array;
+  for (const Reported& one : reported) {
+    json::object object{{"cell", one.cell}, {"counter", one.counter}};
+    if (one.aio) object["aio"] = *one.aio;
+    if (one.threads) object["threads"] = *one.threads;
+    array.push_back(std::move(object));
+  }
+  return array;
+}
+
+const char* rule_name(ClaimRule rule) {
+  switch (rule) {
+    case ClaimRule::kShare:
+      return "share";
+    case ClaimRule::kCrossover:
+      return "crossover";
+    case ClaimRule::kDominance:
+      return "dominance";
+    case ClaimRule::kGain:
+      return "gain";
+  }
+  return "?";
+}
+
 json::object claim_json(const ClaimResult& result) {
   json::array metrics;
   for (const MetricOutcome& metric : result.metrics) {
-    metrics.push_back(json::object{{"metric", metric.metric},
-                                   {"outcome", metric.outcome},
-                                   {"counts", counts_json(metric.counts)},
-                                   {"no_verdict_because", metric.reason}});
+    metrics.push_back(
+        json::object{{"comparison", metric.comparison->name},
+                     {"expected", expectation_text(*metric.comparison, metric.metric)},
+                     {"metric", metric.metric},
+                     {"outcome", metric.outcome},
+                     {"counts", counts_json(metric.counts)},
+                     {"no_verdict_because", metric.reason}});
   }
   json::array comparisons;
   for (const ComparisonResult& one : result.comparisons) {
@@ -112,10 +148,12 @@ json::object claim_json(const ClaimResult& result) {
                                        {"aio", one.comparison->aio},
                                        {"threads", one.comparison->threads},
                                        {"decides", one.comparison->decides},
-                                       {"cells", cells_json(one.cells)}});
+                                       {"cells", cells_json(one.cells)},
+                                       {"reported", reported_json(one.reported)}});
   }
   json::object object{{"id", result.claim->id},
                       {"title", result.claim->title},
+                      {"rule", rule_name(result.claim->rule)},
                       {"sentence", result.claim->sentence},
                       {"outcome", result.outcome},
                       {"words", result.words},
@@ -175,6 +213,58 @@ std::string blocks_text(const CellVerdict& cell) {
   return fmt::format("{} of {}", cell.log_ratio.count, cell.blocks_of);
 }
 
+std::string counter_name(const std::string& counter) {
+  if (counter == "system_calls_per_io") return "system calls per operation, load included";
+  if (counter == "requests_per_submission") return "requests in a submission";
+  if (counter == "sleeps_per_io") return "times asleep per operation";
+  if (counter == "preemptions_per_io") return "times interrupted per operation";
+  return counter;
+}
+
+std::string counter_text(const std::optional<double>& value) {
+  return value ? fmt::format("{:.3g}", *value) : "not known";
+}
+
+std::string expectation_text(const Comparison& comparison, const std::string& metric) {
+  switch (comparison.expects) {
+    case Expectation::kWash:
+      return "WASH";
+    case Expectation::kAioWins:
+      return comparison.margins.contains(metric)
+                 ? fmt::format("AIO WINS by a factor of {:g}", 1 + comparison.margins.at(metric))
+                 : "AIO WINS";
+    case Expectation::kThreadsWin:
+      return "THREADS WIN";
+    case Expectation::kNoWorse:
+      return "NO WORSE";
+    case Expectation::kLevel:
+      break;
+  }
+  const Level& level = comparison.levels.at(metric);
+  std::string text;
+  const auto add = [&](const std::string& arm, const char* how,
+                       const std::optional<double>& bound) {
+    if (bound) text += fmt::format("{}{} {} {:g}", text.empty() ? "" : ", ", arm, how, *bound);
+  };
+  add(comparison.aio, "above", level.aio_above);
+  add(comparison.aio, "below", level.aio_below);
+  add(comparison.threads, "at most", level.threads_at_most);
+  return text;
+}
+
+std::string part_text(const Claim& claim, const Comparison& comparison) {
+  if (!comparison.decides) return "decides nothing";
+  if (claim.rule != ClaimRule::kShare) return "decides";
+  std::string text;
+  for (const std::string& metric : comparison.metrics)
+    text += fmt::format("{}{} by {}",
+                        text.empty()           ? "must be "
+                        : comparison.needs_all ? ", "
+                                               : " or ",
+                        expectation_text(comparison, metric), metric);
+  return text;
+}
+
 std::string metric_name(const std::string& metric) {
   if (metric == "rate") return "operations per second";
   if (metric == "p50") return "median latency";
@@ -185,6 +275,8 @@ std::string metric_name(const std::string& metric) {
   if (metric == "wake_cost") return "time to hand over";
   if (metric == "submit_max") return "longest submission";
   if (metric == "stream_rate") return "rate of the stream";
+  if (metric == "per_call") return "requests in a call";
+  if (metric == "write_p99") return "p99 latency of the stream's writes";
   return metric;
 }
 
@@ -224,7 +316,8 @@ std::string controls_text(const ControlResult& controls, const Preset& preset) {
 std::string skipped_text(const Report& report) {
   std::string text;
   for (const SkippedDevice& one : report.skipped)
-    text += fmt::format("{} cells skipped, those of {}: {}\n", one.cells, one.device, one.why);
+    text +=
+        fmt::format("{} of the cells skipped, those of {}: {}\n", one.cells, one.device, one.why);
   return text;
 }
 
@@ -345,11 +438,11 @@ std::string json_report(const Report& report) {
 }
 
 std::string csv_of_runs(const std::vector<StoredRun>& runs) {
-  constexpr std::array kMetrics{"rate",      "p50",         "p99",
-                                "cpu",       "machine_cpu", "per_wakeup",
-                                "wake_cost", "submit_max",  "stream_rate"};
+  constexpr std::array kMetrics{"rate",        "p50",        "p99",       "cpu",
+                                "machine_cpu", "per_wakeup", "wake_cost", "submit_max",
+                                "stream_rate", "per_call",   "write_p99"};
   constexpr std::array kCounters{"sleeps_per_io", "preemptions_per_io", "requests_per_submission",
-                                 "punts_per_io", "generator_cpu"};
+                                 "punts_per_io",  "generator_cpu",      "system_calls_per_io"};
   std::string text = "cell,arm,round,attempt,kept,noisy,samples,saturated,steal_share,error";
   for (const char* name : kMetrics) text += fmt::format(",{}", name);
   for (const char* name : kCounters) text += fmt::format(",{}", name);

@@ -1,6 +1,8 @@
 // What a result says: for people as text and as a page, for programs as JSON and CSV.
 #pragma once
 
+#include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,6 +49,13 @@ struct Report {
 [[nodiscard]] std::string ratio_text(const CellVerdict& cell);
 // "24 of 26": blocks that a cell rests on, and those that there are.
 [[nodiscard]] std::string blocks_text(const CellVerdict& cell);
+[[nodiscard]] std::string counter_name(const std::string& counter);
+[[nodiscard]] std::string counter_text(const std::optional<double>& value);
+// What a comparison must come to by a metric: "WASH", "AIO WINS by a factor of 2", "native above
+// 2".
+[[nodiscard]] std::string expectation_text(const Comparison& comparison, const std::string& metric);
+// What it is to its claim: "must be WASH by rate, WASH by p99", "decides", "decides nothing".
+[[nodiscard]] std::string part_text(const Claim& claim, const Comparison& comparison);
 [[nodiscard]] std::string metric_name(const std::string& metric);  // "requests per second"
 // The label of the preset, and what qualifies it.
 [[nodiscard]] std::string label_of(const Report& report);

@@ -110,6 +110,10 @@ void add_usage(RunRecord& record, const bench::RunResult& result, std::uint64_t 
   const bench::TargetStatistics& target = usage.target;
   counters["requests_per_submission"] =
       per(static_cast<double>(target.submitted), target.submit_calls);
+  if (target.submit_calls > 0 && target.submitted > 0)
+    record.metrics["per_call"] = per(static_cast<double>(target.submitted), target.submit_calls);
+  if (usage.system_calls)
+    counters["system_calls_per_io"] = per(static_cast<double>(*usage.system_calls), operations);
   if (target.wake_ups > 0 && target.submitted > 0)
     record.metrics["per_wakeup"] = per(static_cast<double>(target.submitted), target.wake_ups);
   if (usage.device_flushes)
@@ -126,7 +130,9 @@ void add_observation(RunRecord& record, const Observation& observation) {
 
 Expected<bench::RunResult> drive(bench::Target& target, const bench::JobGroup& group,
                                  const RunSpec& spec) {
-  auto run = bench::measure_on(target, group, {.flush_device = spec.image_path});
+  auto run = bench::measure_on(
+      target, group,
+      {.count_system_calls = spec.count_system_calls, .flush_device = spec.image_path});
   if (!run) return std::unexpected(std::move(run.error()));
   if (run->result.error) return std::unexpected(std::move(*run->result.error));
   return std::move(run->result);
@@ -165,6 +171,12 @@ Expected<RunRecord> measure_load(const RunSpec& spec, const Family& family, cons
   RunRecord record = record_of(*result);
   add_observation(record, observation);
   return record;
+}
+
+bool has_enough_behind(std::uint64_t samples, double fraction) {
+  const auto behind_min =
+      static_cast<double>(registered_analysis().rules.samples_behind_quantile_min);
+  return static_cast<double>(samples) * (1 - fraction) >= behind_min - 1e-9;
 }
 
 // A new process has no worker, of its own or of the kernel's: the burst starts them.
@@ -215,7 +227,8 @@ Expected<RunRecord> measure_stream(const RunSpec& spec, const Family& family, co
   RunRecord record;
   add_usage(record, *result, writer.operations());
   record.metrics["stream_rate"] = writer.per_second(writer.operations());
-  record.counters["stream_write_p99_us"] = writer.latencies[kWrite].quantile_ns(0.99) / 1000;
+  if (has_enough_behind(writer.latencies[kWrite].total(), 0.99))
+    record.metrics["write_p99"] = writer.latencies[kWrite].quantile_ns(0.99) / 1000;
   record.counters["flushes_late"] = result->jobs[0].is_saturated() ? 1 : 0;
   add_latencies(record, result->jobs[0].latencies[kFlush]);
   return record;
@@ -280,10 +293,8 @@ double StealMeter::share() const {
 
 void add_latencies(RunRecord& record, const bench::LatencyHistogram& latencies) {
   record.samples = latencies.total();
-  const auto behind_min =
-      static_cast<double>(registered_analysis().rules.samples_behind_quantile_min);
   const auto add = [&](const char* name, double fraction) {
-    if (static_cast<double>(record.samples) * (1 - fraction) >= behind_min - 1e-9)
+    if (has_enough_behind(record.samples, fraction))
       record.metrics[name] = latencies.quantile_ns(fraction) / 1000;
   };
   add("p50", 0.5);

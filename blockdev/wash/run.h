@@ -34,6 +34,7 @@ struct RunSpec {
   std::uint64_t seed{0};
   double spin_ns{0};  // burnt on each request
   std::string peer;   // of Server::kPeer: a command
+  bool count_system_calls{false};
 };
 
 struct RunRecord {

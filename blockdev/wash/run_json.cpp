@@ -53,7 +53,8 @@ std::string to_json(const RunSpec& spec) {
                                       {"idle_ms", spec.idle_time.count()},
                                       {"seed", spec.seed},
                                       {"spin_ns", spec.spin_ns},
-                                      {"peer", spec.peer}});
+                                      {"peer", spec.peer},
+                                      {"count_system_calls", spec.count_system_calls}});
 }
 
 Expected<RunSpec> parse_run_spec(const std::string& text) {
@@ -69,7 +70,8 @@ Expected<RunSpec> parse_run_spec(const std::string& text) {
                  .idle_time = std::chrono::milliseconds(take<std::int64_t>(object, "idle_ms")),
                  .seed = take<std::uint64_t>(object, "seed"),
                  .spin_ns = take<double>(object, "spin_ns"),
-                 .peer = take<std::string>(object, "peer")};
+                 .peer = take<std::string>(object, "peer"),
+                 .count_system_calls = take<bool>(object, "count_system_calls")};
     for (const auto& level : object.at("levels").as_array()) {
       spec.levels.emplace_back(json::value_to<std::string>(level.at(0)),
                                json::value_to<std::string>(level.at(1)));

@@ -69,6 +69,8 @@ MarginTests test_margin(std::span<const double> samples, double margin) {
   const double p_within_upper = p_above(-mean, error, -margin, degrees);
   const double p_within_lower = p_above(mean, error, -margin, degrees);
   return {.equivalent = std::max(p_within_upper, p_within_lower),
+          .not_above = p_within_upper,
+          .not_below = p_within_lower,
           .above = p_above(mean, error, margin, degrees),
           .below = p_above(-mean, error, margin, degrees)};
 }
@@ -90,20 +92,34 @@ std::vector<double> holm(std::span<const double> p_values) {
 
 std::vector<CellDecision> decide(std::span<const std::vector<double>> cells, double margin,
                                  double alpha, Sides sides) {
+  return decide(cells, std::vector<double>(cells.size(), margin), alpha, sides);
+}
+
+std::vector<CellDecision> decide(std::span<const std::vector<double>> cells,
+                                 std::span<const double> margins, double alpha, Sides sides) {
+  assert(cells.size() == margins.size());
   std::vector<double> equivalences;
+  std::vector<double> not_above;
+  std::vector<double> not_below;
   std::vector<double> differences;
-  for (const auto& samples : cells) {
-    const MarginTests tests = test_margin(samples, margin);
+  for (std::size_t i = 0; i < cells.size(); ++i) {
+    const MarginTests tests = test_margin(cells[i], margins[i]);
     equivalences.push_back(tests.equivalent);
+    not_above.push_back(tests.not_above);
+    not_below.push_back(tests.not_below);
     if (sides != Sides::kBelow) differences.push_back(tests.above);
     if (sides != Sides::kAbove) differences.push_back(tests.below);
   }
   equivalences = holm(equivalences);
+  not_above = holm(not_above);
+  not_below = holm(not_below);
   differences = holm(differences);
   std::vector<CellDecision> decisions;
   auto difference = differences.begin();
   for (const double equivalence : equivalences) {
-    CellDecision decision{.p_equivalent = equivalence};
+    const std::size_t i = decisions.size();
+    CellDecision decision{
+        .p_equivalent = equivalence, .p_not_above = not_above[i], .p_not_below = not_below[i]};
     if (sides != Sides::kBelow) decision.p_above = *difference++;
     if (sides != Sides::kAbove) decision.p_below = *difference++;
     if (decision.p_equivalent <= alpha) {

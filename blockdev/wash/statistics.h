@@ -38,9 +38,11 @@ struct Estimate {
 // At confidence 1 - 2 alpha. With fewer than two samples the interval is everything.
 [[nodiscard]] Estimate estimate(std::span<const double> samples, double alpha);
 
-// p values of the three one-sided questions that a margin asks. All 1 with fewer than two samples.
+// p values of the one-sided questions that a margin asks. All 1 with fewer than two samples.
 struct MarginTests {
   double equivalent{1};  // TOST: of "not within +-margin"
+  double not_above{1};   // its two halves: of "beyond +margin"
+  double not_below{1};   // and "beyond -margin"
   double above{1};       // of "not beyond +margin"
   double below{1};       // of "not beyond -margin"
 };
@@ -56,14 +58,21 @@ enum class Direction : std::uint8_t { kEquivalent, kAbove, kBelow, kUnknown };
 enum class Sides : std::uint8_t { kBoth, kAbove, kBelow };
 
 // One family: for each cell of samples what can be said at `alpha`, Holm's adjustment included. The
-// equivalences are one family; the differences are another, of a hypothesis for each cell and side.
+// equivalences are one family; the differences are another, of a hypothesis for each cell and side;
+// and the two halves of an equivalence, by themselves, are one each.
 // A side that is not asked about has p = 1.
 struct CellDecision {
   Direction direction{Direction::kUnknown};
   double p_equivalent{1};  // adjusted
+  double p_not_above{1};
+  double p_not_below{1};
   double p_above{1};
   double p_below{1};
 };
+[[nodiscard]] std::vector<CellDecision> decide(std::span<const std::vector<double>> cells,
+                                               std::span<const double> margins, double alpha,
+                                               Sides sides = Sides::kBoth);
+// With one margin for all.
 [[nodiscard]] std::vector<CellDecision> decide(std::span<const std::vector<double>> cells,
                                                double margin, double alpha,
                                                Sides sides = Sides::kBoth);

@@ -35,6 +35,7 @@ struct StoredRun {
   RunRecord record;
 
   static constexpr int kCalibration = -1;
+  static constexpr int kCounting = -2;  // of system calls, which costs time and decides nothing
 };
 
 // What must be alike for an experiment to go on: name and value of each thing, on both sides. Only

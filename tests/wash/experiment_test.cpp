@@ -47,8 +47,14 @@ class ExperimentTest : public testing::Test {
     for (const Cell& cell : cells_of(conduct_)) sum += cell.family->arms.size();
     return sum;
   }
-  // One run for each cell says what is to be burnt.
-  [[nodiscard]] std::size_t calibrations() const { return cells_of(conduct_).size(); }
+  // One run for each cell says what is to be burnt, and where one request is in flight two count
+  // system calls.
+  [[nodiscard]] std::size_t calibrations() const {
+    std::size_t counting = 0;
+    for (const Cell& cell : cells_of(conduct_))
+      counting += level_of(cell, "iodepth") == "1" ? 2U : 0U;
+    return cells_of(conduct_).size() + counting;
+  }
   [[nodiscard]] std::vector<std::string> order() const {
     std::vector<std::string> order;
     for (const RunSpec& spec : specs_) order.push_back(spec.levels.back().second + spec.arm);
@@ -117,6 +123,18 @@ TEST_F(ExperimentTest, burns_a_part_of_what_was_measured_before) {
         << spec.arm;
 }
 
+TEST_F(ExperimentTest, counts_system_calls_beside_the_blocks) {
+  const auto store = open();
+  ASSERT_TRUE(conduct(*store));
+  std::multiset<std::string> counted;
+  for (const RunSpec& spec : specs_) {
+    if (spec.count_system_calls) counted.insert(spec.arm + level_of(spec, "iodepth"));
+  }
+  EXPECT_EQ(counted, (std::multiset<std::string>{"native1", "threads1"}));
+  const auto measured = kept_runs(store->runs());
+  for (const auto& [cell, arms] : measured) EXPECT_EQ(arms.at("native").size(), preset_.rounds);
+}
+
 TEST_F(ExperimentTest, goes_on_where_it_was_and_does_what_it_would_have_done) {
   {
     test::TempDir other;
@@ -179,9 +197,10 @@ TEST_F(ExperimentTest, leaves_out_an_arm_that_cannot_be_measured_and_says_why) {
   const auto store = open();
   EXPECT_EQ(conduct(*store).value(), true);
   EXPECT_EQ(std::ranges::count(specs_, "native", &RunSpec::arm),
-            static_cast<std::ptrdiff_t>(cells_of(conduct_).size() * preset_.rounds));
+            static_cast<std::ptrdiff_t>(cells_of(conduct_).size() * preset_.rounds + 1))
+      << "once to count system calls";
   const auto judgement = judge(analysis_, preset_, cells_of(conduct_), store->runs());
-  EXPECT_EQ(judgement.failed_runs, cells_of(conduct_).size() * preset_.rounds);
+  EXPECT_EQ(judgement.failed_runs, cells_of(conduct_).size() * preset_.rounds + 1);
   const auto& cell = judgement.claims.front().comparisons.front().cells.front();
   EXPECT_EQ(cell.verdict, Verdict::kNotMeasured);
   EXPECT_EQ(cell.reason, "0 of 2 blocks have it: native: no such engine in 2");
@@ -205,7 +224,7 @@ TEST_F(ExperimentTest, gives_an_arm_up_after_failures_in_a_row_until_it_is_gone_
   std::erase_if(analysis_.families[0].levels.at("smoke"), [](const auto&) { return true; });
   preset_.rounds = 6;
   broken_arm_ = "native";
-  interrupt_after_ = 1 + 4 * analysis_.families[0].arms.size();
+  interrupt_after_ = calibrations() + 4 * analysis_.families[0].arms.size();
   {
     const auto store = open();
     EXPECT_EQ(conduct(*store).value(), false);

@@ -103,7 +103,11 @@ class Laboratory {
           run.record.metrics = {{"rate", sample(20000 * truth.rate / slow)},
                                 {"p50", sample(100 * truth.latency * slow)},
                                 {"p99", sample(300 * truth.latency * slow)},
-                                {"cpu", sample(10 * truth.cpu * slow)}};
+                                {"cpu", sample(10 * truth.cpu * slow)},
+                                {"per_wakeup", sample(8)},
+                                {"per_call", sample(8)},
+                                {"submit_max", sample(100)},
+                                {"stream_rate", sample(1000)}};
           run.record.samples = 5000;
           if (change_) change_(cells_[index], arm, round, run.record);
           runs.push_back(std::move(run));
@@ -346,6 +350,140 @@ TEST(Judge, takes_no_crossover_from_a_line_that_describes_nothing) {
                              .noise(0.001)
                              .experiment(test::test_seed());
   EXPECT_EQ(claim(judgement, "C4").outcome, "INCONCLUSIVE") << claim(judgement, "C4").words;
+}
+
+TEST(Judge, calls_it_no_crossover_where_latency_is_won_at_low_rates) {
+  const auto judgement = rates([](double rate) { return 2.5e-6 * rate; })
+                             .truth("native", {.latency = 0.7})
+                             .noise(0.001)
+                             .experiment(test::test_seed());
+  EXPECT_EQ(claim(judgement, "C4").outcome, "DOES NOT HOLD") << claim(judgement, "C4").words;
+}
+
+// A metric of an arm, in all cells of a family or in those with a level, times something.
+struct Factor {
+  std::string arm;
+  std::string metric;
+  double factor{1};
+  std::string level;  // empty: any
+  std::string value;
+};
+Judgement with(const std::set<std::string>& families, const std::vector<Factor>& factors) {
+  return Laboratory("smoke", families)
+      .change([=](const Cell& cell, const std::string& arm, int, RunRecord& record) {
+        for (const Factor& one : factors) {
+          if (one.arm == arm && (one.level.empty() || level_of(cell, one.level) == one.value))
+            record.metrics[one.metric] *= one.factor;
+        }
+      })
+      .experiment(test::test_seed());
+}
+
+TEST(Judge, believes_that_only_aio_retrieves_many_where_the_pool_retrieves_one) {
+  const auto retrieving = [](double native, double threads) {
+    return with({"core"}, {{"native", "per_wakeup", native / 8},
+                           {"threads", "per_wakeup", threads / 8},
+                           {"threads-again", "per_wakeup", threads / 8}});
+  };
+  const auto said = [&](double native, double threads) {
+    return claim(retrieving(native, threads), "C1b").outcome;
+  };
+  EXPECT_EQ(said(8, 1), "HOLDS");
+  EXPECT_EQ(said(8, 8), "DOES NOT HOLD") << "as many";
+  EXPECT_EQ(said(16, 4), "DOES NOT HOLD") << "fewer, and yet many";
+  EXPECT_EQ(said(8, 1.5), "INCONCLUSIVE") << "neither one nor many";
+  EXPECT_EQ(said(1.5, 1), "DOES NOT HOLD") << "AIO does not either";
+}
+
+TEST(Judge, looks_at_calls_to_see_whether_batching_is_kept) {
+  EXPECT_EQ(claim(with({"core"}, {}), "C7a").outcome, "HOLDS");
+  // One call for each request is none, however cheap it is.
+  const auto dear =
+      with({"core"}, {{"kernel-pool", "per_call", 1.0 / 8}, {"kernel-pool", "cpu", 0.5}});
+  EXPECT_EQ(claim(dear, "C7a").outcome, "DOES NOT HOLD");
+}
+
+TEST(Judge, asks_of_a_submission_that_it_is_shorter_and_short) {
+  const auto said = [](double kernel_pool, double native) {
+    return claim(with({"core"}, {{"kernel-pool", "submit_max", kernel_pool / 100},
+                                 {"native", "submit_max", native / 100}}),
+                 "C7c")
+        .outcome;
+  };
+  EXPECT_EQ(said(100, 300), "HOLDS");
+  EXPECT_EQ(said(100, 100), "DOES NOT HOLD") << "no shorter";
+  EXPECT_EQ(said(1500, 9000), "DOES NOT HOLD") << "shorter, and longer than a millisecond";
+}
+
+TEST(Judge, takes_what_is_better_for_no_worse) {
+  const auto said = [](double rate) {
+    return claim(with({"core", "buffered"}, {{"kernel-pool", "rate", rate}}), "C7d").outcome;
+  };
+  EXPECT_EQ(said(1), "HOLDS");
+  EXPECT_EQ(said(1.5), "HOLDS");
+  EXPECT_EQ(said(0.8), "DOES NOT HOLD");
+}
+
+TEST(Judge, lets_a_claim_of_two_parts_hold_by_both_alone) {
+  // C1a: over a pool, and over itself with one request in a call.
+  const auto batching = [](double over_pool, double over_itself) {
+    return claim(with({"core", "pools"},
+                      {{"pool-condition", "cpu", over_pool}, {"native-one", "cpu", over_itself}}),
+                 "C1a")
+        .outcome;
+  };
+  EXPECT_EQ(batching(1.5, 1.5), "HOLDS");
+  EXPECT_EQ(batching(1.5, 1), "DOES NOT HOLD");
+  EXPECT_EQ(batching(1, 1.5), "DOES NOT HOLD");
+  // C9: cheaper where much is dirty, and only there.
+  EXPECT_EQ(claim(with({"core", "ranges"}, {{"range-io_uring", "p50", 0.5, "dirty", "1M"}}), "C9")
+                .outcome,
+            "HOLDS");
+  EXPECT_EQ(claim(with({"core", "ranges"}, {{"range-io_uring", "p50", 0.5}}), "C9").outcome,
+            "DOES NOT HOLD");
+  EXPECT_EQ(claim(with({"core", "ranges"}, {}), "C9").outcome, "DOES NOT HOLD");
+}
+
+TEST(Judge, wants_flushes_halved_by_writing_behind_and_the_stream_as_fast) {
+  const auto said = [](double flushes, double stream, double from_pool) {
+    return claim(with({"core", "streams"}, {{"no-behind", "p50", 1 / flushes},
+                                            {"no-behind", "stream_rate", 1 / stream},
+                                            {"behind-threads", "p50", from_pool},
+                                            {"behind-threads-again", "p50", from_pool}}),
+                 "C8")
+        .outcome;
+  };
+  EXPECT_EQ(said(0.3, 1, 1), "HOLDS");
+  EXPECT_EQ(said(0.8, 1, 1), "DOES NOT HOLD") << "not halved";
+  EXPECT_EQ(said(0.3, 0.5, 1), "DOES NOT HOLD") << "at the stream's cost";
+  EXPECT_EQ(said(0.3, 1, 2), "DOES NOT HOLD") << "not as from a pool";
+}
+
+TEST(Judge, gives_no_verdict_by_a_metric_that_no_engine_was_compared_with_itself_by) {
+  const auto judgement =
+      Laboratory()
+          .change([](const Cell&, const std::string& arm, int, RunRecord& record) {
+            if (arm == "threads-again") record.metrics.erase("per_wakeup");
+          })
+          .experiment(test::test_seed());
+  EXPECT_EQ(outcome(judgement, "C1b", "per_wakeup"), "NO VERDICT");
+  EXPECT_EQ(claim(judgement, "C1b").outcome, "NO VERDICT");
+  EXPECT_EQ(outcome(judgement, "C0", "rate"), "WASH");
+}
+
+TEST(Judge, tells_the_counters_that_a_claim_must_report) {
+  const auto judgement =
+      Laboratory()
+          .change([](const Cell&, const std::string& arm, int, RunRecord& record) {
+            record.counters["sleeps_per_io"] = arm == "native" ? 1 : 3;
+          })
+          .experiment(test::test_seed());
+  std::map<std::string, Reported> told;
+  for (const Reported& one : claim(judgement, "C3").comparisons.front().reported)
+    told[one.counter] = one;
+  EXPECT_EQ(told.at("sleeps_per_io").aio, 1);
+  EXPECT_EQ(told.at("sleeps_per_io").threads, 3);
+  EXPECT_FALSE(told.at("system_calls_per_io").aio) << "not counted is not 0";
 }
 
 // How many more at a depth of 16 than of 1, by arm; all rates at depth 1 are alike.

@@ -57,6 +57,29 @@ TEST(Registry, lets_every_claim_be_decided_by_the_standard_preset) {
   }
 }
 
+TEST(Registry, compares_an_engine_with_itself_by_each_metric_that_decides) {
+  const Analysis& analysis = registered_analysis();
+  std::set<std::string> controlled;
+  for (const AgainControl& again : analysis.controls.again)
+    controlled.insert(again.metrics.begin(), again.metrics.end());
+  for (const Claim& claim : analysis.claims) {
+    for (const Comparison& comparison : claim.comparisons) {
+      if (!comparison.decides) continue;
+      for (const auto& metric : comparison.metrics)
+        EXPECT_TRUE(controlled.contains(metric)) << claim.id << " " << metric;
+    }
+  }
+}
+
+TEST(Registry, takes_an_expectation_from_the_claim_where_a_comparison_has_none) {
+  const auto& claims = registered_analysis().claims;
+  const auto& ranges = *std::ranges::find(claims, "C9", &Claim::id);
+  EXPECT_EQ(ranges.comparisons.at(0).expects, Expectation::kAioWins);
+  EXPECT_EQ(ranges.comparisons.at(1).expects, Expectation::kWash);
+  const auto& batches = *std::ranges::find(claims, "C1a", &Claim::id);
+  EXPECT_FALSE(batches.comparisons.at(0).needs_all);
+}
+
 TEST(Registry, names_each_cell_once) {
   const Analysis& analysis = registered_analysis();
   for (const Preset& preset : analysis.presets) {
@@ -93,6 +116,10 @@ TEST(Registry, refuses_what_leads_nowhere) {
   EXPECT_FALSE(replaced("\"metrics\": [\"rate\"", "\"metrics\": [\"warp\""));
   EXPECT_FALSE(replaced("\"families\": [\"core\"", "\"families\": [\"warp\""));
   EXPECT_FALSE(replaced("\"pool\": \"condition\"", "\"pool\": \"warp\""));
+  EXPECT_FALSE(replaced("\"expects\": \"NO WORSE\"", "\"expects\": \"WARP\""));
+  EXPECT_FALSE(replaced("\"expects\": \"LEVEL\"", "\"expects\": \"WASH\""));
+  EXPECT_FALSE(replaced("\"aio_below\"", "\"warp\""));
+  EXPECT_FALSE(replaced("\"margins\": {\"p50\": 1.0}", "\"margins\": {\"p99\": 1.0}"));
   EXPECT_TRUE(replaced("\"about\"", "\"abouts\""));
 }
 
