@@ -30,13 +30,17 @@ void answer(const std::string& what, std::istream& words) {
                result.lower, result.upper);
   } else if (what == "margin") {
     const auto tests = test_margin(values, margin);
-    fmt::print("{:.12g} {:.12g} {:.12g}\n", tests.equivalent, tests.above, tests.below);
+    fmt::print("{:.12g} {:.12g} {:.12g} {:.12g} {:.12g}\n", tests.equivalent, tests.above,
+               tests.below, tests.not_above, tests.not_below);
   } else if (what == "holm") {
     for (const double adjusted : holm(values)) fmt::print("{:.12g} ", adjusted);
     fmt::print("\n");
   } else if (what == "bootstrap") {
     const auto interval = bootstrap(values, kAlpha, 1);
     fmt::print("{:.12g} {:.12g}\n", interval->lower, interval->upper);
+  } else if (what == "blocks") {
+    // Standard deviation, margin, power.
+    fmt::print("{}\n", blocks_for_wash(values.at(0), values.at(1), kAlpha, values.at(2)));
   } else if (what == "line") {
     const std::size_t half = values.size() / 2;
     const auto line = fit_line(std::span(values).first(half), std::span(values).last(half), kAlpha);
