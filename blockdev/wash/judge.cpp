@@ -120,8 +120,9 @@ Paired pair_up(const Measured& measured, const std::string& cell, const std::str
 // "threads: too few samples for p99 (580 at most) in 9, native: no operation ended in time in 2".
 std::string words_of(const std::map<std::string, Lack>& lacks) {
   std::vector<std::pair<std::string, Lack>> sorted(lacks.begin(), lacks.end());
-  std::ranges::stable_sort(sorted, std::ranges::greater{},
-                           [](const auto& lack) { return lack.second.blocks; });
+  std::ranges::sort(sorted, {}, [](const auto& lack) {
+    return std::pair(-static_cast<std::int64_t>(lack.second.blocks), lack.first);
+  });
   std::string words;
   for (const auto& [what, lack] : sorted) {
     const bool tells_samples = what.find("too few samples") != std::string::npos;
@@ -655,23 +656,22 @@ void conclude_crossover(const Analysis& analysis, const std::vector<Cell>& cells
   };
   const double earliest = at(line->slope_upper);
   const double latest = at(line->slope_lower);
+  // Where a line describes it badly, where the line crosses says nothing either way.
+  const bool is_line = line->r_squared >= rules.crossover_r_squared_min;
   if (!refusal.empty()) {
     result.outcome = kNoVerdict;
     result.words += "; " + refusal;
-  } else if (share_below(below.wins) > rules.win_share_min) {
+  } else if (share_below(below.wins) > rules.win_share_min ||
+             (is_line && (latest < rules.crossover_low || earliest >= rules.crossover_high))) {
     result.outcome = kDoesNotHold;
-  } else if (line->r_squared < rules.crossover_r_squared_min) {
-    // Where a line describes it badly, where the line crosses says nothing either way.
-    result.outcome = kInconclusive;
-    result.words += fmt::format("; no line, for R^2 is below {}", rules.crossover_r_squared_min);
-  } else if (earliest >= rules.crossover_low && latest < rules.crossover_high &&
+  } else if (is_line && earliest >= rules.crossover_low && latest < rules.crossover_high &&
              share_below(below.washes) >= rules.wash_share_min) {
     result.outcome = kHolds;
-  } else if (latest < rules.crossover_low || earliest >= rules.crossover_high) {
-    result.outcome = kDoesNotHold;
   } else {
     result.outcome = kInconclusive;
   }
+  if (!is_line)
+    result.words += fmt::format("; no line, for R^2 is below {}", rules.crossover_r_squared_min);
   result.crossover = std::move(crossover);
 }
 
@@ -710,16 +710,15 @@ void conclude_dominance(const Analysis& analysis, const ControlResult& controls,
       "engines is {:.0f} %",
       *least * 100, *most * 100, engines * 100);
   result.words += unmeasured;
+  // Least, most and largest are those of all cells or nothing.
+  const bool is_whole = unmeasured.empty();
   const std::string refusal = refusal_of(controls, "rate");
   if (!refusal.empty()) {
     result.outcome = kNoVerdict;
     result.words += "; " + refusal;
-  } else if (!unmeasured.empty()) {
-    // Least, most and largest are those of all cells or nothing.
-    result.outcome = kInconclusive;
-  } else if (*least >= rules.dominance_holds_from * yardstick) {
+  } else if (is_whole && *least >= rules.dominance_holds_from * yardstick) {
     result.outcome = kHolds;
-  } else if (*most < rules.dominance_refuted_below * yardstick) {
+  } else if (is_whole && *most < rules.dominance_refuted_below * yardstick) {
     result.outcome = kDoesNotHold;
   } else {
     result.outcome = kInconclusive;

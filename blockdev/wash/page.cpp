@@ -295,7 +295,11 @@ Chart flush_chart(const Report& report, const Measured& measured, const Family& 
         points[arm].emplace_back(std::stod(depth), value);
     }
   }
-  for (const std::string& arm : family.arms) plot.series.push_back({arm, points[arm], true, false});
+  for (const std::string& arm : family.arms) {
+    // A line through one point is none.
+    const bool is_line = points[arm].size() > 1;
+    plot.series.push_back({arm, points[arm], is_line, false});
+  }
   return plot;
 }
 
@@ -367,7 +371,7 @@ std::string setting_part(const Report& report) {
     part += "</ul>\n";
   }
   for (const SkippedDevice& one : report.skipped)
-    part += fmt::format("<p>{} cells are skipped, those of {}: {}.</p>\n", one.cells,
+    part += fmt::format("<p>{} of the cells skipped, those of {}: {}.</p>\n", one.cells,
                         bench::escaped(one.device), bench::escaped(one.why));
   part += "<h3>Devices</h3>\n" + facts_table(experiment.devices);
   part += "<h3>Identity</h3>\n" + facts_table(experiment.identity);

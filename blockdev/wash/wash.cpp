@@ -335,8 +335,9 @@ int measure(const WashOptions& options) {
       if (auto agreed = agree_on_ram(*store, options.force, setting); !agreed)
         return fail(agreed.error(), kExitFailure);
     } else {
-      // Now they are there, and of their size.
+      // Now the images are there, and of their size.
       identify_images(options, wanted->identity);
+      wanted->machine = machine_facts(options.image_paths.front());
       auto opened = ResultStore::open(options.output_path, *wanted, options.force);
       if (!opened) return fail(opened.error(), kExitFailure);
       store = std::move(*opened);
@@ -359,7 +360,7 @@ int measure(const WashOptions& options) {
   }
   if (!done) {
     // One line says why. The reports of what there is are worth a try, on a full disk, too.
-    static_cast<void>(write_reports(*store, report_of(*store, false)));
+    [[maybe_unused]] const auto written = write_reports(*store, report_of(*store, false));
     return fail(done.error(), kExitFailure);
   }
   const int status = tell(*store);

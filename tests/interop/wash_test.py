@@ -102,6 +102,9 @@ def test_whole(report, vblk):
             report.check("the RAM-backed loop device is one", any("/ram/" in cell for cell in cells))
         else:
             report.skip("the RAM-backed loop device is one", summary["devices"]["ram"])
+        report.check("the machine's disk is told, though the image was made only now",
+                     "file system" in summary["machine"] and summary["identity"]["image"].count("bytes") == 1 and
+                     "not there" not in summary["identity"]["image"], f"{summary['machine']} {summary['identity']}")
         report.check("the digest of the rules is that of the file",
                      summary["analysis_sha256"] == hashlib.sha256((result / "analysis.json").read_bytes()).hexdigest())
         claims = {claim["id"]: claim for claim in summary["claims"]}
