@@ -627,6 +627,7 @@ bool Checker::overlaps_what_changes() {
   std::ranges::sort(told, {}, &Extent::offset);
   // How far those reach that begin no later.
   std::vector<std::uint64_t> ends;
+  ends.reserve(told.size());
   std::uint64_t end = 0;
   for (const Extent& extent : told)
     ends.push_back(end = std::max(end, extent.offset + extent.length));

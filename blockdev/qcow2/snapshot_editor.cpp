@@ -17,8 +17,6 @@
 namespace vblk::qcow2 {
 
 using blockdev::AlignedBuffer;
-using blockdev::BlockIo;
-using blockdev::BlockOperation;
 using blockdev::Task;
 
 namespace {
