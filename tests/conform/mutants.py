@@ -374,15 +374,15 @@ MUTANTS = (
     # ---- Status
     mutant("status-is-never-zero", "status/initial", BACKEND,
            ("  const bool needs_reset = needs_reset_.load(std::memory_order_relaxed);\n  return static_cast<std::uint8_t>(",
-            '  if (mutant("status-is-never-zero")) return status_.value() | 1U;\n'
-            '  if (mutant("reset-is-needed-for-nothing") && status_.is_driver_ok()) return status_.value() | 64U;\n'
+            '  if (mutant("status-is-never-zero")) return session_.status.value() | 1U;\n'
+            '  if (mutant("reset-is-needed-for-nothing") && session_.status.is_driver_ok()) return session_.status.value() | 64U;\n'
             "  const bool needs_reset = needs_reset_.load(std::memory_order_relaxed);\n  return static_cast<std::uint8_t>(")),
     mutant("reset-is-needed-for-nothing", "status/driver-ok", BACKEND),
     mutant("status-is-forgotten", "status/kept", BACKEND,
-           ("  if (value != 0) return status_.write(value, features_accepted_);",
+           ("  if (value != 0) return session_.status.write(value, session_.features_accepted);",
             '  if (value != 0 && mutant("status-is-forgotten")) return {};\n'
-            '  if (value != 0 && mutant("features-ok-is-dropped")) return status_.write(value & ~std::uint64_t{8}, features_accepted_);\n'
-            "  if (value != 0) return status_.write(value, features_accepted_);")),
+            '  if (value != 0 && mutant("features-ok-is-dropped")) return session_.status.write(value & ~std::uint64_t{8}, session_.features_accepted);\n'
+            "  if (value != 0) return session_.status.write(value, session_.features_accepted);")),
     mutant("features-ok-is-dropped", "status/features-ok", BACKEND),
     mutant("reset-leaves-the-rings", "status/reset", BACKEND,
            ("void Backend::reset() {\n  for (Ring& ring : rings_) {",
