@@ -385,8 +385,8 @@ MUTANTS = (
             "  if (value != 0) return session_.status.write(value, session_.features_accepted);")),
     mutant("features-ok-is-dropped", "status/features-ok", BACKEND),
     mutant("reset-leaves-the-rings", "status/reset", BACKEND,
-           ("void Backend::reset() {\n  for (Ring& ring : rings_) {",
-            "void Backend::reset() {\n  for (Ring& ring : rings_) {\n"
+           ("void Backend::reset() {\n  for (Ring& ring : session_.rings) {",
+            "void Backend::reset() {\n  for (Ring& ring : session_.rings) {\n"
             '    if (mutant("reset-leaves-the-rings")) continue;')),
     mutant("reset-is-not-needed", "status/needs-reset", BACKEND,
            ("                                      needs_reset_.store(true, std::memory_order_relaxed);",
