@@ -63,24 +63,18 @@ void IoLimiter::Queue::look() {
   hand_over(granted, go_on_);
 }
 
-void IoLimiter::Queue::release_all() {
-  if (waiting_count_ == 0) return;
-  timer_->cancel();
-  Ticket* tickets = nullptr;
-  {
-    const std::lock_guard lock(limiter_.mutex_);
-    tickets = limiter_.schedule_.take_all(member_);
-  }
-  hand_over(tickets, go_on_);
-}
+void IoLimiter::Queue::release_all() { give_up(&LimitSchedule::take_all, go_on_); }
 
-void IoLimiter::Queue::withdraw_all(const GoOn& taker) {
+void IoLimiter::Queue::withdraw_all(const GoOn& taker) { give_up(&LimitSchedule::withdraw, taker); }
+
+void IoLimiter::Queue::give_up(Ticket* (LimitSchedule::*take)(LimitSchedule::Member&),
+                               const GoOn& taker) {
   if (waiting_count_ == 0) return;
   timer_->cancel();
   Ticket* tickets = nullptr;
   {
     const std::lock_guard lock(limiter_.mutex_);
-    tickets = limiter_.schedule_.withdraw(member_);
+    tickets = (limiter_.schedule_.*take)(member_);
   }
   hand_over(tickets, taker);
 }

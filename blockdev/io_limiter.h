@@ -71,6 +71,8 @@ class IoLimiter {
     [[nodiscard]] std::size_t waiting() const { return waiting_count_; }
 
    private:
+    // All that waits goes to `taker`, as `take` has it.
+    void give_up(Ticket* (LimitSchedule::*take)(LimitSchedule::Member&), const GoOn& taker);
     void hand_over(Ticket* tickets, const GoOn& taker);
     void set_timer(std::uint64_t due_ns, std::uint64_t now_ns);
 

@@ -91,6 +91,12 @@ class Simulation {
 // What may have gone on more than the limit says: the slack, and a request for each client.
 std::uint64_t slack_of(std::uint64_t rate) { return rate * LimitSchedule::kSlackNs / kSecond + 2; }
 
+std::size_t count(const LimitSchedule::Ticket* tickets) {
+  std::size_t count = 0;
+  for (; tickets != nullptr; tickets = tickets->next) ++count;
+  return count;
+}
+
 TEST(LimitSchedule, lets_exactly_the_rate_through) {
   for (const std::uint64_t rate : {1U, 7U, 100U, 1'000U, 33'333U, 250'000U}) {
     Simulation simulation("iops-total=" + std::to_string(rate));
@@ -217,11 +223,8 @@ TEST(LimitSchedule, follows_a_change_while_requests_wait) {
   EXPECT_LE(client.done - slow, 2000U + slack_of(1000));
   simulation.schedule.configure({}, simulation.now_ns);
   simulation.schedule.distribute(simulation.now_ns);
-  std::size_t granted = 0;
-  for (auto* ticket = simulation.schedule.take_granted(client.member); ticket != nullptr;
-       ticket = ticket->next)
-    ++granted;
-  EXPECT_EQ(granted, 32U) << "without a limit nobody waits";
+  EXPECT_EQ(count(simulation.schedule.take_granted(client.member)), 32U)
+      << "without a limit nobody waits";
 }
 
 TEST(LimitSchedule, forgives_the_debts_of_another_limit_but_gives_no_second_burst) {
@@ -241,11 +244,7 @@ TEST(LimitSchedule, what_is_withdrawn_costs_nobody_anything) {
   Simulation simulation("iops-total=100");
   auto& client = simulation.add(300, Direction::kWrite, 4096);
   simulation.run_until(simulation.now_ns + kSecond);
-  std::size_t withdrawn = 0;
-  for (auto* ticket = simulation.schedule.withdraw(client.member); ticket != nullptr;
-       ticket = ticket->next)
-    ++withdrawn;
-  EXPECT_EQ(withdrawn, 300U);
+  EXPECT_EQ(count(simulation.schedule.withdraw(client.member)), 300U);
   EXPECT_FALSE(client.member.is_waiting());
   client.idle.clear();
   for (auto& ticket : client.tickets) client.idle.push_back(&ticket);
@@ -258,11 +257,7 @@ TEST(LimitSchedule, what_goes_on_without_its_turn_is_at_the_expense_of_what_come
   Simulation simulation("iops-total=100");
   auto& client = simulation.add(300, Direction::kWrite, 4096);
   simulation.run_until(simulation.now_ns + kSecond);
-  std::size_t released = 0;
-  for (auto* ticket = simulation.schedule.take_all(client.member); ticket != nullptr;
-       ticket = ticket->next)
-    ++released;
-  EXPECT_EQ(released, 300U);
+  EXPECT_EQ(count(simulation.schedule.take_all(client.member)), 300U);
   EXPECT_FALSE(client.member.is_waiting());
   client.idle.clear();
   for (auto& ticket : client.tickets) client.idle.push_back(&ticket);

@@ -58,6 +58,22 @@ def kill_while_running(options, churn, server, restart, stop=Server.kill):
     return churn.answer(), kills, found + recovered(server[0])
 
 
+def check_disk(report, title, folder, churn):
+    """What the driver reads is what its model has, which is kept for check_image()."""
+    verified = churn("verify")
+    report.check(f"{title}: the whole disk is as the model has it", is_good(verified), verified["text"])
+    churn(f"dump {folder / 'model'}")
+
+
+def check_image(report, title, folder, kind, image):
+    form = "raw" if kind == "raw" else "qcow2"
+    status, text = run("qemu-img", "compare", "-f", "raw", "-F", form, folder / "model", image)
+    report.check(f"{title}: qemu-img compare finds the model in the image", status == 0, text)
+    if form == "qcow2":
+        found = qcow2.check(image)
+        report.check(f"{title}: qemu-img check finds leaks at most", qcow2.is_sound(found), found["text"][-2000:])
+
+
 def make_raw(folder):
     make_sparse(folder / "disk.raw", 24 * MIB)
     return folder / "disk.raw"
@@ -98,19 +114,12 @@ def test_kills(report, options, kind, engine, cache, rings="split"):
             report.check(f"{title}: servers were killed with requests in flight", kills > 2 and found > 0, about)
             print(f"# {title}: {answer['done']} requests, {kills} kills, {found} requests recovered, nothing answered for "
                   f"{answer['longest-silence-ms']} ms at most", flush=True)
-            verified = churn("verify")
-            report.check(f"{title}: the whole disk is as the model has it", is_good(verified), verified["text"])
-            churn(f"dump {folder / 'model'}")
+            check_disk(report, title, folder, churn)
             churn("disconnect")
             report.check(f"{title}: the last server ends with 0", server[0].stop() == 0, server[0].log.read_text())
         finally:
             server[0].kill()
-        form = "raw" if kind == "raw" else "qcow2"
-        status, text = run("qemu-img", "compare", "-f", "raw", "-F", form, folder / "model", image)
-        report.check(f"{title}: qemu-img compare finds the model in the image", status == 0, text)
-        if form == "qcow2":
-            found = qcow2.check(image)
-            report.check(f"{title}: qemu-img check finds leaks at most", qcow2.is_sound(found), found["text"][-2000:])
+        check_image(report, title, folder, kind, image)
 
 
 def test_orderly_updates(report, options, rings):
@@ -206,20 +215,13 @@ def test_suspensions(report, options, kind, engine, rings, migrates):
                          answer.get("suspensions", 0) > 2 and answer.get("left-in-flight", 0) > 0, told)
             print(f"# {title}: {answer['done']} requests, {answer['suspensions']} stops, {answer['left-in-flight']} left in flight, "
                   f"nothing answered for {answer['longest-silence-ms']} ms at most", flush=True)
-            verified = churn("verify")
-            report.check(f"{title}: the whole disk is as the model has it", is_good(verified), verified["text"])
-            churn(f"dump {folder / 'model'}")
+            check_disk(report, title, folder, churn)
             churn("disconnect")
             report.check(f"{title}: the servers end with 0", all(server.stop() == 0 for server in servers), told)
         finally:
             for server in servers:
                 server.kill()
-        form = "raw" if kind == "raw" else "qcow2"
-        status, text = run("qemu-img", "compare", "-f", "raw", "-F", form, folder / "model", image)
-        report.check(f"{title}: qemu-img compare finds the model in the image", status == 0, text)
-        if form == "qcow2":
-            found = qcow2.check(image)
-            report.check(f"{title}: qemu-img check finds leaks at most", qcow2.is_sound(found), found["text"][-2000:])
+        check_image(report, title, folder, kind, image)
 
 
 def test_canary(report, options, rings):

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
-#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -17,23 +16,24 @@
 #include "blockdev/handover_node.h"
 #include "blockdev/io_limits.h"
 #include "blockdev/virtio/blk_wire.h"
+#include "tests/vhost_user/block_writes.h"
 #include "tests/vhost_user/served_disk.h"
 
 namespace vblk::vhost_user {
 namespace {
 
 using driver::BlkDriver;
-using driver::BlkIo;
+using test::bit;
+using test::BlockWrites;
 using test::eventually;
 using test::HoldingDisk;
+using test::kBlockBytes;
+using test::kDiskBytes;
 using test::kPatience;
 using test::payload_of;
 using test::RawFrontend;
 using test::Served;
 
-constexpr std::size_t kDiskBytes = std::size_t{1} << 20;
-constexpr std::size_t kBlockBytes = 4096;
-constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number; }
 constexpr std::uint64_t kSuspends = bit(kProtocolFGetVringBaseInflight);
 
 std::unique_ptr<BlkDriver> drive(const Served& served, bool packed, bool suspends = true) {
@@ -47,47 +47,6 @@ std::unique_ptr<BlkDriver> drive(const Served& served, bool packed, bool suspend
                                             .frontend = frontend})
       .value();
 }
-
-// Writes of a block each over both queues, which are counted when they are answered.
-struct Writes {
-  Writes(BlkDriver& blk_driver, std::size_t count) : driver(blk_driver), ios(count) {
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto data = driver.memory().allocate(kBlockBytes, kBlockBytes);
-      std::ranges::fill(data, static_cast<std::byte>(i + 1));
-      ios[i] = {.type = virtio::kBlkTOut,
-                .sector = i * (kBlockBytes / 512),
-                .data = data,
-                .complete =
-                    [](BlkIo& io) {
-                      auto& writes = *static_cast<Writes*>(io.context);
-                      ++(io.status == virtio::kBlkSOk ? writes.done : writes.failed);
-                    },
-                .context = this};
-    }
-    submit();
-  }
-  void submit() {
-    for (std::size_t i = 0; i < ios.size(); ++i)
-      EXPECT_TRUE(driver.submit(static_cast<std::uint16_t>(i % 2), ios[i]));
-    driver.kick(0);
-    driver.kick(1);
-  }
-  // What has been answered by now.
-  void look() const {
-    for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}})
-      EXPECT_TRUE(driver.poll(queue).has_value());
-  }
-  void wait() const {
-    for (const std::uint16_t queue : {std::uint16_t{0}, std::uint16_t{1}}) {
-      while (driver.queue(queue).in_flight() > 0)
-        ASSERT_TRUE(driver.wait(queue, kPatience).has_value());
-    }
-  }
-  BlkDriver& driver;
-  std::vector<BlkIo> ios;
-  std::size_t done{0};
-  std::size_t failed{0};
-};
 
 std::array<std::uint32_t, 2> stop_rings(BlkDriver& driver) {
   std::array<std::uint32_t, 2> bases{};
@@ -128,18 +87,19 @@ class SuspendedRings : public ::testing::TestWithParam<bool> {
 TEST_P(SuspendedRings, stop_with_what_waits_for_the_limits) {
   limit(served, "iops-total=1");
   const auto driver = drive(served, GetParam());
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return count_rings(&RingStatus::waiting) == 7; }));
   const auto bases = stop_rings(*driver);
   writes.look();
-  EXPECT_EQ(writes.failed, 0U);
-  EXPECT_LT(writes.done, 8U);
-  EXPECT_EQ(disk.writes(), writes.done) << "what was not answered was not begun";
+  EXPECT_EQ(writes.failed(), 0U);
+  EXPECT_LT(writes.done(), 8U);
+  EXPECT_EQ(disk.writes(), writes.done()) << "what was not answered was not begun";
   EXPECT_EQ(disk.in_hand(), 0U);
   limit(served, "none");
   start_rings(*driver, bases);
   writes.wait();
-  EXPECT_EQ(writes.done, 8U);
+  EXPECT_EQ(writes.done(), 8U);
   EXPECT_EQ(disk.writes(), 8U) << "lost or repeated";
   expect_on_disk(8);
 }
@@ -147,17 +107,19 @@ TEST_P(SuspendedRings, stop_with_what_waits_for_the_limits) {
 TEST_P(SuspendedRings, finish_what_waits_where_it_was_not_negotiated) {
   limit(served, "iops-total=1");
   const auto driver = drive(served, GetParam(), false);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return count_rings(&RingStatus::waiting) == 7; }));
   stop_rings(*driver);
   writes.look();
-  EXPECT_EQ(writes.done, 8U);
+  EXPECT_EQ(writes.done(), 8U);
 }
 
 TEST_P(SuspendedRings, finish_what_is_at_the_disk) {
   const auto driver = drive(served, GetParam());
   disk.hold(true);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return disk.in_hand() == 8; }));
   std::thread release([this] {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
@@ -167,7 +129,7 @@ TEST_P(SuspendedRings, finish_what_is_at_the_disk) {
   release.join();
   EXPECT_EQ(disk.in_hand(), 0U);
   writes.look();
-  EXPECT_EQ(writes.done, 8U);
+  EXPECT_EQ(writes.done(), 8U);
   start_rings(*driver, bases);
   EXPECT_EQ(driver->flush().value(), virtio::kBlkSOk);
 }
@@ -175,23 +137,25 @@ TEST_P(SuspendedRings, finish_what_is_at_the_disk) {
 TEST_P(SuspendedRings, leave_failed_requests_that_are_kept) {
   const auto driver = drive(served, GetParam());
   disk.fail(ENOSPC);
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return count_rings(&RingStatus::kept) > 0; }));
   const auto bases = stop_rings(*driver);
   writes.look();
-  EXPECT_EQ(writes.failed + writes.done, 0U);
+  EXPECT_EQ(writes.failed() + writes.done(), 0U);
   EXPECT_FALSE(served.device().gate().is_paused()) << "nobody here keeps anything any more";
   disk.fail(0);
   start_rings(*driver, bases);
   writes.wait();
-  EXPECT_EQ(writes.done, 8U);
+  EXPECT_EQ(writes.done(), 8U);
   EXPECT_EQ(disk.writes(), 8U);
 }
 
 TEST_P(SuspendedRings, lose_and_repeat_nothing_over_many_stops) {
   limit(served, "iops-total=4000");
   const auto driver = drive(served, GetParam());
-  Writes writes(*driver, 48);
+  BlockWrites writes(*driver, 48);
+  writes.submit();
   std::size_t left = 0;
   for (std::size_t round = 1; round <= 60; ++round) {
     const auto bases = stop_rings(*driver);
@@ -202,11 +166,11 @@ TEST_P(SuspendedRings, lose_and_repeat_nothing_over_many_stops) {
     start_rings(*driver, bases);
     if (round % 4 != 0) continue;
     writes.wait();
-    EXPECT_EQ(disk.writes(), writes.done) << "lost or repeated";
+    EXPECT_EQ(disk.writes(), writes.done()) << "lost or repeated";
     if (round < 60) writes.submit();
   }
-  EXPECT_EQ(writes.done, 15U * 48);
-  EXPECT_EQ(writes.failed, 0U);
+  EXPECT_EQ(writes.done(), 15U * 48);
+  EXPECT_EQ(writes.failed(), 0U);
   EXPECT_GT(left, 0U) << "it never stopped with anything in flight";
   expect_on_disk(48);
 }
@@ -319,7 +283,8 @@ class MigratingGuest : public ::testing::TestWithParam<bool> {
 TEST_P(MigratingGuest, takes_what_waits_and_what_has_failed_along) {
   limit(source, "iops-total=1");
   const auto driver = drive(source, GetParam());
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] {
     const auto status = source.server().status();
     return status && status->rings[0].waiting + status->rings[1].waiting == 7;
@@ -328,7 +293,7 @@ TEST_P(MigratingGuest, takes_what_waits_and_what_has_failed_along) {
   EXPECT_FALSE(source_node->is_taken());
   ASSERT_TRUE(driver->reconnect(target.path()).has_value());
   writes.wait();
-  EXPECT_EQ(writes.done, 8U);
+  EXPECT_EQ(writes.done(), 8U);
   EXPECT_EQ(disk.writes(), 8U) << "lost or repeated";
   // And back, from a disk that is full.
   limit(source, "none");
@@ -340,18 +305,19 @@ TEST_P(MigratingGuest, takes_what_waits_and_what_has_failed_along) {
   full = false;
   ASSERT_TRUE(driver->reconnect(source.path()).has_value());
   writes.wait();
-  EXPECT_EQ(writes.done, 16U);
-  EXPECT_EQ(writes.failed, 0U);
+  EXPECT_EQ(writes.done(), 16U);
+  EXPECT_EQ(writes.failed(), 0U);
 }
 
 TEST_P(MigratingGuest, is_told_that_kept_requests_failed_where_it_takes_nothing_along) {
   const auto driver = drive(source, GetParam(), false);
   full = true;
-  Writes writes(*driver, 8);
+  BlockWrites writes(*driver, 8);
+  writes.submit();
   ASSERT_TRUE(eventually([this] { return kept(source) > 0; }));
   stop_rings(*driver);
   writes.look();
-  EXPECT_GT(writes.failed, 0U);
+  EXPECT_GT(writes.failed(), 0U);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, MigratingGuest, ::testing::Bool(),
