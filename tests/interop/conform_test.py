@@ -725,10 +725,12 @@ def main():
                  test_vblk_cache_modes, test_qemu):
         if options.only and options.only not in test.__name__:
             continue
+        begin = time.monotonic()
         try:
             test(report, options)
         except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
             report.check(f"{test.__name__} runs", False, error)
+        print(f"# {test.__name__}: {time.monotonic() - begin:.1f} s", flush=True)
     report.exit()
 
 
