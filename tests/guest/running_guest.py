@@ -44,12 +44,13 @@ class GuestSystem:
         subprocess.run([SCRIPTS / "make_guest_initramfs.sh", kernel, SOURCE / "init", self.initramfs], check=True)
         self.vmlinuz = next((kernel / "boot").glob("vmlinuz-*"))
 
-    def command(self, disks, parameters, more=()):
-        """Of QEMU. `disks` are vda, vdb and so on; `parameters` is what tests/guest/init reads; `more` are QEMU's options."""
+    def command(self, disks, parameters, more=(), memory="memory-backend-memfd,share=on"):
+        """Of QEMU. `disks` are vda, vdb and so on; `parameters` is what tests/guest/init reads; `more` are QEMU's options, and
+        `memory` is the object that has the guest's memory, but for its name and size."""
         words = " ".join(f"vblk.{key}={value}" for key, value in parameters.items())
         return [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512",
-            "-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
+            "-machine", "q35,memory-backend=mem", "-object", f"{memory},id=mem,size=512M",
             *more, *(word for number, disk in enumerate(disks) for word in disk.arguments(number)),
             "-kernel", str(self.vmlinuz), "-initrd", str(self.initramfs),
             "-append", f"console=ttyS0 quiet panic=-1 {words}",
