@@ -21,6 +21,7 @@
 #include "blockdev/io_thread.h"
 #include "blockdev/raw_node.h"
 #include "tests/blockdev/flushing_writer.h"
+#include "tests/support/every_order.h"
 #include "tests/support/seed.h"
 
 namespace vblk::blockdev {
@@ -31,19 +32,9 @@ using testing::FlushingWriter;
 constexpr std::size_t kThreads = 2;
 constexpr std::size_t kFlushesMax = 4;
 
-// What can happen next. A: on the first I/O thread, B: on the second.
-enum class Event : std::uint8_t {
-  kChange,
-  kFlushA,
-  kFlushB,
-  kPollA,
-  kPollB,
-  kCallEnds,
-  kCallFails,
-};
-constexpr std::array kEvents{Event::kChange, Event::kFlushA,   Event::kFlushB,   Event::kPollA,
-                             Event::kPollB,  Event::kCallEnds, Event::kCallFails};
-constexpr std::string_view kEventLetters = "WabABex";
+// What can happen next: a change; a flush on the first I/O thread or on the second; a poll of
+// either; the end of the call that is under way, or its failure.
+constexpr std::string_view kEvents = "WabABex";
 
 // Two I/O threads on this one, whose loops run when told to. Lives for all orders.
 struct Threads {
@@ -78,34 +69,34 @@ class World {
     }
   }
 
-  [[nodiscard]] bool is_possible(Event event) const {
+  [[nodiscard]] bool is_possible(char event) const {
     switch (event) {
-      case Event::kFlushA:
-      case Event::kFlushB:
+      case 'a':
+      case 'b':
         return submitted_ < kFlushesMax;
-      case Event::kCallEnds:
-      case Event::kCallFails:
+      case 'e':
+      case 'x':
         return leader_ != nullptr;
       default:
         return true;
     }
   }
-  void happen(Event event) {
+  void happen(char event) {
     switch (event) {
-      case Event::kChange:
+      case 'W':
         ++changes_;
         return group_.note_change();
-      case Event::kFlushA:
+      case 'a':
         return submit(0);
-      case Event::kFlushB:
+      case 'b':
         return submit(1);
-      case Event::kPollA:
+      case 'A':
         return poll(0);
-      case Event::kPollB:
+      case 'B':
         return poll(1);
-      case Event::kCallEnds:
+      case 'e':
         return call_ends(0);
-      case Event::kCallFails:
+      default:
         return call_ends(EIO);
     }
   }
@@ -190,62 +181,16 @@ class World {
   std::string problem_;
 };
 
-std::string letters(const std::vector<Event>& order) {
-  std::string text;
-  for (const Event event : order) text += kEventLetters[static_cast<std::size_t>(event)];
-  return text;
-}
-
-// Every order of `length` events, each in a world of its own. Returns how many there were.
-class Explorer {
- public:
-  std::uint64_t explore(std::size_t length) {
-    length_ = length;
-    extend();
-    return count_;
-  }
-
- private:
-  void extend() {
-    World world(threads_);
-    for (const Event event : order_) world.happen(event);
-    if (order_.size() == length_) {
-      ++count_;
-      world.settle();
-      EXPECT_EQ(world.problem(), "") << "after " << letters(order_);
-      return;
-    }
-    std::vector<Event> possible;
-    for (const Event event : kEvents) {
-      if (world.is_possible(event)) possible.push_back(event);
-    }
-    world.settle();
-    for (const Event event : possible) {
-      if (::testing::Test::HasFailure()) return;
-      order_.push_back(event);
-      extend();
-      order_.pop_back();
-    }
-  }
-
-  Threads threads_;
-  std::vector<Event> order_;
-  std::size_t length_{0};
-  std::uint64_t count_{0};
-};
-
 TEST(FlushGroup, keeps_its_promise_in_every_order_of_seven_events) {
-  EXPECT_GT(Explorer().explore(7), 100'000U);
+  Threads threads;
+  test::EveryOrder orders(kEvents, [&threads] { return std::make_unique<World>(threads); });
+  EXPECT_GT(orders.explore(7), 100'000U);
 }
 
 // A world after the events that the letters stand for.
 class Story {
  public:
-  explicit Story(std::string_view text) : world_(threads_) {
-    for (const char letter : text) world_.happen(kEvents[kEventLetters.find(letter)]);
-    world_.settle();
-    EXPECT_EQ(world_.problem(), "");
-  }
+  explicit Story(std::string_view events) : world_(threads_) { test::tell(world_, events); }
   World* operator->() { return &world_; }
 
  private:
