@@ -596,13 +596,14 @@ def interrupted(options, number, *arguments):
         process = subprocess.Popen([str(options.vblk), "conform", "--profile", "vblk", "--group", "integrity", "--duration", "60",
                                     *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env=os.environ | {"TMPDIR": str(folder)})
-        # The first backend is that of the first contact, which is not in the report.
-        folders = set()
+        # The first backend is that of the first contact, which is not in the report, and gone in a moment.
+        seen = {}
 
         def is_in_a_test():
-            folders.update(folder.glob("*"))
-            return len(folders) > 1 and any(folder.glob("*/s"))
-        wait_until(is_in_a_test, 60)
+            for path in folder.glob("*/s"):
+                seen.setdefault(path, time.monotonic())
+            return any(path.exists() and time.monotonic() - since > 1 for path, since in seen.items())
+        is_there = wait_until(is_in_a_test, 60)
         process.send_signal(number)
         try:
             output, _ = process.communicate(timeout=60)
@@ -611,7 +612,7 @@ def interrupted(options, number, *arguments):
             output = "no end"
         left = os.listdir(folder)
         remains = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in read_bytes(path)]
-    return process.returncode, output, left, remains
+    return process.returncode, output if is_there else "no test has begun", left, remains
 
 
 def test_interrupt(report, options):
