@@ -1,10 +1,10 @@
 // Measures the load on the engines of one I/O thread, for the kinds of operation that are left to
 // vblk, and has an AutoChoice for each of them.
 //
-// While a kind is settled, its load is looked at now and then: two clock readings in a tenth of a
-// second. While it explores, which one kind does at a time, the clock is read when something was
-// queued or completed, for the time that requests were in flight (Little: its integral is the sum
-// of the latencies).
+// While a kind is settled, its load is looked at now and then: one clock reading for 32
+// completions. While it explores, which one kind does at a time, the clock is read when something
+// was queued or completed, for the time that requests were in flight (Little: its integral is the
+// sum of the latencies).
 //
 //   flip to a candidate   requests of the one before complete, and as many again: not counted
 //   epoch                 at least kEpochTime and kEpochRequests

@@ -29,7 +29,7 @@ Expected<EngineSwitchOutcome> EngineSwitch::change(
   outcome.held_up.resize(threads.size());
   const auto on_each = [&](auto step) {
     for (std::size_t i = 0; i < threads.size(); ++i) {
-      threads[i]->loop().run_and_wait([&] {
+      threads[i]->run_and_wait([&] {
         const auto begin = std::chrono::steady_clock::now();
         step(i, threads[i]->context());
         outcome.held_up[i] += std::chrono::steady_clock::now() - begin;

@@ -1,6 +1,5 @@
 #include "blockdev/flush_now.h"
 
-#include <chrono>
 #include <future>
 
 #include <fmt/core.h>
@@ -8,11 +7,6 @@
 #include "blockdev/block_request.h"
 
 namespace vblk::blockdev {
-
-namespace {
-// How long an I/O thread may take before it is asked whether it has overlooked what it was given.
-constexpr std::chrono::milliseconds kAskAfter{500};
-}  // namespace
 
 Expected<void> flush_now(BlockNode& node, IoThread& thread) {
   if (node.limits().read_only) return {};
@@ -25,7 +19,7 @@ Expected<void> flush_now(BlockNode& node, IoThread& thread) {
   };
   auto outcome = request.done.get_future();
   thread.loop().post([&node, &thread, &request] { node.submit(request, thread.context()); });
-  while (outcome.wait_for(kAskAfter) != std::future_status::ready) thread.interrupt();
+  thread.wait_for(outcome);
   const int error = outcome.get();
   if (error == 0) return {};
   return make_error(ErrorKind::kIo,
@@ -38,7 +32,7 @@ bool is_quiet(std::span<const std::unique_ptr<IoThread>> threads) {
   for (int look = 0; look < 2; ++look) {
     for (const auto& thread : threads) {
       bool idle = false;
-      thread->loop().run_and_wait([&] { idle = thread->context().is_idle(); });
+      thread->run_and_wait([&] { idle = thread->context().is_idle(); });
       if (!idle) return false;
     }
   }

@@ -49,7 +49,7 @@ Expected<void> HandoverNode::give_up(std::span<const std::unique_ptr<IoThread>> 
   // put in order what it had kept for later.
   while (resizes_.load() != 0 || !is_quiet(threads)) std::this_thread::sleep_for(kQuietLook);
   for (const auto& thread : threads)
-    thread->loop().run_and_wait([&thread] { thread->context().forget_nodes(); });
+    thread->run_and_wait([&thread] { thread->context().forget_nodes(); });
   const std::lock_guard lock(mutex_);
   owned_.reset();
   return {};

@@ -89,7 +89,8 @@ class IoLoop {
   // Runs `function` on the loop's thread, in order, from the loop. Any thread. One allocation per
   // call: for the control plane, not for requests.
   void post(std::move_only_function<void()> function);
-  // post(), then waits until it has run. Not from the loop's own thread (asserted).
+  // post(), then waits until it has run. Not from the loop's own thread (asserted). For as long as
+  // no peer's descriptor can block that: IoThread::run_and_wait().
   void run_and_wait(std::move_only_function<void()> function);
   [[nodiscard]] bool is_loop_thread() const;
 

@@ -1,6 +1,9 @@
 // One I/O thread: a loop, an I/O context with its own engines, and whatever queues are put on it.
 #pragma once
 
+#include <chrono>
+#include <functional>
+#include <future>
 #include <memory>
 #include <optional>
 #include <string>
@@ -34,8 +37,19 @@ class IoThread {
   // Makes a system call that the thread is blocked in end with EINTR. Any thread; harmless at any
   // time. For descriptors that a peer has handed over and can make blocking again at will.
   void interrupt();
+  // Waits until there is an outcome of what this thread has been given to do. That it does not hang
+  // in such a descriptor is seen to meanwhile; a slow disk does not mind being asked now and then.
+  // Any other thread.
+  template <typename Outcome>
+  void wait_for(const std::future<Outcome>& outcome) {
+    while (outcome.wait_for(kInterruptAfter) != std::future_status::ready) interrupt();
+  }
+  // Runs `function` on this thread, from its loop, and waits for it in that way.
+  void run_and_wait(std::move_only_function<void()> function);
 
  private:
+  static constexpr std::chrono::milliseconds kInterruptAfter{200};
+
   explicit IoThread(IoLoopOptions loop_options) : loop_(loop_options) {}
   std::optional<Error> prepare(const EngineSetFactory& make_engines);
 

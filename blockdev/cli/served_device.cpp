@@ -35,7 +35,7 @@ constexpr std::chrono::milliseconds kPauseLook{5};
 template <typename Function>
 auto on_io_thread(blockdev::IoThread& thread, Function read) {
   decltype(read(thread.context())) result;
-  thread.loop().run_and_wait([&] { result = read(thread.context()); });
+  thread.run_and_wait([&] { result = read(thread.context()); });
   return result;
 }
 
@@ -261,7 +261,9 @@ ServedDevice::Answer ServedDevice::resize(const Arguments& arguments) {
     node.resize(*size, thread.context(),
                 [&outcome](Expected<void> result) { outcome.set_value(std::move(result)); });
   });
-  if (auto result = outcome.get_future().get(); !result) {
+  auto resized = outcome.get_future();
+  thread.wait_for(resized);
+  if (auto result = resized.get(); !result) {
     return make_error(result.error().kind, fmt::format("resize: {}", result.error().message),
                       result.error().errno_value);
   }

@@ -125,6 +125,8 @@ int check_command(std::span<const std::string> words) {
     repair = parse_repair(*text);
     if (!repair) return fail("-r takes leaks or all");
   }
+  const bool lock = !arguments->has("U") && !arguments->has("force-share");
+  if (repair && !lock) return fail("-U is for looking: with -r nobody else may use the image");
   if (arguments->names().size() != 1) return fail("give one image; see vblk img --help");
   const std::string& path = arguments->names()[0];
   const auto format = decide_format(path, arguments->value_or("f", ""));
@@ -133,7 +135,7 @@ int check_command(std::span<const std::string> words) {
                                .format = *format,
                                .cache = *cache,
                                .read_only = !repair || *format == "raw",
-                               .lock = !arguments->has("U") && !arguments->has("force-share")});
+                               .lock = lock});
   if (!file) return fail(file.error().message);
   if (*format == "raw") return fail("raw images have nothing to be checked", kStatusNotSupported);
   if (!*file) return fail(fmt::format("'{}' is not a qcow2 image: it is empty", path));

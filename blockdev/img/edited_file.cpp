@@ -36,9 +36,9 @@ EditedFile::EditedFile(std::unique_ptr<blockdev::RawNode> file, qcow2::Header he
 EditedFile::~EditedFile() { file_->detach(context_->context()); }
 
 Expected<std::unique_ptr<EditedFile>> EditedFile::open(const std::string& path,
-                                                       blockdev::CacheMode cache, bool lock) {
+                                                       blockdev::CacheMode cache) {
   auto file = open_file(
-      {.path = path, .format = "qcow2", .cache = cache, .read_only = false, .lock = lock});
+      {.path = path, .format = "qcow2", .cache = cache, .read_only = false, .lock = true});
   if (!file) return std::unexpected(std::move(file.error()));
   if (!*file) {
     return make_error(ErrorKind::kInvalidArgument,

@@ -21,7 +21,7 @@ class EditedFile {
   // Errors: as open_file() and read_header(), kInvalidArgument (empty), kCorrupt (marked so, or not
   // to be repaired).
   static Expected<std::unique_ptr<EditedFile>> open(const std::string& path,
-                                                    blockdev::CacheMode cache, bool lock = true);
+                                                    blockdev::CacheMode cache);
   ~EditedFile();
   EditedFile(const EditedFile&) = delete;
   EditedFile& operator=(const EditedFile&) = delete;

@@ -38,8 +38,8 @@ Expected<void> list(const std::string& path, bool lock) {
   return {};
 }
 
-Expected<void> change(const std::string& path, Action action, const std::string& name, bool lock) {
-  const auto edited = EditedFile::open(path, blockdev::CacheMode::kWriteback, lock);
+Expected<void> change(const std::string& path, Action action, const std::string& name) {
+  const auto edited = EditedFile::open(path, blockdev::CacheMode::kWriteback);
   if (!edited) return std::unexpected(edited.error());
   const qcow2::Header& header = (*edited)->header();
   if (header.has_data_file()) {
@@ -71,7 +71,7 @@ Expected<void> carry_out(const std::string& path, Action action, const std::stri
   const auto format = decide_format(path, "");
   if (!format) return std::unexpected(format.error());
   const bool is_list = action == Action::kList;
-  if (*format != "raw") return is_list ? list(path, lock) : change(path, action, name, lock);
+  if (*format != "raw") return is_list ? list(path, lock) : change(path, action, name);
   if (is_list) return {};
   return make_error(ErrorKind::kNotSupported,
                     fmt::format("'{}' is raw and has no snapshots", path));
@@ -98,6 +98,8 @@ int snapshot_command(std::span<const std::string> words) {
   if (name.size() > std::numeric_limits<std::uint16_t>::max())
     return fail("the name of a snapshot has 65535 bytes at most");
   const bool lock = !arguments->has("U") && !arguments->has("force-share");
+  if (!lock && static_cast<Action>(action) != Action::kList)
+    return fail("-U is for looking: with -a, -c and -d nobody else may use the image");
   auto done = carry_out(arguments->names()[0], static_cast<Action>(action), name, lock);
   return done ? 0 : fail(done.error().message);
 }

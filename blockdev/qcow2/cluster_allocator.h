@@ -4,7 +4,8 @@
 // and puts them into the reserve; take() hands them out without any I/O, under the mutex. The
 // refcounts reach the disk with the next write-back, most often long before a mapping needs them
 // there, so that a guest's flush needs no second flush for the order. What is in the reserve when
-// the process is killed is leaked: some MiB at most (kReserveBytesMax). close() gives it back.
+// the process is killed is leaked: some MiB at most (kReserveBytesMax, kReserveClustersMin).
+// close() gives it back.
 //
 // Clusters beyond what the file had when it was opened read as zeroes, until they are first
 // written: a mapping to one may be put into place before its data is written, as long as the guest
@@ -38,7 +39,8 @@ struct HostClusters {
 
 class ClusterAllocator {
  public:
-  // Leaked at most by a crash: twice this, while one batch is used and the next is there already.
+  // Leaked at most by a crash: twice the larger of these, while one batch is used and the next is
+  // there already.
   static constexpr std::uint64_t kReserveBytesMax = std::uint64_t{4} << 20;
   static constexpr std::uint64_t kReserveClustersMin = 4;
 

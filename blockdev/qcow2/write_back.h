@@ -1,6 +1,7 @@
 // Metadata on its way to the disk, in the order that write_order.h asks for.
 //
-// A write-back takes a copy of everything that is dirty, at one moment, and then writes
+// A write-back takes a copy of everything that is dirty, at one moment (of kSlicesPerRound slices
+// of the mapping at most, and again while there is more), and then writes
 //
 //   1. refcount blocks; where the refcount table names new ones: a barrier, and the table
 //   2. a barrier, if an L2 slice or an L1 block of the copy waits for one

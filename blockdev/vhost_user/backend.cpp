@@ -41,28 +41,6 @@ T payload_of(const Message& message) {
 // largest number of rings takes a few hundred.
 constexpr unsigned kMessagesPerTurn = 64;
 
-// How long an I/O thread may take before it is asked whether it hangs in one of the frontend's
-// descriptors.
-constexpr std::chrono::milliseconds kInterruptAfter{200};
-
-// Waits for what an I/O thread has been given to do. Kick, call and error descriptors are made
-// non-blocking, but that flag is shared with the frontend, which can take it back: then the thread
-// sleeps in a read or write that only the frontend would end. A slow disk does not mind being asked
-// now and then.
-void wait_for(std::future<void> done, blockdev::IoThread& thread) {
-  while (done.wait_for(kInterruptAfter) != std::future_status::ready) thread.interrupt();
-}
-
-// IoLoop::run_and_wait() for a thread that may hang in a frontend's descriptor.
-void run_on(blockdev::IoThread& thread, std::move_only_function<void()> function) {
-  std::promise<void> done;
-  thread.loop().post([&function, &done] {
-    function();
-    done.set_value();
-  });
-  wait_for(done.get_future(), thread);
-}
-
 std::unexpected<Error> refused(std::string why) {
   return make_error(ErrorKind::kInvalidArgument, std::move(why));
 }
@@ -682,7 +660,7 @@ Expected<void> Backend::start(Ring& ring) {
                                     }};
   blockdev::IoThread& thread = thread_of(ring);
   Expected<void> outcome;
-  run_on(thread, [&] {
+  thread.run_and_wait([&] {
     auto queue = virtio::BlkQueue::start(device_, thread.context(), session_.memory, setup);
     if (queue) {
       ring.queue = std::move(*queue);
@@ -725,7 +703,7 @@ void Backend::stop(Ring& ring, virtio::BlkQueue::Unfinished unfinished) {
       stopped.set_value();
     });
   });
-  wait_for(stopped.get_future(), thread);
+  thread.wait_for(stopped.get_future());
 }
 
 Expected<void> Backend::while_quiesced(std::move_only_function<Expected<void>()> change) {
@@ -837,7 +815,7 @@ Expected<void> Backend::set_vring_call(Message& message) {
   auto fd = optional_fd(message);
   if (!fd) return std::unexpected(std::move(fd.error()));
   if ((*ring)->queue != nullptr) {
-    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });
+    thread_of(**ring).run_and_wait([&] { (*ring)->queue->set_call_fd(fd->get()); });
   }
   (*ring)->call = std::move(*fd);  // closes the old one, which nobody uses any more
   return {};
@@ -849,7 +827,7 @@ Expected<void> Backend::set_vring_err(Message& message) {
   auto fd = optional_fd(message);
   if (!fd) return std::unexpected(std::move(fd.error()));
   if ((*ring)->queue != nullptr) {
-    run_on(thread_of(**ring), [&] { (*ring)->queue->set_error_fd(fd->get()); });
+    thread_of(**ring).run_and_wait([&] { (*ring)->queue->set_error_fd(fd->get()); });
   }
   (*ring)->error = std::move(*fd);
   return {};
@@ -871,7 +849,7 @@ std::vector<RingStatus> Backend::ring_status() const {
   for (std::size_t i = 0; i < session_.rings.size(); ++i) {
     const Ring& ring = session_.rings[i];
     if (ring.queue == nullptr) continue;
-    run_on(thread_of(ring), [&] {
+    thread_of(ring).run_and_wait([&] {
       status[i] = {.running = true,
                    .broken = ring.queue->broken(),
                    .in_flight = ring.queue->in_flight(),

@@ -16,8 +16,8 @@
 // of the device.
 //
 // A session is what a front-end sets up on a connection. SET_OWNER begins one. A second one, on the
-// same connection, replaces all of it. Protocol features and the back-end's channel come before
-// SET_OWNER, and so are the connection's.
+// same connection, replaces all of it, unless a ring runs: then nothing happens. Protocol features
+// and the back-end's channel come before SET_OWNER, and so are the connection's.
 //
 // A reset (RESET_DEVICE, or SET_STATUS with 0) drains and stops all rings, disables them, and
 // forgets what the driver and the front-end have told about them and which features were chosen.

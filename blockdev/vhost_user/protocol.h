@@ -55,7 +55,7 @@ enum class BackendRequest : std::uint32_t {
   kConfigChange = 2,
 };
 
-// "SET_MEM_TABLE" and so on, or "message 77" for what is not known here.
+// "SET_MEM_TABLE" and so on, or "an unknown message".
 [[nodiscard]] std::string_view name_of(Request request);
 
 // VHOST_USER_F_PROTOCOL_FEATURES, a virtio feature bit that only vhost-user uses.

@@ -487,6 +487,20 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
                                                     const BlkQueueSetup& setup) {
   if (setup.size == 0 || setup.size > device.options().queue_size_max)
     return bad_setup(setup, "size {} is not 1 to {}", setup.size, device.options().queue_size_max);
+  try {
+    return start_with_memory(device, context, std::move(memory), setup);
+  } catch (const std::bad_alloc&) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("queue {}: no memory for {} entries; raise 'ulimit -v' or the "
+                                  "memory of this process, or lower --queue-size",
+                                  setup.index, setup.size));
+  }
+}
+
+// As start(), where there is memory. Throws std::bad_alloc where there is none.
+Expected<std::unique_ptr<BlkQueue>> BlkQueue::start_with_memory(
+    BlkDevice& device, blockdev::IoContext& context, std::shared_ptr<const GuestMemory> memory,
+    const BlkQueueSetup& setup) {
   auto started = has_feature(device, kFRingPacked) ? start_packed(device, *memory, setup)
                                                    : start_split(device, *memory, setup);
   if (!started) return std::unexpected(std::move(started.error()));
@@ -498,21 +512,14 @@ Expected<std::unique_ptr<BlkQueue>> BlkQueue::start(BlkDevice& device, blockdev:
   make_non_blocking(setup.logging.event_fd);
   auto marker = make_marker(device, memory, setup);
   if (!marker) return bad_setup(setup, "{}", marker.error().message);
-  try {
-    auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup,
-                                         std::move(recovery), std::move(*marker));
-    state->attachment.announce();
-    std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
-    queue->set_call_fd(setup.call_fd);
-    queue->set_error_fd(setup.error_fd);
-    queue->set_kick_fd(setup.kick_fd);
-    return queue;
-  } catch (const std::bad_alloc&) {
-    return make_error(ErrorKind::kExhausted,
-                      fmt::format("queue {}: no memory for {} entries; raise 'ulimit -v' or the "
-                                  "memory of this process, or lower --queue-size",
-                                  setup.index, setup.size));
-  }
+  auto state = std::make_unique<State>(device, context, std::move(memory), layout, setup,
+                                       std::move(recovery), std::move(*marker));
+  state->attachment.announce();
+  std::unique_ptr<BlkQueue> queue(new BlkQueue(std::move(state)));
+  queue->set_call_fd(setup.call_fd);
+  queue->set_error_fd(setup.error_fd);
+  queue->set_kick_fd(setup.kick_fd);
+  return queue;
 }
 
 BlkQueue::BlkQueue(std::unique_ptr<State> state) : state_(std::move(state)) {

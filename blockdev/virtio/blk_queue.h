@@ -148,6 +148,9 @@ class BlkQueue final : public blockdev::Poller {
   struct Slot;
   struct State;
   explicit BlkQueue(std::unique_ptr<State> state);
+  static Expected<std::unique_ptr<BlkQueue>> start_with_memory(
+      BlkDevice& device, blockdev::IoContext& context, std::shared_ptr<const GuestMemory> memory,
+      const BlkQueueSetup& setup);
   std::unique_ptr<State> state_;
 };
 

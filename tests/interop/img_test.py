@@ -1000,7 +1000,10 @@ def snapshots_alike(report, vblk, folder, rng):
     shutil.copy(narrow, fresh)
     each_fails(report, "snapshot refuses what qemu-img refuses", vblk, [
         ["snapshot", "-c", "x", raw], ["snapshot", "-a", "none", image], ["snapshot", "-d", "none", image],
-        ["snapshot", "-l", "-c", "x", image], ["snapshot"], ["snapshot", "-c"], ["snapshot", "-c", "x", narrow]], folder)
+        ["snapshot", "-l", "-c", "x", image], ["snapshot"], ["snapshot", "-c"], ["snapshot", "-c", "x", narrow],
+        # What nobody else may have open.
+        ["snapshot", "-U", "-c", "x", image], ["check", "-U", "-r", "leaks", image], ["check", "--force-share", "-r", "all", image]],
+        folder)
     before = fresh.read_bytes()
     report.check("and leaves such an image alone",
                  vblk("snapshot", "-c", "x", fresh)[0] == 1 and fresh.read_bytes() == before)
