@@ -150,6 +150,12 @@ Expected<void> EngineChange::make(const EngineMaker& maker) {
   return {};
 }
 
+std::vector<int> EngineChange::completion_fds() const {
+  std::vector<int> fds;
+  for (const auto& [name, engine] : made_) fds.push_back(engine->completion_fd());
+  return fds;
+}
+
 Expected<std::unique_ptr<Engine>> EngineSet::make_engine(EngineName name,
                                                          const EngineOptions& options) {
   switch (name) {

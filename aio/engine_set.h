@@ -95,6 +95,8 @@ class EngineChange {
   Expected<void> make(const EngineMaker& maker);
   // One line per thing the user should know: auto does without an engine, memory is not registered.
   [[nodiscard]] const std::vector<std::string>& notes() const { return notes_; }
+  // Of the engines made, in the order in which they join the set.
+  [[nodiscard]] std::vector<int> completion_fds() const;
 
  private:
   friend class EngineSet;

@@ -40,7 +40,13 @@ Expected<EngineSwitchOutcome> EngineSwitch::change(
   on_each([&](std::size_t i, IoContext& context) {
     changes[i] = context.engines().begin_change(wanted);
   });
-  if (auto made = make(changes); !made) {
+  auto made = make(changes);
+  if (made) {
+    on_each([&](std::size_t i, IoContext& context) {
+      if (auto prepared = context.prepare_change(changes[i]); !prepared) made = std::move(prepared);
+    });
+  }
+  if (!made) {
     on_each(
         [&](std::size_t i, IoContext& context) { context.cancel_change(std::move(changes[i])); });
     return std::unexpected(std::move(made.error()));

@@ -9,6 +9,7 @@
 //   control thread               I/O threads              disposal thread
 //   begin_change() on each  ---> what is lacking
 //   make for each
+//   prepare on each         ---> what was made will wake it
 //   commit or cancel on each --> new requests go the new way
 //                                ... last request of an
 //                                engine completes     --> destroys it
@@ -34,7 +35,7 @@ namespace vblk::blockdev {
 // What a change has come to.
 struct EngineSwitchOutcome {
   std::vector<std::string> notes;  // what the user should know of it, one line each
-  // How long each I/O thread was held up by it, in both steps together: no request is looked at
+  // How long each I/O thread was held up by it, in all steps together: no request is looked at
   // meanwhile.
   std::vector<std::chrono::nanoseconds> held_up;
 };
@@ -49,7 +50,8 @@ class EngineSwitch {
   EngineSwitch& operator=(const EngineSwitch&) = delete;
 
   // When it returns, requests are routed as `wanted`; those in flight complete where they are.
-  // Errors: an engine cannot be made (EngineSet::create()); everything is as it was.
+  // Errors: an engine cannot be made (EngineSet::create()), or cannot wake its thread
+  // (IoContext::prepare_change()); everything is as it was.
   Expected<EngineSwitchOutcome> change(std::span<const std::unique_ptr<IoThread>> threads,
                                        const aio::AioSelection& wanted);
   [[nodiscard]] const aio::AioSelection& selection() const { return selection_; }

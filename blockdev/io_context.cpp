@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cerrno>
 #include <pthread.h>
+#include <stdexcept>
 #include <system_error>
 #include <unistd.h>
 #include <utility>
@@ -32,8 +33,15 @@ IoContext::IoContext(IoLoop& loop, std::unique_ptr<aio::EngineSet> engines)
                             arrival_fd.error().message);
   }
   arrival_fd_ = *arrival_fd;
-  wake_by(arrival_fd_);
-  for (const auto& engine : engines_->engines()) wake_by(engine->completion_fd());
+  std::vector<int> fds{arrival_fd_};
+  for (const auto& engine : engines_->engines()) fds.push_back(engine->completion_fd());
+  for (const int fd : fds) {
+    if (const auto woken = wake_by(fd); !woken) {
+      watches_.clear();
+      ::close(arrival_fd_);
+      throw std::runtime_error(woken.error().message);
+    }
+  }
   loop_.add_poller(*this, PollStage::kEngine);
 }
 
@@ -45,24 +53,45 @@ IoContext::~IoContext() {
 }
 
 // Being readable only ends the sleep; wake_up() drains the descriptor.
-void IoContext::wake_by(int fd) {
+Expected<void> IoContext::wake_by(int fd) {
+  auto watch = loop_.watch(fd, [] {});
+  if (watch == nullptr) {
+    return make_error(ErrorKind::kExhausted,
+                      "the kernel waits for no more descriptors; raise fs.epoll.max_user_watches");
+  }
   descriptors_.push_back({.fd = fd, .events = POLLIN, .revents = 0});
-  watches_.push_back(loop_.watch(fd, [] {}));
-  assert(watches_.back() != nullptr && "an eventfd can be waited on");
+  watches_.push_back(std::move(watch));
+  return {};
+}
+
+// An engine may leave between this and change_engines(): its place is found by its descriptor.
+Expected<void> IoContext::prepare_change(const aio::EngineChange& change) {
+  for (const int fd : change.completion_fds()) {
+    if (auto woken = wake_by(fd); !woken) return woken;
+  }
+  return {};
 }
 
 void IoContext::change_engines(aio::EngineChange change, Retire retire) {
   retire_ = std::move(retire);
-  const std::size_t before = engines_->engines().size();
   engines_->commit(std::move(change));
-  for (const auto& engine : engines_->engines().subspan(before)) wake_by(engine->completion_fd());
+}
+
+void IoContext::cancel_change(aio::EngineChange change) {
+  for (const int fd : change.completion_fds()) stop_waking_by(fd);
+  engines_->cancel(std::move(change));
+}
+
+void IoContext::stop_waking_by(int fd) {
+  const auto place = std::ranges::find(descriptors_, fd, &pollfd::fd);
+  if (place == descriptors_.end()) return;
+  watches_.erase(watches_.begin() + (place - descriptors_.begin()));
+  descriptors_.erase(place);
 }
 
 void IoContext::part_with_retired() {
   while (auto engine = engines_->take_retired()) {
-    const auto place = std::ranges::find(descriptors_, engine->completion_fd(), &pollfd::fd);
-    watches_.erase(watches_.begin() + (place - descriptors_.begin()));
-    descriptors_.erase(place);
+    stop_waking_by(engine->completion_fd());
     if (retire_) retire_(std::move(engine));
   }
 }

@@ -64,12 +64,16 @@ class IoContext final : public Poller {
   // Takes an engine that has left the set, without requests. On the loop's thread, which has no
   // time to destroy it (EngineSet::take_retired()).
   using Retire = std::function<void(std::unique_ptr<aio::Engine> engine)>;
-  // Puts a change of the engines into effect (aio::EngineSet::commit()): requests from now on go
-  // the new way. What serves no kind any more goes to `retire` when its last request has completed.
-  // Loop thread, not from a completion.
+  // Has the engines that were made for a change wake this thread once they are in use. Loop thread.
+  // Error: kExhausted, there is no room among what is waited for (fs.epoll.max_user_watches);
+  // cancel the change then.
+  [[nodiscard]] Expected<void> prepare_change(const aio::EngineChange& change);
+  // Puts a change of the engines into effect (aio::EngineSet::commit()), after prepare_change():
+  // requests from now on go the new way. What serves no kind any more goes to `retire` when its
+  // last request has completed. Loop thread, not from a completion.
   void change_engines(aio::EngineChange change, Retire retire);
   // Takes it back: nothing has happened. Engines that no route needs are let go as above.
-  void cancel_change(aio::EngineChange change) { engines_->cancel(std::move(change)); }
+  void cancel_change(aio::EngineChange change);
 
   // Runs `request.resume(request, request.resume_argument)` from the loop, when everything that
   // could be dispatched has been and the engines are about to submit.
@@ -109,7 +113,8 @@ class IoContext final : public Poller {
   std::size_t run_deferred();
   std::size_t run_resumed();
   [[nodiscard]] bool has_work() const;
-  void wake_by(int fd);
+  [[nodiscard]] Expected<void> wake_by(int fd);
+  void stop_waking_by(int fd);
   void part_with_retired();
   void log_news();
 
@@ -121,8 +126,9 @@ class IoContext final : public Poller {
   threadpool::CompletionQueue arrivals_;  // from other threads; `io` of the requests
   int arrival_fd_{-1};
   std::size_t away_{0};
-  std::vector<pollfd> descriptors_;                      // what ends a sleep, for wait()
-  std::vector<std::unique_ptr<IoLoop::Watch>> watches_;  // of the same, for the loop
+  // What ends a sleep, for wait(), and the same for the loop, in the same order.
+  std::vector<pollfd> descriptors_;
+  std::vector<std::unique_ptr<IoLoop::Watch>> watches_;
   Retire retire_;
   std::vector<std::pair<const BlockNode*, std::unique_ptr<NodeState>>> node_states_;
 };

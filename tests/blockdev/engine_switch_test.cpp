@@ -10,6 +10,9 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
+#include <sys/mman.h>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -30,6 +33,23 @@ using testing::FlushingWriter;
 constexpr std::size_t kIoThreads = 3;
 constexpr std::size_t kWritersPerThread = 4;
 constexpr std::size_t kDiskBytes = std::size_t{16} << 10;
+
+// Its descriptor is a regular file's, which nobody can wait for.
+class SilentEngine final : public aio::Engine {
+ public:
+  ~SilentEngine() override { ::close(fd_); }
+  [[nodiscard]] std::string_view name() const override { return "silent"; }
+  [[nodiscard]] bool supports(aio::IoKind /*kind*/) const override { return true; }
+  void queue(aio::IoRequest& request) override { accept(request); }
+  void submit() override {}
+  std::size_t reap() override { return 0; }
+  [[nodiscard]] int completion_fd() const override { return fd_; }
+  [[nodiscard]] bool prepare_to_sleep() override { return true; }
+  void wake_up() override {}
+
+ private:
+  const int fd_{::memfd_create("silent", MFD_CLOEXEC)};
+};
 
 // Several I/O threads on a simulated disk.
 class SwitchedThreads {
@@ -92,13 +112,19 @@ class SwitchedThreads {
   }
   [[nodiscard]] const aio::AioSelection& selection() const { return switch_.selection(); }
   [[nodiscard]] std::uint64_t rounds() const { return rounds_; }
-  void refuse_after(int engines) { refuse_after_ = engines; }
+  // What becomes of an engine after so many more.
+  enum class Fate : std::uint8_t { kRefused, kSilent };
+  void after(int engines, Fate fate) {
+    fate_ = fate;
+    left_ = engines;
+  }
 
  private:
   // On any thread.
   Expected<std::unique_ptr<aio::Engine>> make(aio::EngineName /*name*/) {
-    const int left = refuse_after_;
-    refuse_after_ = std::max(left - 1, -1);
+    const int left = left_;
+    left_ = std::max(left - 1, -1);
+    if (left == 0 && fate_ == Fate::kSilent) return std::make_unique<SilentEngine>();
     if (left == 0) return make_error(ErrorKind::kExhausted, "no more engines", EAGAIN);
     auto engine = aio::SimulatedEngine::create(disk_, {.seed = next_seed_++, .delay_reaps_max = 4});
     if (!engine) return std::unexpected(std::move(engine.error()));
@@ -107,7 +133,8 @@ class SwitchedThreads {
 
   std::mt19937_64 random_{test::test_seed()};
   std::atomic<std::uint64_t> next_seed_{random_()};
-  std::atomic<int> refuse_after_{-1};
+  std::atomic<int> left_{-1};
+  std::atomic<Fate> fate_{Fate::kRefused};
   aio::SimulatedDisk disk_;
   RawNode node_;
   EngineSwitch switch_;
@@ -145,20 +172,30 @@ TEST(EngineSwitch, changes_every_thread) {
   }
 }
 
-TEST(EngineSwitch, changes_no_thread_if_the_engine_of_one_cannot_be_made) {
+// Which thread's engine it is changes, and the error is always that.
+void expect_no_change(SwitchedThreads::Fate fate, std::string_view error) {
   SwitchedThreads threads;
   threads.start_writing();
   ASSERT_TRUE(threads.change(*aio::AioSelection::parse("native")));
   for (int engines = 0; engines < static_cast<int>(kIoThreads); ++engines) {
-    threads.refuse_after(engines);
+    threads.after(engines, fate);
     const auto changed = threads.change(*aio::AioSelection::parse("io_uring"));
     ASSERT_FALSE(changed);
-    EXPECT_EQ(changed.error().message, "no more engines");
+    EXPECT_EQ(changed.error().message, error);
     EXPECT_EQ(threads.selection().to_string(), "native");
     for (std::size_t i = 0; i < kIoThreads; ++i)
       EXPECT_EQ(threads.chosen(i), std::vector<std::string>(aio::kIoKindCount, "native"));
   }
   EXPECT_EQ(threads.stop_writing(), 0);
+}
+
+TEST(EngineSwitch, changes_no_thread_if_the_engine_of_one_cannot_be_made) {
+  expect_no_change(SwitchedThreads::Fate::kRefused, "no more engines");
+}
+
+TEST(EngineSwitch, changes_no_thread_if_the_engine_of_one_could_not_wake_it) {
+  expect_no_change(SwitchedThreads::Fate::kSilent,
+                   "the kernel waits for no more descriptors; raise fs.epoll.max_user_watches");
 }
 
 }  // namespace

@@ -151,7 +151,7 @@ class World {
     aio::AioSelection wanted;
     wanted.engine_of_kind.fill(is_threads ? aio::EngineName::kNative : aio::EngineName::kThreads);
     auto change = context.engines().begin_change(wanted);
-    if (!change.make(maker())) problem_ = "no engine";
+    if (!change.make(maker()) || !context.prepare_change(change)) problem_ = "no engine";
     context.change_engines(std::move(change), [](std::unique_ptr<aio::Engine> /*retired*/) {});
   }
   void completed(Request& request, int error) {
