@@ -329,9 +329,9 @@ MUTANTS = (
            ("  if (ring.queue != nullptr || !ring.started || !ring.enabled) return {};",
             '  if (ring.queue != nullptr || !ring.started || (!ring.enabled && !mutant("rings-start-enabled"))) return {};')),
     mutant("call-descriptor-is-kept", "protocol/call-descriptor-changes", BACKEND,
-           ("    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }",
+           ("    thread_of(**ring).run_and_wait([&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }",
             '    if (mutant("call-descriptor-is-kept")) return {};\n'
-            "    run_on(thread_of(**ring), [&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }")),
+            "    thread_of(**ring).run_and_wait([&] { (*ring)->queue->set_call_fd(fd->get()); });\n  }")),
     mutant("kicks-are-not-polled-for", "protocol/kick-descriptor-none", BACKEND,
            ('  if (no_fd) return refused("a ring without a kick descriptor is not supported");',
             '  if (no_fd && mutant("kicks-are-not-polled-for")) return {};\n'
