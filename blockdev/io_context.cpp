@@ -5,7 +5,6 @@
 #include <cassert>
 #include <cerrno>
 #include <pthread.h>
-#include <stdexcept>
 #include <system_error>
 #include <unistd.h>
 #include <utility>
@@ -39,7 +38,7 @@ IoContext::IoContext(IoLoop& loop, std::unique_ptr<aio::EngineSet> engines)
     if (const auto woken = wake_by(fd); !woken) {
       watches_.clear();
       ::close(arrival_fd_);
-      throw std::runtime_error(woken.error().message);
+      throw std::system_error(ENOSPC, std::generic_category(), woken.error().message);
     }
   }
   loop_.add_poller(*this, PollStage::kEngine);

@@ -35,7 +35,7 @@ class IoContext final : public Poller {
   };
 
   // Registers itself and the engines' descriptors with `loop`, which must outlive it. Loop thread.
-  // Throws std::system_error if there is no descriptor left.
+  // Throws std::system_error if there is no descriptor left, or no more can be waited for.
   IoContext(IoLoop& loop, std::unique_ptr<aio::EngineSet> engines);
   // Drains the engines first.
   ~IoContext() override;

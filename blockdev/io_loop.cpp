@@ -457,14 +457,15 @@ void IoLoop::post(std::move_only_function<void()> function) {
   state_->bell.ring();
 }
 
-void IoLoop::run_and_wait(std::move_only_function<void()> function) {
+std::future<void> IoLoop::call(std::move_only_function<void()> function) {
   assert(!is_loop_thread());
   std::promise<void> done;
-  post([&function, &done] {
+  auto outcome = done.get_future();
+  post([function = std::move(function), done = std::move(done)]() mutable {
     function();
     done.set_value();
   });
-  done.get_future().wait();
+  return outcome;
 }
 
 bool IoLoop::is_loop_thread() const { return state_->owner.load() == std::this_thread::get_id(); }

@@ -23,7 +23,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <memory>
+#include <utility>
 
 namespace vblk::blockdev {
 
@@ -89,9 +91,12 @@ class IoLoop {
   // Runs `function` on the loop's thread, in order, from the loop. Any thread. One allocation per
   // call: for the control plane, not for requests.
   void post(std::move_only_function<void()> function);
-  // post(), then waits until it has run. Not from the loop's own thread (asserted). For as long as
-  // no peer's descriptor can block that: IoThread::run_and_wait().
-  void run_and_wait(std::move_only_function<void()> function);
+  // post(), and what to wait for until it has run. Not from the loop's own thread (asserted): it
+  // would wait for itself.
+  [[nodiscard]] std::future<void> call(std::move_only_function<void()> function);
+  // The same, and waits. For as long as no peer's descriptor can block that thread:
+  // IoThread::run_and_wait().
+  void run_and_wait(std::move_only_function<void()> function) { call(std::move(function)).wait(); }
   [[nodiscard]] bool is_loop_thread() const;
 
   [[nodiscard]] const IoLoopStatistics& statistics() const;

@@ -2,7 +2,6 @@
 
 #include <csignal>
 #include <exception>
-#include <functional>
 #include <future>
 #include <optional>
 #include <pthread.h>
@@ -77,15 +76,6 @@ std::optional<Error> IoThread::prepare(const EngineSetFactory& make_engines) {
 }
 
 void IoThread::interrupt() { ::pthread_kill(thread_.native_handle(), kInterruptSignal); }
-
-void IoThread::run_and_wait(std::move_only_function<void()> function) {
-  std::promise<void> done;
-  loop_.post([&function, &done] {
-    function();
-    done.set_value();
-  });
-  wait_for(done.get_future());
-}
 
 IoThread::~IoThread() {
   loop_.stop();

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "aio/engine_set.h"
 #include "aio/error.h"
@@ -45,7 +46,9 @@ class IoThread {
     while (outcome.wait_for(kInterruptAfter) != std::future_status::ready) interrupt();
   }
   // Runs `function` on this thread, from its loop, and waits for it in that way.
-  void run_and_wait(std::move_only_function<void()> function);
+  void run_and_wait(std::move_only_function<void()> function) {
+    wait_for(loop_.call(std::move(function)));
+  }
 
  private:
   static constexpr std::chrono::milliseconds kInterruptAfter{200};
