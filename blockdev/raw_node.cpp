@@ -100,8 +100,8 @@ Task<int> RawNode::range_status(IoContext& /*context*/, std::uint64_t offset_byt
   co_return 0;
 }
 
-int RawNode::set_file_end(std::uint64_t size_bytes) {
-  const int error = file_->resize(size_bytes);
+int RawNode::set_file_end(std::uint64_t size_bytes, bool allocate) {
+  const int error = allocate ? file_->extend_allocated(size_bytes) : file_->resize(size_bytes);
   if (error != 0) return error;
   flushes_.note_change();
   set_data_bytes(size_bytes);
@@ -110,7 +110,12 @@ int RawNode::set_file_end(std::uint64_t size_bytes) {
 
 int RawNode::grow(std::uint64_t size_bytes) {
   assert(options_.holds_format);
-  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes);
+  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes, false);
+}
+
+int RawNode::grow_allocated(std::uint64_t size_bytes) {
+  assert(options_.holds_format);
+  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes, true);
 }
 
 int RawNode::shrink(std::uint64_t size_bytes) {
@@ -153,7 +158,7 @@ void RawNode::do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone
 
 // The guest learns of what is there for good.
 Detached RawNode::run_grow(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
-  int error = set_file_end(size_bytes);
+  int error = set_file_end(size_bytes, false);
   if (error == 0) error = co_await BlockIo(*this, context, BlockOperation::kFlush, 0, 0);
   if (error == 0) size_bytes_.store(size_bytes, std::memory_order_relaxed);
   resizing_.store(false);

@@ -100,7 +100,7 @@ void ClusterAllocator::set_refcount(TableCache::Slot& slot, std::uint64_t cluste
 int ClusterAllocator::grow_file(std::uint64_t end_cluster) {
   const std::uint64_t end = end_cluster << state_.geometry.cluster_bits;
   if (end <= state_.file_end.load(std::memory_order_relaxed)) return 0;
-  const int error = state_.file.grow(end);
+  const int error = state_.file.grow_allocated(end);
   if (error == 0) state_.file_end.store(end, std::memory_order_relaxed);
   return error;
 }

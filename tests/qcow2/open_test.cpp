@@ -10,6 +10,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <sys/stat.h>
 #include <vector>
 
 #include <fmt/core.h>
@@ -235,6 +236,31 @@ TEST_F(Qcow2Opening, says_nothing_that_a_terminal_would_act_on) {
     EXPECT_THAT(node.error().message, HasSubstr("?[2J"));
     EXPECT_EQ(node.error().message.find('\x1b'), std::string::npos);
   }
+}
+
+// Of a write into a hole, ext4 lets one at a time into a file.
+TEST_F(Qcow2Opening, of_an_image_in_a_file_that_grows_gets_space_before_it_is_written) {
+  ImageSpec spec;
+  spec.cluster_bits = 16;
+  spec.size_bytes = 1 << 24;
+  const Bytes bytes = formatted(spec).bytes;
+  const test::TempDir dir;
+  const std::string path = dir.file("disk.qcow2");
+  std::ofstream(path, std::ios::binary)
+      .write(reinterpret_cast<const char*>(bytes.data()),
+             static_cast<std::streamsize>(bytes.size()));
+  auto node = blockdev::open_image({.path = path,
+                                    .format = blockdev::ImageFormat::kQcow2,
+                                    .cache = blockdev::CacheMode::kWriteback});
+  ASSERT_TRUE(node) << node.error().message;
+  testing::Context guest(*aio::EngineSet::create({}, {}));
+  for (std::uint64_t at = 0; at < spec.size_bytes; at += 20 * 65536)
+    ASSERT_EQ(guest.write(**node, at, Bytes(512, std::byte{1})), 0);
+  struct stat status{};
+  ASSERT_EQ(::stat(path.c_str(), &status), 0);
+  EXPECT_GE(status.st_size, 16 * 65536);
+  // Less than that: the few clusters that it had before.
+  EXPECT_GE(status.st_blocks * 512, status.st_size - 4 * 65536);
 }
 
 // ---- An external data file ("External data file name"), on a real file system.
