@@ -41,6 +41,9 @@ struct BlockRequest {
   BlockOperation operation{BlockOperation::kRead};
   bool write_through{false};  // kWrite, kWriteZeroes: stable on the disk when it completes
   bool may_unmap{false};      // kWriteZeroes: may deallocate
+  // kWriteZeroes, of what reads as zeroes and nobody is writing: only has space found for it. That
+  // is a favour: nothing is done where the kernel cannot do it, and it is never an error.
+  bool only_takes_space{false};
   // Whatever changes the disk: when it completes, nothing of it is in this process alone, so that
   // SIGKILL cannot take it back. It need not be stable on the disk.
   bool outlives_process{false};

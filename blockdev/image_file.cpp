@@ -213,31 +213,6 @@ int ImageFile::resize(std::uint64_t size_bytes) {
   return result == 0 ? 0 : errno;
 }
 
-int ImageFile::extend_allocated(std::uint64_t size_bytes) {
-  if (owned_ && !is_block_device_ && can_allocate_.load(std::memory_order_relaxed))
-    allocate_behind_end(size_bytes);
-  return resize(size_bytes);
-}
-
-// Whole pages only: the file's last one, of which a part may be in use, is resize()'s business.
-void ImageFile::allocate_behind_end(std::uint64_t end_bytes) {
-  struct stat status{};
-  if (::fstat(fd_, &status) != 0) return;
-  const auto page_bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-  const std::uint64_t begin =
-      (static_cast<std::uint64_t>(status.st_size) + page_bytes - 1) / page_bytes * page_bytes;
-  if (begin >= end_bytes ||
-      end_bytes > static_cast<std::uint64_t>(std::numeric_limits<off_t>::max()))
-    return;
-  int result = 0;
-  do {
-    result = ::fallocate(buffered_fd_, FALLOC_FL_KEEP_SIZE, static_cast<off_t>(begin),
-                         static_cast<off_t>(end_bytes - begin));
-  } while (result != 0 && errno == EINTR);
-  if (result != 0 && (errno == EOPNOTSUPP || errno == ENOSYS))
-    can_allocate_.store(false, std::memory_order_relaxed);
-}
-
 Expected<void> ImageFile::measure(const std::string& path) {
   struct stat status{};
   if (::fstat(fd_, &status) != 0) {

@@ -1,7 +1,6 @@
 // The file or block device under an image: opened, checked, locked and measured once.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -46,17 +45,12 @@ class ImageFile {
   // Makes the file end at `size_bytes`; what is new reads as zeroes. 0, or an errno value: ENOSPC
   // for a block device that ends before it. Any thread; a system call.
   [[nodiscard]] int resize(std::uint64_t size_bytes);
-  // As resize() to a larger size, and the file gets space for what is new at once, where its file
-  // system does that and has it: into a hole, ext4 lets one direct write at a time, which keeps all
-  // others to the file waiting.
-  [[nodiscard]] int extend_allocated(std::uint64_t size_bytes);
 
  private:
   ImageFile() = default;
   Expected<void> measure(const std::string& path);
   Expected<void> measure_device(const std::string& path);
   void probe_alignment();
-  void allocate_behind_end(std::uint64_t end_bytes);
   [[nodiscard]] int fill_last_page(std::uint64_t old_bytes, std::uint64_t end_bytes);
 
   int fd_{-1};
@@ -69,7 +63,6 @@ class ImageFile {
   bool read_only_{false};
   bool owned_{false};
   bool locked_{false};
-  std::atomic<bool> can_allocate_{true};
   SetSize set_size_;
 };
 

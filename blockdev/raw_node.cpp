@@ -100,8 +100,8 @@ Task<int> RawNode::range_status(IoContext& /*context*/, std::uint64_t offset_byt
   co_return 0;
 }
 
-int RawNode::set_file_end(std::uint64_t size_bytes, bool allocate) {
-  const int error = allocate ? file_->extend_allocated(size_bytes) : file_->resize(size_bytes);
+int RawNode::set_file_end(std::uint64_t size_bytes) {
+  const int error = file_->resize(size_bytes);
   if (error != 0) return error;
   flushes_.note_change();
   set_data_bytes(size_bytes);
@@ -110,12 +110,7 @@ int RawNode::set_file_end(std::uint64_t size_bytes, bool allocate) {
 
 int RawNode::grow(std::uint64_t size_bytes) {
   assert(options_.holds_format);
-  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes, false);
-}
-
-int RawNode::grow_allocated(std::uint64_t size_bytes) {
-  assert(options_.holds_format);
-  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes, true);
+  return size_bytes <= data_bytes() ? 0 : set_file_end(size_bytes);
 }
 
 int RawNode::shrink(std::uint64_t size_bytes) {
@@ -158,7 +153,7 @@ void RawNode::do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone
 
 // The guest learns of what is there for good.
 Detached RawNode::run_grow(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
-  int error = set_file_end(size_bytes, false);
+  int error = set_file_end(size_bytes);
   if (error == 0) error = co_await BlockIo(*this, context, BlockOperation::kFlush, 0, 0);
   if (error == 0) size_bytes_.store(size_bytes, std::memory_order_relaxed);
   resizing_.store(false);
@@ -341,9 +336,31 @@ void RawNode::submit_discard(BlockRequest& request) {
 }
 
 void RawNode::submit_write_zeroes(BlockRequest& request) {
+  if (request.only_takes_space) return submit_taking_space(request);
   request.may_unmap = request.may_unmap && limits_.write_zeroes_may_unmap &&
                       kernel_zeroes_unmap_.load(std::memory_order_relaxed);
   start_pieces(request);
+}
+
+void RawNode::submit_taking_space(BlockRequest& request) {
+  // Whole pages: of a part the kernel would zero the page cache's, beside direct writes to the
+  // rest.
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t begin = (request.offset_bytes + page - 1) / page * page;
+  const std::uint64_t end = (request.offset_bytes + request.length_bytes) / page * page;
+  // A device has its space, and would be written.
+  if (begin >= end || is_block_device() || !kernel_zeroes_.load(std::memory_order_relaxed))
+    return request.context->complete_later(request, 0);
+  request.io.offset_bytes = begin;
+  request.io.length_bytes = end - begin;
+  request.io.may_unmap = false;
+  queue_io(request, aio::IoKind::kWriteZeroes, file_->fd(), [](aio::IoRequest& io, int error) {
+    BlockRequest& zeroes = parent_of(io);
+    RawNode& node = node_of(zeroes);
+    if (is_unsupported(error)) node.note_kernel_cannot_zero(false, error);
+    node.note_change(zeroes, error);
+    zeroes.complete(zeroes, 0);
+  });
 }
 
 // ---- Piece by piece. Completion is always deferred: a request may end without any kernel I/O.

@@ -62,12 +62,10 @@ class RawNode final : public BlockNode {
   }
   [[nodiscard]] bool is_block_device() const { return file_->is_block_device(); }
   // Of a file that holds a format: makes it end at `size_bytes`, and what is new read as zeroes.
-  // The next flush makes that stable. 0, or an errno value. One at a time; system calls.
-  // grow_allocated(): as ImageFile::extend_allocated(). shrink(): no request beyond the new end is
-  // in flight. For other disks there is resize(), which makes them larger only: a write in flight
-  // beyond a new end would make the file longer again.
+  // The next flush makes that stable. 0, or an errno value. One at a time; system calls. shrink():
+  // no request beyond the new end is in flight. For other disks there is resize(), which makes them
+  // larger only: a write in flight beyond a new end would make the file longer again.
   [[nodiscard]] int grow(std::uint64_t size_bytes);
-  [[nodiscard]] int grow_allocated(std::uint64_t size_bytes);
   [[nodiscard]] int shrink(std::uint64_t size_bytes);
 
  protected:
@@ -76,12 +74,13 @@ class RawNode final : public BlockNode {
 
  private:
   Detached run_grow(std::uint64_t size_bytes, IoContext& context, ResizeDone done);
-  int set_file_end(std::uint64_t size_bytes, bool allocate);
+  int set_file_end(std::uint64_t size_bytes);
   void submit_transfer(BlockRequest& request);
   void submit_flush(BlockRequest& request);
   void queue_flush(BlockRequest& request);
   void submit_discard(BlockRequest& request);
   void submit_write_zeroes(BlockRequest& request);
+  void submit_taking_space(BlockRequest& request);
 
   void start_pieces(BlockRequest& request);
   void next_step(BlockRequest& request);

@@ -100,9 +100,22 @@ void ClusterAllocator::set_refcount(TableCache::Slot& slot, std::uint64_t cluste
 int ClusterAllocator::grow_file(std::uint64_t end_cluster) {
   const std::uint64_t end = end_cluster << state_.geometry.cluster_bits;
   if (end <= state_.file_end.load(std::memory_order_relaxed)) return 0;
-  const int error = state_.file.grow_allocated(end);
+  const int error = state_.file.grow(end);
   if (error == 0) state_.file_end.store(end, std::memory_order_relaxed);
   return error;
+}
+
+// The same for clusters that are about to be written, which get their space: into a hole, ext4 lets
+// one direct write at a time, and keeps all others to the file waiting.
+Task<int> ClusterAllocator::grow_file_with_space(IoContext& context, std::uint64_t end_cluster) {
+  const std::uint64_t begin = state_.file_end.load(std::memory_order_relaxed);
+  const int error = grow_file(end_cluster);
+  const std::uint64_t end = state_.file_end.load(std::memory_order_relaxed);
+  if (error != 0 || begin == end) co_return error;
+  BlockIo space(state_.file, context, blockdev::BlockOperation::kWriteZeroes, begin, end - begin);
+  space.only_takes_space = true;
+  const int space_error = co_await space;
+  co_return space_error;
 }
 
 Task<int> ClusterAllocator::refill(IoContext& context, BlockRequest& token) {
@@ -172,7 +185,8 @@ Task<int> ClusterAllocator::reserve_at(IoContext& context, BlockRequest& token,
   if (end << geometry.cluster_bits > state_.file_end.load(std::memory_order_relaxed)) {
     lock.unlock();
     // The slot may be gone after this: the next step looks again.
-    co_return grow_file(end);
+    const int error = co_await grow_file_with_space(context, end);
+    co_return error;
   }
   for (std::uint64_t cluster = first; cluster < end; ++cluster) {
     if (!state_.metadata_map.contains(cluster)) continue;

@@ -84,6 +84,7 @@ class ClusterAllocator {
   Task<int> grow_refcount_table(IoContext& context, BlockRequest& token, std::uint64_t cluster);
   Task<int> lower_refcount(IoContext& context, BlockRequest& token, std::uint64_t cluster);
   int grow_file(std::uint64_t end_cluster);
+  Task<int> grow_file_with_space(IoContext& context, std::uint64_t end_cluster);
   void add_to_reserve(std::uint64_t first, std::uint64_t count);
   [[nodiscard]] std::uint64_t slice_of(std::uint64_t cluster) const {
     return cluster >> state_.geometry.refcount_slice_bits();

@@ -2,11 +2,9 @@
 // whose file changes its size under it.
 #include "blockdev/image.h"
 
-#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -19,7 +17,6 @@
 
 #include "aio/engine_set.h"
 #include "blockdev/image/open_image.h"
-#include "blockdev/image_file.h"
 #include "tests/blockdev/disk_fixture.h"
 #include "tests/support/temp_dir.h"
 
@@ -270,48 +267,6 @@ TEST_P(ResizedImage, that_shrinks_fails_reads_of_what_is_gone_until_it_is_writte
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, ResizedImage,
-                         ::testing::Values(CacheMode::kNone, CacheMode::kWriteback),
-                         [](const auto& variant) { return std::string(to_string(variant.param)); });
-
-// ---- An image file that gets longer.
-
-class LongerFile : public OpenImage, public ::testing::WithParamInterface<CacheMode> {
- protected:
-  std::unique_ptr<ImageFile> open() const {
-    auto file = ImageFile::open({.path = path(), .cache = GetParam()});
-    EXPECT_TRUE(file || file.error().kind == ErrorKind::kNotSupported) << file.error().message;
-    return file ? std::move(*file) : nullptr;
-  }
-  struct stat status() const {
-    struct stat status{};
-    EXPECT_EQ(::stat(path().c_str(), &status), 0);
-    return status;
-  }
-  std::uint64_t space_bytes() const { return static_cast<std::uint64_t>(status().st_blocks) * 512; }
-};
-
-TEST_P(LongerFile, has_space_for_what_is_new_only_where_it_was_asked_for) {
-  constexpr std::uint64_t kEnd = 1 << 20;
-  for (const std::uint64_t begin : {std::uint64_t{8192}, std::uint64_t{8192 + 512}}) {
-    SCOPED_TRACE(begin);
-    make_file(begin);
-    const auto file = open();
-    if (!file) GTEST_SKIP() << "no direct I/O here";
-    const std::uint64_t before = space_bytes();
-    ASSERT_EQ(file->resize(begin + 65536), 0);
-    EXPECT_LT(space_bytes(), before + 65536);
-    ASSERT_EQ(file->resize(begin), 0);
-    ASSERT_EQ(file->extend_allocated(kEnd), 0);
-    EXPECT_EQ(status().st_size, kEnd);
-    EXPECT_GE(space_bytes(), kEnd);
-    std::string expected(kEnd, '\0');
-    std::fill_n(expected.begin(), begin, 'x');
-    std::ifstream content(path(), std::ios::binary);
-    EXPECT_EQ(std::string(std::istreambuf_iterator<char>(content), {}), expected);
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(Modes, LongerFile,
                          ::testing::Values(CacheMode::kNone, CacheMode::kWriteback),
                          [](const auto& variant) { return std::string(to_string(variant.param)); });
 

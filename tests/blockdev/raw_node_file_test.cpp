@@ -186,6 +186,27 @@ TEST_P(RawFile, becomes_larger_with_zeroes_and_never_smaller) {
 
 // What the kernel does with the rest of a file's last page must not meet direct writes to its other
 // sectors: it would fail the next flush, and may write the page back over them.
+TEST_P(RawFile, gets_space_for_its_holes_without_being_written) {
+  open(70'144);
+  if (IsSkipped()) return;
+  struct stat status{};
+  ASSERT_EQ(::truncate(path().c_str(), 0), 0);
+  ASSERT_EQ(::truncate(path().c_str(), 70'144), 0);
+  ASSERT_EQ(::stat(path().c_str(), &status), 0);
+  ASSERT_EQ(status.st_blocks, 0);
+  testing::TestRequest space(BlockOperation::kWriteZeroes, 512, 69'632);
+  space.only_takes_space = true;
+  EXPECT_EQ(context_->run(*node_, space), 0);
+  ASSERT_EQ(::stat(path().c_str(), &status), 0);
+  EXPECT_EQ(status.st_size, 70'144);
+  EXPECT_EQ(contents(path()), Bytes(70'144));
+  const int fd = ::open(path().c_str(), O_RDWR | O_CLOEXEC);
+  const bool works = ::fallocate(fd, FALLOC_FL_ZERO_RANGE, 0, 4096) == 0;
+  ::close(fd);
+  if (!works) GTEST_SKIP() << "no such file system";
+  EXPECT_GE(status.st_blocks * 512, 65'536) << "whole pages";
+}
+
 TEST_P(RawFile, becomes_larger_beside_writes_to_its_last_page) {
   open(std::uint64_t{8} * 4096 + kSectorBytes);
   if (IsSkipped()) return;
