@@ -163,7 +163,8 @@ Task<int> Comparison::work(IoContext& context) {
 Expected<std::optional<Finding>> Comparison::run() {
   std::vector<BlockNode*> nodes{a_};
   if (b_ != nullptr) nodes.push_back(b_);
-  auto ran = run_workers(kWorkers, nodes, [this](IoContext& context) { return work(context); });
+  auto ran = run_workers(kWorkers, kThreadPerProcessor, nodes,
+                         [this](IoContext& context) { return work(context); });
   if (!ran) return std::unexpected(std::move(ran.error()));
   if (first_.offset == std::numeric_limits<std::uint64_t>::max()) return std::nullopt;
   return first_;

@@ -65,7 +65,7 @@ Expected<void> take_numbers(const Arguments& arguments, ConvertPlan& plan) {
     const auto workers = parse_size(*text, "-m");
     if (!workers || *workers < 1 || *workers > kWorkersMax)
       return wrong(fmt::format("-m takes a number from 1 to {}", kWorkersMax));
-    plan.workers = static_cast<unsigned>(*workers);
+    plan.workers_max = static_cast<unsigned>(*workers);
   }
   if (const auto text = arguments.value("r")) {
     const auto rate = parse_size(*text, "-r");
@@ -293,6 +293,7 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
   if (!image) return std::unexpected(std::move(image.error()));
   Progress progress(options.show_progress, plan.size_bytes);
   plan.writer = (*image)->writer();
+  plan.one_write_at_a_time = (*image)->takes_one_write_at_a_time();
   if (!options.create.backing_file.empty()) plan.depth_max = 0;
   if (plan.writer == nullptr) {
     plan.target = &(*image)->target().file();

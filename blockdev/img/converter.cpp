@@ -24,6 +24,8 @@ using qcow2::NewCluster;
 namespace {
 
 constexpr std::uint64_t kChunkBytes = std::uint64_t{1} << 20;
+// Of one thread, where it is enough: while one chunk is written, the next ones are read.
+constexpr unsigned kCopiersMin = 4;
 
 }  // namespace
 
@@ -40,6 +42,7 @@ Converter::Converter(const ConvertPlan& plan, Progress& progress)
       chunk_bytes_(plan.writer == nullptr
                        ? kChunkBytes
                        : std::max(kChunkBytes, plan.writer->header().geometry.cluster_bytes())),
+      on_one_thread_(plan.one_write_at_a_time && !plan.compression),
       next_write_(std::chrono::steady_clock::now()) {
   std::uint64_t begin = 0;
   for (Source* const source : plan_.sources) {
@@ -51,15 +54,26 @@ Converter::Converter(const ConvertPlan& plan, Progress& progress)
   may_skip_ = zeroes_need_nothing() && (plan.writer == nullptr || !plan.writer->maps_everything());
 }
 
-Expected<void> Converter::run() {
+Expected<void> Converter::run_on(unsigned workers, unsigned threads_max) {
   std::vector<BlockNode*> nodes;
   for (Source* const source : plan_.sources) {
     if (source->node) nodes.push_back(source->node.get());
   }
   if (plan_.target != nullptr) nodes.push_back(plan_.target);
-  auto ran =
-      run_workers(plan_.workers, nodes, [this](IoContext& context) { return work(context); });
-  if (!ran) return ran;
+  return run_workers(workers, threads_max, nodes,
+                     [this](IoContext& context) { return work(context); });
+}
+
+Expected<void> Converter::run() {
+  if (on_one_thread_) {
+    const unsigned copiers =
+        std::max(std::min(plan_.workers_max, kCopiersMin), plan_.workers_max / 2);
+    if (auto ran = run_on(copiers, 1); !ran) return ran;
+    on_one_thread_ = false;
+  }
+  if (!is_done()) {
+    if (auto ran = run_on(plan_.workers_max, kThreadPerProcessor); !ran) return ran;
+  }
   if (error_) return std::unexpected(*error_);
   if (plan_.writer != nullptr && may_skip_ && next_ > 0) {
     // What is left behind the last chunk has been skipped.
@@ -71,9 +85,15 @@ Expected<void> Converter::run() {
   return {};
 }
 
+bool Converter::is_done() {
+  const std::lock_guard lock(mutex_);
+  return error_ || next_ >= plan_.size_bytes;
+}
+
 bool Converter::take(Chunk& chunk) {
   const std::lock_guard lock(mutex_);
   if (failed_.load(std::memory_order_relaxed)) return false;
+  if (on_one_thread_ && has_compressed_) return false;
   if (may_skip_ && empty_until_ > next_) {
     const std::uint64_t whole = empty_until_ >= plan_.size_bytes
                                     ? plan_.size_bytes
@@ -101,6 +121,11 @@ void Converter::note_error(const char* what, std::uint64_t offset, int error) {
       Error{kind_of_errno(error), error,
             fmt::format("cannot {} at byte {}: {}", what, offset,
                         error == EFBIG ? "the image becomes too large" : describe_errno(error))};
+}
+
+void Converter::note_compressed() {
+  const std::lock_guard lock(mutex_);
+  has_compressed_ = true;
 }
 
 Task<int> Converter::work(IoContext& context) {
@@ -150,6 +175,7 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
       piece.end = at + status.length_bytes;
       if (status.is_data) {
         piece.content = Content::kData;
+        if (status.is_compressed) note_compressed();
         // A file may end within a sector.
         piece.end = (piece.end + blockdev::kSectorBytes - 1) / blockdev::kSectorBytes *
                     blockdev::kSectorBytes;

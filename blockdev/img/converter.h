@@ -6,6 +6,10 @@
 // of the chunks, so that a new image lies in its file as the disk does; everything else goes on
 // beside each other. What has no data is passed over in strides.
 //
+// A plain copy into a file that takes one write at a time is the work of one thread, with half of
+// the workers: writes of several threads would wait for each other, spinning, while those of one
+// ring are lined up by the kernel. Data that turns out to be compressed brings the others in.
+//
 // Memory: a chunk for each worker, 1 MiB or a cluster of the target if that is larger; twice that
 // where data is compressed.
 #pragma once
@@ -48,7 +52,10 @@ struct ConvertPlan {
   std::optional<Window> window;
   std::optional<qcow2::Compression> compression;
   bool in_order{true};
-  unsigned workers{8};
+  // The kernel lets one write at a time into what takes the data: a regular file written through
+  // the page cache.
+  bool one_write_at_a_time{false};
+  unsigned workers_max{8};
   std::uint64_t rate_bytes{0};  // per second; 0: no limit
   // What cannot be read becomes zeroes, and is told of.
   bool salvage{false};
@@ -76,6 +83,8 @@ class Converter {
   };
   struct Buffers;
 
+  Expected<void> run_on(unsigned workers, unsigned threads_max);
+  [[nodiscard]] bool is_done();
   [[nodiscard]] bool take(Chunk& chunk);
   Task<int> work(IoContext& context);
   Task<int> convert(IoContext& context, const Chunk& chunk, Buffers& buffers);
@@ -90,6 +99,7 @@ class Converter {
   void split_at_zeroes(const Chunk& chunk, std::vector<Piece>& pieces, Buffers& buffers) const;
   Task<int> write_disk(IoContext& context, const Chunk& chunk, const std::vector<Piece>& pieces,
                        Buffers& buffers);
+  void note_compressed();
   void pace(std::uint64_t bytes);
   void note_error(const char* what, std::uint64_t offset, int error);
   // Whether a range that reads as zeroes needs nothing to be done.
@@ -112,11 +122,13 @@ class Converter {
   bool may_skip_;
   Turns turns_;
   std::atomic<bool> failed_{false};
+  bool on_one_thread_;  // changes while no worker runs
 
   std::mutex mutex_;  // over what follows
   std::uint64_t next_{0};
   std::uint64_t next_number_{0};
   std::uint64_t skipped_from_{0};  // where the last chunk that was taken ends
+  bool has_compressed_{false};     // the source, as far as it was looked at
   std::uint64_t empty_until_{0};   // from next_ on there is nothing to write before this
   std::chrono::steady_clock::time_point next_write_;
   std::optional<Error> error_;

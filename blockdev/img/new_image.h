@@ -48,6 +48,12 @@ class NewImage {
   [[nodiscard]] qcow2::ImageWriter* writer() { return writer_.get(); }
   // Whether what is not written reads as zeroes.
   [[nodiscard]] bool reads_zero() const { return target_->reads_zero(); }
+  // Whether the kernel writes what takes the data through the page cache, one write after the
+  // other.
+  [[nodiscard]] bool takes_one_write_at_a_time() const {
+    const Target& target = data_target_ ? *data_target_ : *target_;
+    return !target.is_block_device() && !blockdev::uses_direct_io(options_.cache);
+  }
 
   // All content has been written: tables, space, flush, header, name. `last`, if there is one,
   // changes the file as an image of writer()->header() before it can be told to be one. Errors:

@@ -144,7 +144,8 @@ Task<int> flush(BlockNode& node, IoContext& context) {
 Expected<void> Rebaser::run() {
   std::vector<BlockNode*> nodes{&image_};
   if (new_backing_ != nullptr) nodes.push_back(new_backing_);
-  auto ran = run_workers(kWorkers, nodes, [this](IoContext& context) { return work(context); });
+  auto ran = run_workers(kWorkers, kThreadPerProcessor, nodes,
+                         [this](IoContext& context) { return work(context); });
   if (!ran) return ran;
   if (error_) return std::unexpected(*error_);
   return {};

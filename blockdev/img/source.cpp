@@ -219,6 +219,7 @@ Task<int> chain_status(BlockNode& top, IoContext& context, std::uint64_t offset,
       status.is_present = true;
       status.is_data = found.kind == Kind::kData;
       status.is_zero = found.kind == Kind::kZero;
+      status.is_compressed = status.is_data && !found.file_offset;
       co_return 0;
     }
     if (backing == nullptr || offset >= backing->size_bytes()) {

@@ -68,6 +68,7 @@ Expected<blockdev::CacheMode> parse_cache(const std::string& text, blockdev::Cac
 struct ChainStatus {
   bool is_data{false};
   bool is_zero{false};
+  bool is_compressed{false};
   bool is_present{false};  // some image of the chain says what it is
   unsigned depth{0};       // which one; 0 is the top
   std::uint64_t length_bytes{0};

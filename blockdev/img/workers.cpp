@@ -33,9 +33,10 @@ void run_thread(blockdev::PrivateContext& own, unsigned count,
 
 }  // namespace
 
-Expected<void> run_workers(unsigned count, std::span<blockdev::BlockNode* const> nodes,
-                           const Work& work) {
-  const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 1U, count);
+Expected<void> run_workers(unsigned count, unsigned threads_max,
+                           std::span<blockdev::BlockNode* const> nodes, const Work& work) {
+  const unsigned threads =
+      std::clamp(std::thread::hardware_concurrency(), 1U, std::min(count, threads_max));
   // On this thread, so that what is lacking is known before anything is begun.
   auto own = make_context();
   if (!own) return std::unexpected(std::move(own.error()));

@@ -14,12 +14,14 @@
 
 namespace vblk::img {
 
+inline constexpr unsigned kThreadPerProcessor = ~0U;
+
 // Runs `work` `count` times at once, shared out over as many threads as there are processors, with
-// engines of their own, the calling thread among them; returns when all have ended. `nodes` are
-// attached to each thread. Errors: engines that cannot be made; then nothing has been run, or it
-// has ended before.
+// engines of their own, the calling thread among them, or over `threads_max` if that is fewer;
+// returns when all have ended. `nodes` are attached to each thread. Errors: engines that cannot be
+// made; then nothing has been run, or it has ended before.
 Expected<void> run_workers(
-    unsigned count, std::span<blockdev::BlockNode* const> nodes,
+    unsigned count, unsigned threads_max, std::span<blockdev::BlockNode* const> nodes,
     const std::function<blockdev::Task<int>(blockdev::IoContext& context)>& work);
 
 // Takes coroutines of several threads through a passage in the order of their numbers, which begin

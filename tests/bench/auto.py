@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """`--aio auto` beside each fixed engine, in interleaved rounds: within 5 % of the best, never worse than the default?
 
-Every round measures every cell on every engine once, in a new random order; a measurement starts a fresh server and
+Every round measures every cell on every engine once, one right after the other, in a new random order; a measurement starts a fresh server and
 counts after a second, and with auto after a time in which it explores and settles. The best fixed engine of a cell is the one
 with the highest median over the rounds. Ratios are within a round: median, lowest and highest.
 
@@ -50,8 +50,8 @@ def core_grid():
 
 def measure(options, cells, disks):
     for round_number in range(options.rounds):
-        order = [(cell, side) for cell in cells for side in SIDES]
-        random.shuffle(order)
+        # Cells in a new order; the sides of one cell one after another, in a new order too: what drifts, drifts for all.
+        order = [(cell, side) for cell in random.sample(cells, len(cells)) for side in random.sample(SIDES, len(SIDES))]
         for cell in cells:
             cell.rounds.append({})
         for done, (cell, side) in enumerate(order):

@@ -287,6 +287,24 @@ def converts(report, vblk, folder, rng):
                  "\n".join(failures[:3]))
 
 
+def brings_threads_in(report, vblk, folder, raw):
+    """One thread copies; data that is compressed is the work of all, from where it is met."""
+    mixed, plain, back = folder / "mixed.qcow2", folder / "plain.qcow2", folder / "back.raw"
+    QEMU.works("convert", "-f", "raw", "-O", "qcow2", "-c", raw, mixed)
+    QEMU.works("convert", "-f", "raw", "-O", "qcow2", raw, plain)
+    # The first third is written again, and not compressed then.
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 4M", mixed], stdout=subprocess.DEVNULL, check=True)
+    for path, all_of_them in (plain, False), (mixed, os.cpu_count() > 1):
+        trace = folder / "trace"
+        status = subprocess.run(["strace", "-f", "-qq", "-e", "trace=clone,clone3,io_uring_setup", "-o", trace, *vblk.command, "convert",
+                                 "-O", "raw", path, back]).returncode
+        calls = trace.read_text()
+        has_rings = re.search(r"io_uring_setup\(.*= \d", calls)  # otherwise there are the threads of a pool
+        report.check(f"{path.name}: {'several threads' if all_of_them else 'one thread'}, and the same disk",
+                     status == 0 and identical(path, "qcow2", back, "raw")[0] == 0 and
+                     (not has_rings or ("clone" in calls) == all_of_them), f"{status} {calls}")
+
+
 def converts_content(report, vblk, folder, rng):
     raw = folder / "content.raw"
     whole = content(rng, 12 * MIB + 3 * SECTOR)
@@ -313,6 +331,7 @@ def converts_content(report, vblk, folder, rng):
     report.check("zeroes become holes", allocated_bytes(folder / "sparse.raw") < 0.8 * raw.stat().st_size)
     vblk.works("convert", "-f", "raw", "-O", "raw", "-S", "0", raw, folder / "full.raw")
     report.check("-S 0 writes them", allocated_bytes(folder / "full.raw") >= raw.stat().st_size)
+    brings_threads_in(report, vblk, folder, raw)
     parts = [folder / "a.raw", folder / "b.raw"]
     for path in parts:
         path.write_bytes(content(rng, MIB + rng.randrange(9) * SECTOR))
