@@ -147,6 +147,8 @@ class EngineSet {
   [[nodiscard]] bool sleep(std::chrono::nanoseconds timeout);
   [[nodiscard]] std::size_t in_flight() const;
   [[nodiscard]] bool is_worth_looking() const;
+  // Whether engines are being tried, one after the other, for a kind that is left to vblk.
+  [[nodiscard]] bool is_exploring() const { return tuner_ != nullptr && tuner_->is_exploring(); }
   // Blocks until nothing is in flight, running completions on this thread.
   void drain();
 

@@ -37,6 +37,7 @@ class EngineTuner {
   void take(IoKind kind, std::vector<EngineName> candidates, EngineName start);
   void leave(IoKind kind);
   [[nodiscard]] bool has_any() const;
+  [[nodiscard]] bool is_exploring() const { return trial_.has_value(); }
 
   // To be called before queued requests are submitted, and after `count` were completed. `engines`
   // are all that carry out requests; none leaves while a kind is left to a choice. True:

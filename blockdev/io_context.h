@@ -100,6 +100,7 @@ class IoContext final : public Poller {
 
   std::size_t poll() override;
   [[nodiscard]] bool is_worth_looking() const override { return engines_->is_worth_looking(); }
+  [[nodiscard]] bool is_steady() const override { return !engines_->is_exploring(); }
   [[nodiscard]] bool prepare_to_sleep() override;
   void wake_up() override;
 

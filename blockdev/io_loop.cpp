@@ -164,6 +164,7 @@ struct IoLoop::State {
   void end_rest(Poller& poller);
   void leave_resting(Poller& poller);
   [[nodiscard]] bool is_worth_looking() const;
+  [[nodiscard]] bool is_steady() const;
   [[nodiscard]] bool keep_polling();
   void sleep();
   [[nodiscard]] bool prepare_to_sleep();
@@ -198,6 +199,7 @@ struct IoLoop::State {
   unsigned cycles_since_asio{0};
   PollPolicy poll_policy;
   PollTrial poll_trial;
+  bool was_steady{true};
   std::uint64_t epoch_work{0};
   Clock::time_point epoch_begin;
   std::chrono::nanoseconds epoch_begin_cpu_time{0};
@@ -331,6 +333,12 @@ bool IoLoop::State::is_worth_looking() const {
       [](const Poller* poller) { return poller == nullptr || poller->is_worth_looking(); });
 }
 
+bool IoLoop::State::is_steady() const {
+  return std::ranges::all_of(
+      active[static_cast<std::size_t>(PollStage::kEngine)],
+      [](const Poller* poller) { return poller == nullptr || poller->is_steady(); });
+}
+
 // Whether to look again instead of sleeping. Asked when a cycle found nothing.
 bool IoLoop::State::keep_polling() {
   if (!polling) {
@@ -358,8 +366,14 @@ void IoLoop::State::count_work(std::size_t work) {
   const auto per_unit = [this](std::chrono::nanoseconds time) {
     return static_cast<double>(time.count()) / static_cast<double>(epoch_work);
   };
-  poll_trial.epoch_ended(
-      {.time = per_unit(now - epoch_begin), .cpu_time = per_unit(cpu_time - epoch_begin_cpu_time)});
+  const bool steady = is_steady();
+  if (steady && was_steady) {
+    poll_trial.epoch_ended({.time = per_unit(now - epoch_begin),
+                            .cpu_time = per_unit(cpu_time - epoch_begin_cpu_time)});
+  } else if (steady != was_steady) {
+    poll_trial.begin_anew();
+  }
+  was_steady = steady;
   epoch_work = 0;
   epoch_begin = now;
   epoch_begin_cpu_time = cpu_time;

@@ -45,6 +45,9 @@ class Poller {
   // Whether what it waits for may come within the time that a loop would look for it. Asked before
   // the loop does.
   [[nodiscard]] virtual bool is_worth_looking() const { return true; }
+  // False while it changes how it works, as where it tries engines: what a loop measures of its own
+  // ways meanwhile says nothing.
+  [[nodiscard]] virtual bool is_steady() const { return true; }
   // Turns notifications on, then looks again; false means there is work: do not sleep. A notified
   // poller of the dispatch stage says so by IoLoop::wake().
   [[nodiscard]] virtual bool prepare_to_sleep() = 0;

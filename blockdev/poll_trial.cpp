@@ -41,6 +41,14 @@ void PollTrial::epoch_ended(const Cost& cost) {
   }
 }
 
+void PollTrial::begin_anew() {
+  stage_ = Stage::kPreferred;
+  other_way_ = false;
+  votes_ = 0;
+  epochs_between_ = kEpochsBetweenMin;
+  epochs_until_trial_ = kEpochsBetweenMin;
+}
+
 void PollTrial::compare(const Cost& preferred, const Cost& other) {
   if (!is_cheaper(other, preferred)) {
     votes_ = 0;

@@ -26,6 +26,8 @@ class PollTrial {
   [[nodiscard]] bool looks() const { return looks_preferred_ != other_way_; }
   // An epoch is over and the next begins.
   void epoch_ended(const Cost& cost);
+  // What has been compared is no longer how it is: goes the preferred way, and compares soon.
+  void begin_anew();
 
  private:
   enum class Stage : std::uint8_t { kPreferred, kOther, kPreferredAgain };

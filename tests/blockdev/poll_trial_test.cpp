@@ -54,6 +54,18 @@ TEST(PollTrial, follows_a_load_that_changes) {
   EXPECT_GT(looks(trial, 500, fast, slow), 480);
 }
 
+TEST(PollTrial, begins_anew_the_way_it_went_and_looks_for_a_better_one_soon) {
+  PollTrial trial;
+  const Cost slow{.time = 80, .cpu_time = 30};
+  const Cost fast{.time = 40, .cpu_time = 30};
+  looks(trial, 2000, fast, slow);
+  while (trial.looks()) trial.epoch_ended(fast);
+  trial.begin_anew();
+  EXPECT_TRUE(trial.looks()) << "not the way that was only being tried";
+  EXPECT_LT(looks(trial, 20, slow, fast), 20);
+  EXPECT_FALSE(trial.looks());
+}
+
 TEST(PollTrial, is_not_misled_by_a_load_that_grows_and_shrinks) {
   PollTrial trial;
   std::mt19937_64 random(test::test_seed());
