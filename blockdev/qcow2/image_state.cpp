@@ -191,7 +191,10 @@ blockdev::Detached write_corrupt_bit(ImageState& state, IoContext& context) {
     const std::lock_guard lock(state.mutex);
     state.header.incompatible_features |= kIncompatCorrupt;
   }
-  const int error = co_await write_header(state, context);
+  int error = co_await write_header(state, context);
+  // Whoever opens it after a power cut is to know as well.
+  if (error == 0)
+    error = co_await blockdev::BlockIo(state.file, context, blockdev::BlockOperation::kFlush, 0, 0);
   if (error != 0)
     log::error("'{}': it could not be marked corrupt: {}", state.name, describe_errno(error));
 }
@@ -201,8 +204,9 @@ blockdev::Detached write_corrupt_bit(ImageState& state, IoContext& context) {
 void mark_corrupt(ImageState& state, IoContext& context, const std::string& what) {
   if (state.is_corrupt.exchange(true)) return;
   log::error(
-      "'{}' is damaged: {}; it is not changed any more. Stop the guest, and run 'qemu-img check' "
-      "on it",
+      "'{}' is damaged: {}; it is not changed any more. Run 'vblk img check' on it when nobody "
+      "uses "
+      "it",
       state.name, what);
   // Version 2 has no bit for it.
   if (!state.read_only && state.version >= 3) write_corrupt_bit(state, context);

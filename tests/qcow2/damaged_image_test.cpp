@@ -63,6 +63,8 @@ TEST_F(DamagedImage, without_refcounts_keeps_its_header) {
   const Bytes left = rig.disk.current();
   EXPECT_EQ(get_be(left, 0, 4), 0x514649fbU);
   EXPECT_TRUE(is_marked_corrupt(left));
+  using Unflushed = aio::SimulatedDisk::Unflushed;
+  EXPECT_TRUE(is_marked_corrupt(rig.disk.after_power_cut(1, Unflushed::kLost))) << "for good";
 }
 
 TEST_F(DamagedImage, whose_zero_cluster_has_a_table_for_space_keeps_that_table) {
