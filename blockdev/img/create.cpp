@@ -39,8 +39,11 @@ Task<int> place_nothing(qcow2::ImageWriter& writer, IoContext& context) {
 
 // The size of what the new image is based on; says that it can be opened.
 Expected<std::uint64_t> size_of_backing(const std::string& path, const CreateOptions& create) {
-  const auto backing = open_source(
-      {.path = resolve_name(path, create.backing_file), .format = create.backing_format});
+  const auto backing =
+      open_source({.path = resolve_name(path, create.backing_file),
+                   .format = create.backing_format,
+                   // Only its size is asked for, which whoever writes to it does not change.
+                   .lock = false});
   if (!backing) {
     return make_error(backing.error().kind,
                       "the backing file cannot be used: " + backing.error().message);

@@ -138,6 +138,10 @@ int run(std::span<const std::string> words) {
     print_usage();
     return 0;
   }
+  if (words[0] == "--version" || words[0] == "-V") {
+    say("vblk img {}\n", VBLK_VERSION);
+    return finish_output(0);
+  }
   const auto found = std::ranges::find(kCommands, std::string_view(words[0]), &Command::name);
   if (found == kCommands.end())
     return fail(fmt::format("there is no command '{}'; see vblk img --help", words[0]));

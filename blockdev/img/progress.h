@@ -1,4 +1,5 @@
-// Progress of a long command, as `-p` shows it on standard output.
+// Progress of a long command, as `-p` shows it on standard output. Without `-p` SIGUSR1 asks for
+// it, which is answered by a line on standard error.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,9 @@ class Progress {
 
  private:
   void print(double percent);
+  [[nodiscard]] double percent() const {
+    return 100.0 * static_cast<double>(done_) / static_cast<double>(total_);
+  }
 
   const bool shown_;
   const std::uint64_t total_;

@@ -31,6 +31,13 @@ bool has_no_unnamed_files(int error) {
   return error == EOPNOTSUPP || error == EISDIR || error == ENOENT || error == EINVAL;
 }
 
+// A file that is mounted over another keeps its name, as containers have it.
+bool is_mounted(const std::string& path) {
+  struct statx status{};
+  return ::statx(AT_FDCWD, path.c_str(), 0, STATX_BASIC_STATS, &status) == 0 &&
+         (status.stx_attributes & STATX_ATTR_MOUNT_ROOT) != 0;
+}
+
 }  // namespace
 
 bool is_same_target(const std::string& one, const std::string& other) {
@@ -83,7 +90,7 @@ Expected<std::unique_ptr<Target>> Target::create(const std::string& path,
       return std::unexpected(std::move(locked.error()));
     target->replaces_ = true;
     const bool folder_is_open = ::access(folder_of(target->real_path_).c_str(), W_OK | X_OK) == 0;
-    if (status.st_nlink == 1 && folder_is_open) {
+    if (status.st_nlink == 1 && folder_is_open && !is_mounted(path)) {
       auto made = target->make_unnamed(cache);
       if (!made) return std::unexpected(std::move(made.error()));
       // As far as this user may: the old owner may be somebody else.

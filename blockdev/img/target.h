@@ -6,8 +6,9 @@
 //   with its
 //                        name, the old one is locked             owner and mode
 //   the same, with       it is overwritten, and locked: another
-//   several names, or    name, or a folder that takes no new
-//   a folder that is     files, leaves no other way
+//   several names, a     name, a mount, or a folder that takes
+//   mounted file, or a   no new files, leaves no other way
+//   folder that is
 //   closed
 //   a block device       it is overwritten, and locked
 //

@@ -305,6 +305,17 @@ def brings_threads_in(report, vblk, folder, raw):
                      (not has_rings or ("clone" in calls) == all_of_them), f"{status} {calls}")
 
 
+def answers_signals(report, vblk, folder, raw):
+    """SIGUSR1, as qemu-img does."""
+    process = subprocess.Popen([*vblk.command, "convert", "-r", "4M", "-f", "raw", "-O", "raw", raw, folder / "asked.raw"],
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGUSR1)
+    errors = process.communicate(timeout=60)[1]
+    report.check("SIGUSR1 asks for the progress", process.returncode == 0 and re.fullmatch(r" +\(\d+\.\d\d/100%\)\n", errors),
+                 f"{process.returncode} {errors}")
+
+
 def converts_content(report, vblk, folder, rng):
     raw = folder / "content.raw"
     whole = content(rng, 12 * MIB + 3 * SECTOR)
@@ -342,6 +353,7 @@ def converts_content(report, vblk, folder, rng):
     vblk.works("convert", "-r", "2M", "-f", "raw", "-O", "raw", parts[0], folder / "slow.raw")
     vblk.works("convert", "-r", "16M", "-f", "raw", "-O", "raw", raw, folder / "slow.raw")
     report.check("a rate limit is kept", time.monotonic() - begun > 0.6 * allocated_bytes(folder / "sparse.raw") / (16 * MIB))
+    answers_signals(report, vblk, folder, raw)
     status, output, _ = vblk("convert", "-p", "-f", "raw", "-O", "qcow2", raw, folder / "p.qcow2")
     report.check("-p shows progress from 0 to 100",
                  status == 0 and output.startswith("    (0.00/100%)\r") and output.endswith("    (100.00/100%)\r\n"), output)
@@ -456,6 +468,9 @@ def refuses_to_convert(report, vblk, folder, options):
     over.unlink()
     socket = folder / "s"
     with Server(options.vblk, [image, "--format", "qcow2"], socket, folder.parent / "log"):
+        status, _, errors = vblk("create", "-f", "qcow2", "-b", image, "-F", "qcow2", over)
+        report.check("an overlay on what a server writes is made", status == 0 and QEMU("info", "-U", over)[0] == 0, errors)
+        over.unlink()
         for arguments in (["info", image], ["map", image], ["check", image], ["compare", image, image],
                           ["convert", "-O", "raw", image, folder / "x"], ["convert", "-f", "raw", "-O", "qcow2", raw, image],
                           ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"], ["bitmap", "--add", image, "b"],
@@ -689,6 +704,29 @@ def uses_block_devices(report, vblk, folder, rng):
                          status == 1 and len(errors.splitlines()) == 1, (status, errors))
     finally:
         subprocess.run(["losetup", "-d", device], check=False)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def keeps_mounted_names(report, vblk, folder, rng):
+    """A file that is mounted over another cannot be replaced, and is overwritten."""
+    if os.geteuid() != 0:
+        report.skip("a mounted file as target", "mounting needs root")
+        return
+    raw, below, over = folder / "source.raw", folder / "below", folder / "over"
+    raw.write_bytes(content(rng, MIB))
+    below.write_bytes(b"1")
+    over.write_bytes(b"2" * MIB)
+    if subprocess.run(["mount", "--bind", over, below]).returncode != 0:
+        report.skip("a mounted file as target", "nothing can be mounted")
+        return
+    try:
+        for kind in ("raw", "qcow2"):
+            status, _, errors = vblk("convert", "-f", "raw", "-O", kind, raw, below)
+            report.check(f"a mounted file is overwritten, {kind}",
+                         status == 0 and identical(raw, "raw", over, kind)[0] == 0 and below.samefile(over), errors)
+    finally:
+        subprocess.run(["umount", below], check=False)
     for path in folder.iterdir():
         path.unlink()
 
@@ -1777,6 +1815,7 @@ def main():
         "makes_two_files": lambda folder: makes_two_files(report, vblk, folder, rng),
         "speaks_to_nobody": lambda folder: speaks_to_nobody(report, vblk, folder, rng),
         "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
+        "keeps_mounted_names": lambda folder: keeps_mounted_names(report, vblk, folder, rng),
         "compares_alike": lambda folder: compares_alike(report, vblk, folder, rng),
         "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
         "commits_alike": lambda folder: commits_alike(report, vblk, folder, rng),
