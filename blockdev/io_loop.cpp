@@ -163,8 +163,7 @@ struct IoLoop::State {
   void rest(Poller& poller);
   void end_rest(Poller& poller);
   void leave_resting(Poller& poller);
-  [[nodiscard]] bool is_worth_looking() const;
-  [[nodiscard]] bool is_steady() const;
+  [[nodiscard]] bool all_engines(bool (Poller::*are)() const) const;
   [[nodiscard]] bool keep_polling();
   void sleep();
   [[nodiscard]] bool prepare_to_sleep();
@@ -327,22 +326,17 @@ void IoLoop::State::arm(const std::shared_ptr<FdWatchState>& watch) {
                            }));
 }
 
-bool IoLoop::State::is_worth_looking() const {
+bool IoLoop::State::all_engines(bool (Poller::*are)() const) const {
   return std::ranges::all_of(
       active[static_cast<std::size_t>(PollStage::kEngine)],
-      [](const Poller* poller) { return poller == nullptr || poller->is_worth_looking(); });
-}
-
-bool IoLoop::State::is_steady() const {
-  return std::ranges::all_of(
-      active[static_cast<std::size_t>(PollStage::kEngine)],
-      [](const Poller* poller) { return poller == nullptr || poller->is_steady(); });
+      [are](const Poller* poller) { return poller == nullptr || (poller->*are)(); });
 }
 
 // Whether to look again instead of sleeping. Asked when a cycle found nothing.
 bool IoLoop::State::keep_polling() {
   if (!polling) {
-    if (!poll_trial.looks() || !is_worth_looking() || !poll_policy.looks_now()) return false;
+    if (!poll_trial.looks() || !all_engines(&Poller::is_worth_looking) || !poll_policy.looks_now())
+      return false;
     polling = true;
     poll_begin = Clock::now();
     ++statistics.polls;
@@ -366,7 +360,7 @@ void IoLoop::State::count_work(std::size_t work) {
   const auto per_unit = [this](std::chrono::nanoseconds time) {
     return static_cast<double>(time.count()) / static_cast<double>(epoch_work);
   };
-  const bool steady = is_steady();
+  const bool steady = all_engines(&Poller::is_steady);
   if (steady && was_steady) {
     poll_trial.epoch_ended({.time = per_unit(now - epoch_begin),
                             .cpu_time = per_unit(cpu_time - epoch_begin_cpu_time)});

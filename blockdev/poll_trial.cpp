@@ -42,11 +42,9 @@ void PollTrial::epoch_ended(const Cost& cost) {
 }
 
 void PollTrial::begin_anew() {
-  stage_ = Stage::kPreferred;
-  other_way_ = false;
-  votes_ = 0;
-  epochs_between_ = kEpochsBetweenMin;
-  epochs_until_trial_ = kEpochsBetweenMin;
+  const bool looks_preferred = looks_preferred_;
+  *this = {};
+  looks_preferred_ = looks_preferred;
 }
 
 void PollTrial::compare(const Cost& preferred, const Cost& other) {

@@ -71,7 +71,7 @@ Expected<void> Converter::run() {
     if (auto ran = run_on(copiers, 1); !ran) return ran;
     on_one_thread_ = false;
   }
-  if (!is_done()) {
+  if (!error_ && next_ < plan_.size_bytes) {
     if (auto ran = run_on(plan_.workers_max, kThreadPerProcessor); !ran) return ran;
   }
   if (error_) return std::unexpected(*error_);
@@ -85,15 +85,10 @@ Expected<void> Converter::run() {
   return {};
 }
 
-bool Converter::is_done() {
-  const std::lock_guard lock(mutex_);
-  return error_ || next_ >= plan_.size_bytes;
-}
-
 bool Converter::take(Chunk& chunk) {
   const std::lock_guard lock(mutex_);
   if (failed_.load(std::memory_order_relaxed)) return false;
-  if (on_one_thread_ && has_compressed_) return false;
+  if (on_one_thread_ && has_compressed_.load(std::memory_order_relaxed)) return false;
   if (may_skip_ && empty_until_ > next_) {
     const std::uint64_t whole = empty_until_ >= plan_.size_bytes
                                     ? plan_.size_bytes
@@ -121,11 +116,6 @@ void Converter::note_error(const char* what, std::uint64_t offset, int error) {
       Error{kind_of_errno(error), error,
             fmt::format("cannot {} at byte {}: {}", what, offset,
                         error == EFBIG ? "the image becomes too large" : describe_errno(error))};
-}
-
-void Converter::note_compressed() {
-  const std::lock_guard lock(mutex_);
-  has_compressed_ = true;
 }
 
 Task<int> Converter::work(IoContext& context) {
@@ -175,7 +165,7 @@ Task<int> Converter::look(IoContext& context, const Chunk& chunk, std::vector<Pi
       piece.end = at + status.length_bytes;
       if (status.is_data) {
         piece.content = Content::kData;
-        if (status.is_compressed) note_compressed();
+        if (status.is_compressed) has_compressed_.store(true, std::memory_order_relaxed);
         // A file may end within a sector.
         piece.end = (piece.end + blockdev::kSectorBytes - 1) / blockdev::kSectorBytes *
                     blockdev::kSectorBytes;

@@ -84,7 +84,6 @@ class Converter {
   struct Buffers;
 
   Expected<void> run_on(unsigned workers, unsigned threads_max);
-  [[nodiscard]] bool is_done();
   [[nodiscard]] bool take(Chunk& chunk);
   Task<int> work(IoContext& context);
   Task<int> convert(IoContext& context, const Chunk& chunk, Buffers& buffers);
@@ -99,7 +98,6 @@ class Converter {
   void split_at_zeroes(const Chunk& chunk, std::vector<Piece>& pieces, Buffers& buffers) const;
   Task<int> write_disk(IoContext& context, const Chunk& chunk, const std::vector<Piece>& pieces,
                        Buffers& buffers);
-  void note_compressed();
   void pace(std::uint64_t bytes);
   void note_error(const char* what, std::uint64_t offset, int error);
   // Whether a range that reads as zeroes needs nothing to be done.
@@ -122,13 +120,13 @@ class Converter {
   bool may_skip_;
   Turns turns_;
   std::atomic<bool> failed_{false};
-  bool on_one_thread_;  // changes while no worker runs
+  std::atomic<bool> has_compressed_{false};  // the source, as far as it was looked at
+  bool on_one_thread_;                       // changes while no worker runs
 
   std::mutex mutex_;  // over what follows
   std::uint64_t next_{0};
   std::uint64_t next_number_{0};
   std::uint64_t skipped_from_{0};  // where the last chunk that was taken ends
-  bool has_compressed_{false};     // the source, as far as it was looked at
   std::uint64_t empty_until_{0};   // from next_ on there is nothing to write before this
   std::chrono::steady_clock::time_point next_write_;
   std::optional<Error> error_;

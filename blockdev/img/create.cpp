@@ -42,7 +42,7 @@ Expected<std::uint64_t> size_of_backing(const std::string& path, const CreateOpt
   const auto backing =
       open_source({.path = resolve_name(path, create.backing_file),
                    .format = create.backing_format,
-                   // Only its size is asked for, which whoever writes to it does not change.
+                   // Only its size is asked for: somebody else may be writing to it.
                    .lock = false});
   if (!backing) {
     return make_error(backing.error().kind,

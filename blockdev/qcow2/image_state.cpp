@@ -204,9 +204,8 @@ blockdev::Detached write_corrupt_bit(ImageState& state, IoContext& context) {
 void mark_corrupt(ImageState& state, IoContext& context, const std::string& what) {
   if (state.is_corrupt.exchange(true)) return;
   log::error(
-      "'{}' is damaged: {}; it is not changed any more. Run 'vblk img check' on it when nobody "
-      "uses "
-      "it",
+      "'{}' is damaged: {}; it is not changed any more. When nobody uses it, run 'vblk img check' "
+      "on it",
       state.name, what);
   // Version 2 has no bit for it.
   if (!state.read_only && state.version >= 3) write_corrupt_bit(state, context);

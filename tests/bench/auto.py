@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 """`--aio auto` beside each fixed engine, in interleaved rounds: within 5 % of the best, never worse than the default?
 
-Every round measures every cell on every engine once, one right after the other, in a new random order; a measurement starts a fresh server and
-counts after a second, and with auto after a time in which it explores and settles. The best fixed engine of a cell is the one
-with the highest median over the rounds. Ratios are within a round: median, lowest and highest.
+Every round measures every cell on every engine once, one right after the other, in a new random order; a measurement
+starts a fresh server and counts after a second, and with auto after a time in which it explores and settles. The best fixed
+engine of a cell is the one with the highest median over the rounds. Ratios are within a round: median, lowest and highest.
 
 Wanted: 0.95 of the best, and 1 of threads, the default (0.97 where threads is the best: it is compared with itself).
 Verdicts: `holds` where the median ratios are so, and no round is below nine tenths of that; `does not hold` where every

@@ -184,8 +184,6 @@ TEST_P(RawFile, becomes_larger_with_zeroes_and_never_smaller) {
   EXPECT_EQ(node_->size_bytes(), 200'192U);
 }
 
-// What the kernel does with the rest of a file's last page must not meet direct writes to its other
-// sectors: it would fail the next flush, and may write the page back over them.
 TEST_P(RawFile, gets_space_for_its_holes_without_being_written) {
   open(70'144);
   if (IsSkipped()) return;
@@ -207,6 +205,8 @@ TEST_P(RawFile, gets_space_for_its_holes_without_being_written) {
   EXPECT_GE(status.st_blocks * 512, 65'536) << "whole pages";
 }
 
+// What the kernel does with the rest of a file's last page must not meet direct writes to its other
+// sectors: it would fail the next flush, and may write the page back over them.
 TEST_P(RawFile, becomes_larger_beside_writes_to_its_last_page) {
   open(std::uint64_t{8} * 4096 + kSectorBytes);
   if (IsSkipped()) return;
