@@ -5,10 +5,12 @@ The full disk is a small ext4 file system with a file beside the image that take
 again (root, for loop devices). Other failures come from strace's fault injection.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -64,6 +66,16 @@ class SmallDisk:
 
     def inside(self, *command):
         return run("nsenter", "-t", self.server.process.pid, "-m", *command)
+
+    @contextlib.contextmanager
+    def kept_mounted(self):
+        """Yields a function as inside() is, which goes on when the server has ended."""
+        with subprocess.Popen(["nsenter", "-t", str(self.server.process.pid), "-m", "sleep", "infinity"]) as holder:
+            wait_until(lambda: Path(f"/proc/{holder.pid}/comm").read_text().strip() == "sleep")
+            try:
+                yield lambda *command: run("nsenter", "-t", holder.pid, "-m", *command)
+            finally:
+                holder.kill()
 
     def make_space(self):
         status, output = self.inside("rm", self.folder / "small" / "filler")
@@ -140,9 +152,9 @@ def test_full_disk(report, options, form, engine, cache, recovery="keep"):
             report.check(f"{name}: qemu-img check finds leaks at most", qcow2.is_sound(found), found["text"][-2000:])
 
 
-def test_end_of_a_full_disk(report, options, form):
-    """SIGTERM while the disk is full: a driver that keeps what is in flight loses nothing, another one is told."""
-    name = f"{form}, SIGTERM while the disk is full"
+def test_next_server_of_a_full_disk(report, options, form, end):
+    """The server ends while the disk is full: a driver that keeps what is in flight loses nothing."""
+    name = f"{form}, {end.name} while the disk is full"
     if needs_root(report, name):
         return
     with Folder() as folder, Script(options.churn) as churn:
@@ -151,16 +163,18 @@ def test_end_of_a_full_disk(report, options, form):
             churn(f"connect {folder / 's'} 4 keep")
             churn.start("run 5 1500 8 65536 wwwwww")
             report.check(f"{name}: pauses", wait_until(lambda: state(options, folder) == "paused", 20))
-            # The next server finds the image where the first one had it, with space.
-            os.kill(disk.server.process.pid, signal.SIGSTOP)
-            disk.inside("cp", "--sparse=always", disk.image, folder / "copy")
-            os.kill(disk.server.process.pid, signal.SIGCONT)
-            begin = time.monotonic()
-            status = disk.server.stop()
-            report.check(f"{name}: ends soon", time.monotonic() - begin < 5)
-            # What qcow2 has in memory may not fit either; then it says so.
-            report.check(f"{name}: with 0 unless its last flush fails", status == 0 or (form == "qcow2" and status == 1),
-                         f"{status}\n{disk.server.log.read_text()}")
+            with disk.kept_mounted() as inside:
+                begin = time.monotonic()
+                disk.server.process.send_signal(end)
+                status = disk.server.process.wait(timeout=20)
+                report.check(f"{name}: ends soon", time.monotonic() - begin < 5)
+                # The next server finds the image as the first one left it, with space.
+                status_of_copy, text = inside("cp", "--sparse=always", disk.image, folder / "copy")
+                report.check(f"{name}: leaves the image", status_of_copy == 0, text)
+            if end == signal.SIGTERM:
+                # What qcow2 has in memory may not fit either; then it says so.
+                report.check(f"{name}: with 0 unless its last flush fails", status == 0 or (form == "qcow2" and status == 1),
+                             f"{status}\n{disk.server.log.read_text()}")
         (folder / "s").unlink(missing_ok=True)
         with Server(options.vblk, [folder / "copy", "--format", form, "--queues", 4, "--iothreads", 2], folder / "s",
                     folder / "log2") as server:
@@ -171,6 +185,13 @@ def test_end_of_a_full_disk(report, options, form):
             verified = churn("verify")
             report.check(f"{name}: the disk is as the model has it", is_good(verified), verified["text"])
             churn("disconnect")
+
+
+def test_end_of_a_full_disk(report, options, form):
+    """SIGTERM while the disk is full: a driver that cannot keep what is in flight is told."""
+    name = f"{form}, the end of a full disk"
+    if needs_root(report, name):
+        return
     with Folder() as folder:
         with SmallDisk(options, folder, make_image(folder, form), "--cache", "writeback") as disk, \
                 Poke(options.poke, folder / "s") as poke:
@@ -355,7 +376,10 @@ def all_tests():
     for form in ("raw", "qcow2"):
         for engine in ENGINES:
             yield from ((test_full_disk, form, engine, "none"), (test_pause_under_load, form, engine))
-        yield from ((test_full_disk, form, "threads", "writeback"), (test_end_of_a_full_disk, form))
+        yield test_full_disk, form, "threads", "writeback"
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            yield test_next_server_of_a_full_disk, form, end
+        yield test_end_of_a_full_disk, form
     for engine in ENGINES:
         yield test_full_disk, "qcow2", engine, "writeback", ""
 
