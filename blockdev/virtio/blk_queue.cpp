@@ -638,7 +638,10 @@ bool BlkQueue::prepare_to_sleep() {
   if (state_->device.gate().is_paused()) return true;
   // Nothing would end the sleep ("if the invalid FD flag is set ... polling should be used").
   if (state_->kick_fd < 0) return false;
-  return state_->enable_notifications();
+  const bool is_empty = state_->enable_notifications();
+  // A ring that has gone looks empty, and nobody kicks again for that.
+  state_->check_memory();
+  return is_empty;
 }
 
 void BlkQueue::wake_up() {

@@ -418,6 +418,37 @@ TEST(BlkQueueMemory, that_is_taken_away_fails_the_write_and_breaks_the_ring) {
   EXPECT_TRUE(rig.ring->take_used().empty()) << "a broken ring takes nothing more";
 }
 
+// What stands in its place reads as a ring in which nothing has happened yet.
+TEST(BlkQueueMemory, that_holds_the_ring_is_missed_before_a_sleep) {
+  constexpr std::uint64_t kFileBytes = 65536;
+  constexpr std::uint64_t kUserAddress = testing::kUserBase + 2 * testing::kRegionBytes;
+  const testing::MemFd file(kFileBytes);
+  testing::RigOptions options;
+  options.more_memory =
+      MemoryRegion::map(file.fd(), testing::kGuestBase + 2 * testing::kRegionBytes, kFileBytes,
+                        kUserAddress, 0)
+          .value();
+  Rig rig(options);
+  rig.queue.reset();
+  rig.queue = BlkQueue::start(*rig.device, *rig.context, rig.memory.shared(),
+                              {.size = 8,
+                               .descriptor_address = kUserAddress,
+                               .avail_address = kUserAddress + 4096,
+                               .used_address = kUserAddress + 8192,
+                               .kick_fd = rig.kick.fd(),
+                               .error_fd = rig.error.fd()})
+                  .value();
+  rig.run();
+  ASSERT_TRUE(rig.queue->prepare_to_sleep());
+  rig.queue->wake_up();
+  ASSERT_FALSE(rig.queue->broken());
+  ASSERT_EQ(::ftruncate(file.fd(), 0), 0);
+  EXPECT_EQ(rig.queue->poll(), 0U);
+  EXPECT_TRUE(rig.queue->prepare_to_sleep());
+  EXPECT_TRUE(rig.queue->broken());
+  EXPECT_EQ(rig.error.take(), 1U);
+}
+
 TEST(BlkQueueMemory, of_another_device_that_is_taken_away_changes_nothing_here) {
   const testing::MemFd file(8192);
   const auto other = MemoryRegion::map(file.fd(), 0, 8192, 0, 0).value();
