@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,18 +49,23 @@ def gtest_programs(build, names):
     return {name: path for name, path in programs.items() if not names or name in names}
 
 
+def told(name, counts, seconds):
+    return f"  {name}: {counts[0]} passed, {counts[1]} failed, {counts[2]} skipped in {seconds:.0f} s"
+
+
 def run_program(path):
     command = [path]
     if "build-tsan" in path:
         # ThreadSanitizer's shadow does not fit around addresses as random as newer kernels make them.
         command = ["setarch", "-R", path]
+    begin = time.monotonic()
     environment = dict(os.environ, UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1", TSAN_OPTIONS="halt_on_error=0")
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                               env=environment, timeout=900)
-        return done.returncode, done.stdout.decode(errors="replace")
+        return done.returncode, done.stdout.decode(errors="replace"), time.monotonic() - begin
     except subprocess.TimeoutExpired as error:
-        return 124, (error.stdout or b"").decode(errors="replace") + "\nran past 900 s\n"
+        return 124, (error.stdout or b"").decode(errors="replace") + "\nran past 900 s\n", time.monotonic() - begin
 
 
 def main():
@@ -68,10 +74,12 @@ def main():
     parser.add_argument("--tally", required=True)
     parser.add_argument("--tap", help="a TAP log to count")
     parser.add_argument("--status", type=int, default=0, help="exit status of the program that wrote the log")
+    parser.add_argument("--seconds", type=float, default=0, help="that it took")
     parser.add_argument("--build", help="build folder whose GoogleTest programs run")
     parser.add_argument("--at-once", type=int, default=1, help="programs that run beside each other")
     parser.add_argument("tests", nargs="*", help="only these")
     options = parser.parse_args()
+    begin = time.monotonic() - options.seconds
 
     if options.tap:
         output = Path(options.tap).read_text(errors="replace")
@@ -86,15 +94,15 @@ def main():
         if subprocess.run(["ninja", "-C", options.build, *targets]).returncode != 0:
             sys.exit(1)
         with ThreadPoolExecutor(options.at_once) as pool:
-            for name, (status, output) in zip(programs, pool.map(run_program, programs.values())):
+            for name, (status, output, seconds) in zip(programs, pool.map(run_program, programs.values())):
                 one = count_gtest(output, status)
                 log = Path(options.tally).parent / f"{options.name}-{name}.log"
                 log.write_text(output)
-                print(f"  {name}: {one[0]} passed, {one[1]} failed, {one[2]} skipped", flush=True)
+                print(told(name, one, seconds), flush=True)
                 if one[1]:
                     print(output[-8000:])
                 counts = [total + part for total, part in zip(counts, one)]
-    print(f"  {options.name}: {counts[0]} passed, {counts[1]} failed, {counts[2]} skipped", flush=True)
+    print(told(options.name, counts, time.monotonic() - begin), flush=True)
     with open(options.tally, "a") as tally:
         print(options.name, *counts, file=tally)
     sys.exit(1 if counts[1] else 0)
