@@ -147,6 +147,8 @@ Family read_family(const json::object& object) {
                                                            {"serve", Kind::kServe}}});
   family.devices = texts(object.at("devices"));
   family.cache = blockdev::parse_cache_mode(text_or(object, "cache", "none")).value();
+  family.starts_hot =
+      one_of<bool, 2>(text_or(object, "page_cache", "cold"), {{{"cold", false}, {"hot", true}}});
   if (const auto* share = object.if_contains("share_flushes"))
     family.share_flushes = share->as_bool();
   if (const auto* times = object.if_contains("run_times"))

@@ -87,6 +87,7 @@ struct Family {
   Kind kind{Kind::kLoad};
   std::vector<std::string> devices;  // "image", "ram", "files", "none"
   blockdev::CacheMode cache{blockdev::CacheMode::kNone};
+  bool starts_hot{false};  // a run begins with its part of the image in the page cache
   bool share_flushes{true};
   unsigned run_times{1};  // a run is so many times the preset's
   Levels workload;        // the same in all cells

@@ -34,6 +34,8 @@ constexpr double kStreamFlushesPerSecond = 40;
 constexpr unsigned kStreamFlushesMax = 16;
 constexpr int kStreamTimeFactor = 4;
 constexpr std::uint64_t kWriteBehindBytes = std::uint64_t{8} << 20;
+constexpr std::uint64_t kWarmUpBytes = std::uint64_t{1} << 20;
+constexpr double kHotShareMin = 0.99;
 // Processor time of the whole machine comes in ticks of 10 ms: in a shorter run they are too much.
 constexpr double kSecondsForMachineMin = 0.85;
 
@@ -159,9 +161,37 @@ RunRecord record_of(const bench::RunResult& result) {
   return record;
 }
 
+// Reads the part of the image that the load uses into the page cache, whatever the format.
+Expected<void> warm_up(const RunSpec& spec, const Family& family) {
+  bench::Workload reading;
+  reading.name = "warm up";
+  reading.read_percent = 100;
+  reading.distribution = bench::Distribution::kSequential;
+  reading.block_bytes = kWarmUpBytes;
+  reading.size_bytes = spec.region_bytes;
+  reading.amount_bytes = spec.region_bytes;
+  bench::ImageTargetOptions options = target_options(spec, family, {});
+  options.aio.engine_of_kind.fill(aio::EngineName::kInline);
+  auto target = bench::open_image_target(options);
+  if (!target) return std::unexpected(std::move(target.error()));
+  if (auto result = drive(**target, {reading}, spec); !result)
+    return std::unexpected(std::move(result.error()));
+  const auto cached = cached_bytes(spec.image_path);
+  if (!cached) return std::unexpected(cached.error());
+  if (static_cast<double>(*cached) < kHotShareMin * static_cast<double>(spec.region_bytes)) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("only {} of {} bytes of '{}' stay in the page cache", *cached,
+                                  spec.region_bytes, spec.image_path));
+  }
+  return {};
+}
+
 Expected<RunRecord> measure_load(const RunSpec& spec, const Family& family, const Arm& arm) {
   const auto workload = workload_of(spec, family);
   if (!workload) return std::unexpected(workload.error());
+  if (family.starts_hot) {
+    if (auto warm = warm_up(spec, family); !warm) return std::unexpected(std::move(warm.error()));
+  }
   auto target = bench::open_image_target(target_options(spec, family, arm));
   if (!target) return std::unexpected(std::move(target.error()));
   Observation observation;
@@ -312,9 +342,11 @@ Expected<RunRecord> carry_out(const RunSpec& spec) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("there is no '{}' in '{}'", spec.arm, spec.family));
   }
+  BeforeRun before = analysis.rules.before_run;
+  before.drop_cache = before.drop_cache && !family->starts_hot;
   for (const std::string& path : {spec.image_path, spec.directory}) {
     if (path.empty()) continue;
-    if (auto settled = settle(path, analysis.rules.before_run); !settled)
+    if (auto settled = settle(path, before); !settled)
       return std::unexpected(std::move(settled.error()));
   }
   switch (family->kind) {

@@ -6,6 +6,7 @@
 // others read.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "aio/error.h"
@@ -18,5 +19,8 @@ namespace vblk::wash {
 // and drops an image or device from the page cache. Memory file systems have no other place for
 // their pages and keep them. Error: as the system says.
 Expected<void> settle(const std::string& path, const BeforeRun& rules);
+
+// How much of a file is in the page cache: bytes. Error: as the system says.
+Expected<std::uint64_t> cached_bytes(const std::string& path);
 
 }  // namespace vblk::wash

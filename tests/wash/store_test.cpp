@@ -1,22 +1,19 @@
 // The folder of a result through crashes, damage, and other machines.
 #include "blockdev/wash/store.h"
 
-#include <algorithm>
+#include <chrono>
 #include <cstddef>
-#include <fcntl.h>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <linux/magic.h>
 #include <string>
-#include <sys/mman.h>
 #include <sys/statfs.h>
-#include <vector>
 
 #include <gtest/gtest.h>
 
-#include "blockdev/vhost_user/socket.h"
 #include "blockdev/wash/machine.h"
+#include "blockdev/wash/run.h"
 #include "blockdev/wash/scratch_folder.h"
 #include "blockdev/wash/settle.h"
 #include "tests/support/temp_dir.h"
@@ -175,17 +172,6 @@ TEST(Scratch, is_where_it_was_empty_and_gone) {
   EXPECT_NE((*ScratchFolder::make(dir.file("."), dir.file("other")))->path(), path);
 }
 
-// Pages of a file that are in the page cache.
-std::size_t cached_pages(const std::string& path, std::size_t bytes) {
-  const vhost_user::UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  void* const address = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
-  std::vector<unsigned char> pages(bytes / 4096);
-  ::mincore(address, bytes, pages.data());
-  ::munmap(address, bytes);
-  return static_cast<std::size_t>(
-      std::ranges::count_if(pages, [](unsigned char page) { return (page & 1) != 0; }));
-}
-
 TEST(Settle, leaves_no_page_of_the_image_in_the_cache) {
   const test::TempDir dir;
   const std::string path = dir.file("a.img");
@@ -194,15 +180,32 @@ TEST(Settle, leaves_no_page_of_the_image_in_the_cache) {
   struct statfs system{};
   ASSERT_EQ(::statfs(path.c_str(), &system), 0);
   if (system.f_type == TMPFS_MAGIC) GTEST_SKIP() << "a tmpfs has no other place for its pages";
-  ASSERT_EQ(cached_pages(path, kBytes), kBytes / 4096) << "dirty ones, of the writes";
+  ASSERT_EQ(cached_bytes(path), kBytes) << "dirty ones, of the writes";
   ASSERT_TRUE(settle(path, {.sync = true, .drop_cache = false}));
-  EXPECT_EQ(cached_pages(path, kBytes), kBytes / 4096);
+  EXPECT_EQ(cached_bytes(path), kBytes);
   ASSERT_TRUE(settle(path, {.sync = true, .drop_cache = true}));
-  EXPECT_EQ(cached_pages(path, kBytes), 0U);
+  EXPECT_EQ(cached_bytes(path), 0U);
   EXPECT_TRUE(settle(dir.file("."), {.sync = true, .drop_cache = true})) << "a folder is synced";
   const auto missing = settle(dir.file("none"), {.sync = true, .drop_cache = true});
   ASSERT_FALSE(missing);
   EXPECT_EQ(missing.error().kind, ErrorKind::kNotFound);
+}
+
+TEST(Run, of_a_hot_family_begins_with_all_it_reads_in_the_cache) {
+  const test::TempDir dir;
+  const std::string path = dir.file("a.img");
+  constexpr std::size_t kBytes = std::size_t{4} << 20;
+  std::ofstream(path) << std::string(2 * kBytes, 'x');
+  ASSERT_TRUE(settle(path, {.sync = true, .drop_cache = true}));
+  // So short that it reads next to nothing itself.
+  const auto record = carry_out({.family = "hot",
+                                 .levels = {{"rw", "randread"}, {"iodepth", "1"}},
+                                 .arm = "threads",
+                                 .image_path = path,
+                                 .region_bytes = kBytes,
+                                 .run_time = std::chrono::milliseconds(1)});
+  ASSERT_TRUE(record) << record.error().message;
+  EXPECT_GE(cached_bytes(path).value(), kBytes);
 }
 
 TEST_F(Store, is_for_one_process_at_a_time) {
