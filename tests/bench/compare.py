@@ -26,6 +26,8 @@ ENGINES = ("native", "io_uring", "threads")
 QSD = "qemu-storage-daemon"
 WITHOUT = "vblk without the feature"
 RAW = "vblk on a raw file"
+# Of qcow2 images, the same on all sides.
+L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES = 8 * MIB, 2 * MIB
 FEATURES = ("defer-taskrun", "registered-files", "registered-buffers")
 
 
@@ -159,7 +161,8 @@ class Disks:
                 subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", self.files_loop], check=True)
                 subprocess.run(["mount", self.files_loop, self.files], check=True)
         self._fill(self.files / "raw.img", IMAGE_MIB)
-        subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.files / "raw.img", self.files / "full.qcow2"], check=True)
+        # Not into the page cache, whose pages the first direct writes would have to drop.
+        subprocess.run(["qemu-img", "convert", "-t", "none", "-O", "qcow2", self.files / "raw.img", self.files / "full.qcow2"], check=True)
 
     def image(self, kind):
         """The path of an image that is as `kind` says, made now if it has to be."""
@@ -179,6 +182,7 @@ class Disks:
                 file.write(random.randbytes(MIB))
             file.flush()
             os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, *_):
         if self.files_loop:
@@ -197,20 +201,26 @@ class Disks:
 def vblk_command(vblk, cell, side, disks, socket):
     if cell.disk == "null":
         return [vblk, "serve", "--format", "null", "--size", "1G", "--socket-path", socket, "--log-level", "warning"]
-    if cell.image:
-        path = disks.files / "raw.img" if side == RAW else disks.image(cell.image)
+    caches = []
+    if cell.image and side == RAW:
+        path = disks.files / "raw.img"
+    elif cell.image:
+        path = disks.image(cell.image)
+        caches = ["--l2-cache-size", str(L2_CACHE_BYTES), "--refcount-cache-size", str(REFCOUNT_CACHE_BYTES)]
     else:
         path = disks.path_of(cell)
     feature = ["--io-uring", f"{cell.feature}={'off' if side == WITHOUT else 'on'}"] if cell.feature else []
     return [vblk, "serve", path, "--socket-path", socket, "--aio", cell.engine, "--cache", cell.cache,
-            "--queues", str(cell.workload.get("numjobs", 1)), "--iothreads", str(cell.threads), "--log-level", "warning", *feature]
+            "--queues", str(cell.workload.get("numjobs", 1)), "--iothreads", str(cell.threads), "--log-level", "warning", *caches,
+            *feature]
 
 
 def qsd_command(cell, disks, socket):
     if cell.disk == "null":
         node = "driver=null-co,node-name=d,size=1073741824"
     elif cell.image:
-        file = f"file.driver=file,file.filename={disks.image(cell.image)},file.cache.direct=on,file.aio={cell.engine}"
+        file = (f"l2-cache-size={L2_CACHE_BYTES},refcount-cache-size={REFCOUNT_CACHE_BYTES},file.driver=file,"
+                f"file.filename={disks.image(cell.image)},file.cache.direct=on,file.aio={cell.engine}")
         node = f"driver=qcow2,node-name=d,discard=unmap,{file}"
         if cell.image == "overlay":
             # The backing file by the same engine, as vblk does.
@@ -339,6 +349,36 @@ def print_table(cells, have_qsd):
                   f"{spread(cell.ratio('cpu', theirs=RAW))}")
 
 
+def resident_mib(pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def measure_memory(options, disks, have_qsd):
+    """What a server has in memory when a qcow2 disk of 64 GiB, all mapped, has been read all over."""
+    image, socket, figures = disks.folder / "mapped.qcow2", disks.folder / "s", []
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", image, "64G"], check=True)
+    sides = [("vblk", [options.vblk, "serve", image, "--socket-path", socket, "--log-level", "warning"])]
+    if have_qsd:
+        sides.append((QSD, [QSD, "--blockdev", f"driver=qcow2,node-name=d,l2-cache-size={L2_CACHE_BYTES},file.driver=file,"
+                            f"file.filename={image}",
+                            "--export", f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on"]))
+    for side, command in sides:
+        socket.unlink(missing_ok=True)
+        with subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server:
+            try:
+                while not socket.exists() and server.poll() is None:
+                    time.sleep(0.01)
+                before = resident_mib(server.pid)
+                # A dozen reads for each 4 KiB of its L2 tables.
+                subprocess.run([options.vblk, "bench", "--socket-path", socket, "--rw", "randread", "--bs", "4k",
+                                "--iodepth", "32", "--io_size", "96M"], check=True, capture_output=True)
+                figures.append(f"{side} {resident_mib(server.pid):.1f} MiB resident, {before:.1f} before")
+            finally:
+                end(server)
+    print(f"\nA qcow2 disk of 64 GiB, all mapped, read all over (8 MiB of L2 tables): {'; '.join(figures)}.")
+
+
 def measure_standing_costs(options, disks):
     """An idle server's context switches, its memory, and its start."""
     socket = disks.folder / "s"
@@ -361,10 +401,9 @@ def measure_standing_costs(options, disks):
         before = switches()
         time.sleep(options.idle_seconds)
         idle = switches() - before
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        resident_kib = int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+        resident = resident_mib(server.pid)
         end(server)
-    print(f"\nStanding costs, 4 queues on 4 I/O threads: ready after {ready_ms:.0f} ms; {resident_kib / 1024:.1f} MiB resident; "
+    print(f"\nStanding costs, 4 queues on 4 I/O threads: ready after {ready_ms:.0f} ms; {resident:.1f} MiB resident; "
           f"{idle} context switches in {options.idle_seconds} s without requests.")
 
 
@@ -404,6 +443,7 @@ def main():
         run_rounds(options, cells, disks, qsd is not None, fio is not None)
         print_table(cells, qsd is not None)
         measure_standing_costs(options, disks)
+        measure_memory(options, disks, qsd is not None)
 
 
 if __name__ == "__main__":
