@@ -220,7 +220,14 @@ class KernelTrace:
     """
 
     SCRIPT = """
+        # What is left there slows down the whole machine until it is started again.
+        end() {
+            cd "$1/tracefs"
+            for event in $2; do echo 0 > "instances/vblk-$$/events/$event/enable"; done
+            for _ in $(seq 50); do rmdir "instances/vblk-$$" && break; sleep 0.1; done
+        }
         mount -t tracefs tracefs "$1/tracefs" && cd "$1/tracefs" && mkdir "instances/vblk-$$" || exit 1
+        trap 'end "$@"' EXIT
         cd "instances/vblk-$$" && echo mono > trace_clock || exit 1
         for event in $2; do echo 1 > "events/$event/enable" || exit 1; done
         echo ready
@@ -228,7 +235,7 @@ class KernelTrace:
         read -r _
         sleep 0.3
         kill $!
-        cd "$1/tracefs" && rmdir "instances/vblk-$$"
+        wait $!
     """
 
     def __init__(self, folder, *events):
