@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""The engines of a running server changed under load, by `vblk ctl`, and what is said to bad input. Prints TAP.
+"""The engines of a running server changed under load, by its monitor, and what is said to bad input. Prints TAP.
 
 A driver keeps four queues busy with writes, reads that must find them, and flushes, and notes when each request
 completed. Meanwhile the engines are changed a thousand times, for all kinds of operation and for one; among the changes
@@ -14,6 +14,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,8 +28,8 @@ QUEUES, IO_THREADS, DEPTH = 4, 2, 4
 CHANGES = 1000
 # After the answer, for as long a request that the change had held up would still be on its way.
 TAIL_NS = 5_000_000
-# A change may hold up a queue for no more than this many times what a question does, at p99. Without load from others
-# both are a few milliseconds of process start; io_destroy(2) alone on an I/O thread, 30 to 40 ms, is far beyond.
+# A change may hold up a queue for no more than this many times what a question does, at p99: io_destroy(2) alone on an
+# I/O thread, 30 to 40 ms, is far beyond.
 PAUSE_RATIO_MAX = 3.0
 STOP_SECONDS = 0.3
 
@@ -38,6 +39,26 @@ SELECTIONS = ("native", "io_uring", "threads", "read=native", "write=io_uring", 
 
 def ctl(vblk, monitor, *words):
     return run(vblk, "ctl", monitor, *words)
+
+
+class Monitor:
+    """A connection that stays: to start a program for each command would hold up the driver for longer than the command."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))
+        self.answers = self.socket.makefile()
+
+    def __call__(self, command, **arguments):
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        return json.loads(self.answers.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.answers.close()
+        self.socket.close()
 
 
 def query(vblk, monitor):
@@ -94,16 +115,18 @@ def test_under_load(report, options, folder, format_name, seed):
             time.sleep(0.5)
             spans = {"change": [], "question": []}
             refused, held_up_us = [], []
-            for _ in range(CHANGES):
-                for kind in chance.sample(list(spans), 2):
-                    words = ("set-aio", chance.choice(SELECTIONS)) if kind == "change" else ("query-aio",)
-                    begin = time.monotonic_ns()
-                    status, output = ctl(options.vblk, monitor, *words)
-                    spans[kind].append((begin, time.monotonic_ns() + TAIL_NS))
-                    if status == 0 and kind == "change":
-                        held_up_us += json.loads(output)["held-up-us"]
-                    if status != 0:
-                        refused.append(f"{words}: {output}")
+            with Monitor(monitor) as command:
+                for _ in range(CHANGES):
+                    for kind in chance.sample(list(spans), 2):
+                        selection = chance.choice(SELECTIONS)
+                        begin = time.monotonic_ns()
+                        answer = command("set-aio", aio=selection) if kind == "change" else command("query-aio")
+                        spans[kind].append((begin, time.monotonic_ns() + TAIL_NS))
+                        if "return" not in answer:
+                            refused.append(f"{selection}: {answer}")
+                        elif kind == "change":
+                            held_up_us += answer["return"]["held-up-us"]
+                        time.sleep(TAIL_NS / 1e9)  # the next one's time is its own
             # A pause that there is, so that it is known to be seen.
             stopped = time.monotonic_ns()
             server.process.send_signal(signal.SIGSTOP)
