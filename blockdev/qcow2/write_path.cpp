@@ -166,6 +166,9 @@ bool Qcow2Node::plan_copy(std::uint64_t guest_offset, std::uint64_t length, Copy
   const std::uint64_t tail = granule(last);
   plan.copy_begin = plan.begin / head * head;
   plan.copy_end = (plan.end + tail - 1) / tail * tail;
+  // A data file ends where the disk does: there may be no room for a whole cluster, and a raw one
+  // would be longer than the disk. A larger disk zeroes what is behind its old end (resize.cpp).
+  if (external) plan.copy_end = std::min(plan.copy_end, std::max(plan.end, size_bytes()));
   plan.old_is_zero = is_read_as_zero(plan.copy_begin, plan.copy_end);
   plan.outcome = CopyPlan::Outcome::kReady;
   plan.allocation.first_cluster = plan.first_cluster;

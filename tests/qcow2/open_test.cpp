@@ -267,10 +267,10 @@ TEST_F(Qcow2Opening, of_an_image_in_a_file_that_grows_gets_space_before_it_is_wr
 
 class Qcow2DataFile : public Qcow2Opening {
  protected:
-  void make(bool is_raw, bool names_it = true) {
+  void make(bool is_raw, bool names_it = true, std::uint64_t disk_bytes = 1 << 20) {
     ImageSpec spec;
     spec.cluster_bits = 16;
-    spec.size_bytes = 1 << 20;
+    spec.size_bytes = disk_bytes;
     Bytes bytes = formatted(spec).bytes;
     put_be(bytes, 72, 8, kDataFileBit);
     put_be(bytes, 88, 8, is_raw ? 2 : 0);
@@ -345,6 +345,22 @@ TEST_F(Qcow2DataFile, that_is_raw_reads_as_the_disk_does_without_the_mapping) {
   Bytes left = load("data.raw");
   left.resize(expected.size());
   EXPECT_EQ(left, expected);
+}
+
+// What a cluster has beyond the end of the disk is not written: a block device may end there.
+TEST_F(Qcow2DataFile, is_no_longer_than_a_disk_that_ends_within_a_cluster) {
+  constexpr std::uint64_t kDiskBytes = (1 << 20) + 3 * kSectorBytes;
+  for (const bool is_raw : {false, true}) {
+    make(is_raw, true, kDiskBytes);
+    auto node = open();
+    ASSERT_TRUE(node) << node.error().message;
+    testing::Context guest = context();
+    const Bytes sector(kSectorBytes, std::byte{0x5a});
+    EXPECT_EQ(guest.write(**node, kDiskBytes - 2 * kSectorBytes, sector), 0);
+    EXPECT_EQ(guest.read(**node, kDiskBytes - 2 * kSectorBytes, kSectorBytes), sector);
+    EXPECT_EQ(guest.read(**node, kDiskBytes - kSectorBytes, kSectorBytes), Bytes(kSectorBytes));
+    EXPECT_EQ(load("data.raw").size(), kDiskBytes);
+  }
 }
 
 TEST_F(Qcow2DataFile, must_be_named_and_there) {
