@@ -30,7 +30,7 @@ long SimulatedDisk::execute(IoRequest& request, std::uint64_t flush_after) {
 }
 
 long SimulatedDisk::run(IoRequest& request, std::uint64_t flush_after) {
-  if (request.fd != kDirectFd && request.fd != kBufferedFd) return -EBADF;
+  if (!is_named_by(request.fd)) return -EBADF;
   if (fault_plan_) {
     if (const auto error = fault_plan_(request, operations_.size())) return -*error;
   }
@@ -59,7 +59,7 @@ long SimulatedDisk::transfer(IoRequest& request) {
       std::min<std::uint64_t>(request.transfer.length_bytes(), current_.size() - offset);
   if (length > 1 && chance(options_.short_transfer_probability)) {
     // A short direct transfer ends on a block, like the kernel's.
-    const std::uint64_t unit = request.fd == kDirectFd ? options_.direct_alignment_bytes : 1;
+    const std::uint64_t unit = request.fd == direct_fd() ? options_.direct_alignment_bytes : 1;
     if (length > unit) length = (1 + random_() % ((length - 1) / unit)) * unit;
   }
   std::vector<std::byte> data(length);
@@ -150,7 +150,7 @@ long SimulatedDisk::zero(const IoRequest& request) {
 }
 
 bool SimulatedDisk::is_misaligned(const IoRequest& request) const {
-  if (request.fd != kDirectFd) return false;
+  if (request.fd != direct_fd()) return false;
   const std::uint64_t unit = options_.direct_alignment_bytes;
   if (request.transfer.offset_bytes() % unit != 0 || request.transfer.length_bytes() % unit != 0)
     return true;

@@ -23,6 +23,7 @@
 namespace vblk::aio {
 
 struct SimulatedDiskOptions {
+  unsigned number{0};  // of several that one engine has: each has descriptors of its own
   std::size_t size_bytes{std::size_t{1} << 20};
   std::uint64_t seed{1};
   // Required of offset, length and every buffer on kDirectFd; kBufferedFd takes anything.
@@ -45,7 +46,7 @@ struct SimulatedOperation {
 
 class SimulatedDisk {
  public:
-  // File descriptor numbers that requests name the disk by: with and without O_DIRECT.
+  // File descriptor numbers that requests name the disk by: with and without O_DIRECT. Of disk 0.
   static constexpr int kDirectFd = 1'000'001;
   static constexpr int kBufferedFd = 1'000'002;
   static constexpr std::size_t kSectorBytes = 512;  // what survives a power cut whole or not at all
@@ -53,6 +54,12 @@ class SimulatedDisk {
   explicit SimulatedDisk(SimulatedDiskOptions options);
   // With these contents, all durable, whatever `options` say of the size.
   SimulatedDisk(SimulatedDiskOptions options, std::vector<std::byte> contents);
+
+  [[nodiscard]] int direct_fd() const { return kDirectFd + 2 * static_cast<int>(options_.number); }
+  [[nodiscard]] int buffered_fd() const {
+    return kBufferedFd + 2 * static_cast<int>(options_.number);
+  }
+  [[nodiscard]] bool is_named_by(int fd) const { return fd == direct_fd() || fd == buffered_fd(); }
 
   // Carries out what remains of `request` (or a part of it) as one kernel call would: bytes moved,
   // or a negated errno value. `flush_after` is the value of completed_writes() when a flush was

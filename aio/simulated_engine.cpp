@@ -17,17 +17,24 @@ Expected<std::unique_ptr<SimulatedEngine>> SimulatedEngine::create(SimulatedDisk
 }
 
 SimulatedEngine::SimulatedEngine(SimulatedDisk& disk, SimulatedEngineOptions options, int event_fd)
-    : disk_(disk), options_(options), event_fd_(event_fd), random_(options.seed) {}
+    : disks_{&disk}, options_(options), event_fd_(event_fd), random_(options.seed) {}
 
 SimulatedEngine::~SimulatedEngine() {
   assert(in_flight_ == 0 && "the owner drains before it destroys an engine");
   ::close(event_fd_);
 }
 
+// The first one says that it does not know a descriptor.
+SimulatedDisk& SimulatedEngine::disk_of(const IoRequest& request) const {
+  const auto found = std::ranges::find_if(
+      disks_, [fd = request.fd](const SimulatedDisk* disk) { return disk->is_named_by(fd); });
+  return found == disks_.end() ? *disks_.front() : **found;
+}
+
 void SimulatedEngine::queue(IoRequest& request) {
   accept(request);
   request.transfer.begin(request);
-  queued_.push_back({&request, 0, disk_.completed_writes()});
+  queued_.push_back({&request, 0, disk_of(request).completed_writes()});
 }
 
 void SimulatedEngine::submit() {
@@ -57,7 +64,7 @@ std::size_t SimulatedEngine::reap() {
   std::size_t count = 0;
   for (Pending& pending : take_due()) {
     IoRequest& request = *pending.request;
-    if (request.transfer.advance(request, disk_.execute(request, pending.flush_after)) ==
+    if (request.transfer.advance(request, disk_of(request).execute(request, pending.flush_after)) ==
         Transfer::Next::kResubmit) {
       ++statistics_.resubmitted;
       ++statistics_.submitted;

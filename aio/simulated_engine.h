@@ -29,6 +29,9 @@ class SimulatedEngine final : public Engine {
                                                            SimulatedEngineOptions options = {});
   ~SimulatedEngine() override;
 
+  // Another disk, for the requests that name it. It must outlive the engine; nothing is in flight.
+  void add_disk(SimulatedDisk& disk) { disks_.push_back(&disk); }
+
   [[nodiscard]] std::string_view name() const override { return "simulated"; }
   [[nodiscard]] bool supports(IoKind /*kind*/) const override { return true; }
   void queue(IoRequest& request) override;
@@ -47,8 +50,9 @@ class SimulatedEngine final : public Engine {
   };
   SimulatedEngine(SimulatedDisk& disk, SimulatedEngineOptions options, int event_fd);
   std::vector<Pending> take_due();
+  [[nodiscard]] SimulatedDisk& disk_of(const IoRequest& request) const;
 
-  SimulatedDisk& disk_;
+  std::vector<SimulatedDisk*> disks_;
   const SimulatedEngineOptions options_;
   int event_fd_;
   std::mt19937_64 random_;

@@ -39,10 +39,12 @@ using testing::Bytes;
 using testing::check_image;
 using testing::CheckedImage;
 using testing::Context;
+using testing::DataFile;
 using testing::format_image;
 using testing::FormattedImage;
 using testing::Guest;
 using testing::GuestModel;
+using testing::ImageFiles;
 using testing::ImageSpec;
 using testing::kSectorBytes;
 using testing::Rig;
@@ -134,13 +136,18 @@ class Concurrency : public ::testing::Test {
         });
     return disk;
   }
-  static void expect_closed_well(std::span<const std::byte> image, const FormattedImage& formatted,
+  static void expect_closed_well(const ImageFiles& files, const FormattedImage& formatted,
                                  const ImageSpec& spec, const Tags& disk) {
-    const CheckedImage checked = check_image(image, formatted.backing);
+    const CheckedImage checked = check_image(files, formatted.backing);
     EXPECT_EQ(checked.errors, std::vector<std::string>{});
     EXPECT_EQ(checked.leaks, 0U);
     EXPECT_TRUE(checked.disk == disk) << "the file holds something else";
     EXPECT_TRUE(!spec.snapshot || checked.snapshot == formatted.disk) << "the snapshot changed";
+    // What is there behind the end of the disk is nobody's.
+    Tags in_data_file = testing::tags_of(files.data_file);
+    in_data_file.resize(disk.size());
+    EXPECT_TRUE(spec.data_file != DataFile::kRaw || in_data_file == disk)
+        << "the raw data file holds something else";
   }
 };
 
@@ -156,13 +163,13 @@ TEST_F(Concurrency, of_threads_leaves_each_its_own_sectors_on_a_simulated_disk) 
     options.short_transfer_probability = random() % 2 == 0 ? 0.1 : 0;
     SCOPED_TRACE(fmt::format("run {}: {}", i, spec.to_string()));
     const FormattedImage formatted = format_image(spec, random);
-    Rig rig(formatted.bytes, formatted.backing, options);
+    Rig rig(formatted.files(), formatted.backing, options);
     ASSERT_NE(rig.node, nullptr) << rig.error;
     const Tags disk = work_in_own_sectors(
         *rig.node, spec, formatted.disk,
         [&rig, seed](std::size_t number) { return rig.make_engines(seed + number); }, seed);
     rig.close();
-    expect_closed_well(rig.disk.current(), formatted, spec, disk);
+    expect_closed_well(rig.files(), formatted, spec, disk);
   }
 }
 
@@ -182,6 +189,7 @@ TEST_F(Concurrency, of_threads_leaves_each_its_own_sectors_in_a_file) {
     };
     save("disk.qcow2", formatted.bytes);
     save("backing.raw", testing::bytes_of(formatted.backing));
+    save("data.raw", formatted.data_file);
     const RigOptions options = testing::random_rig(random);
     const auto open = [&](blockdev::CacheMode cache) {
       return blockdev::open_image({.path = dir.file("disk.qcow2"),
@@ -197,9 +205,13 @@ TEST_F(Concurrency, of_threads_leaves_each_its_own_sectors_in_a_file) {
         **node, spec, formatted.disk,
         [](std::size_t /*number*/) { return *aio::EngineSet::create({}, {}); }, seed);
     node->reset();
-    std::ifstream file(dir.file("disk.qcow2"), std::ios::binary);
-    const std::string text{std::istreambuf_iterator<char>(file), {}};
-    expect_closed_well({reinterpret_cast<const std::byte*>(text.data()), text.size()}, formatted,
+    const auto load = [&dir](const std::string& name) {
+      std::ifstream file(dir.file(name), std::ios::binary);
+      const std::string text{std::istreambuf_iterator<char>(file), {}};
+      const auto* const begin = reinterpret_cast<const std::byte*>(text.data());
+      return Bytes(begin, begin + text.size());
+    };
+    expect_closed_well({.image = load("disk.qcow2"), .data_file = load("data.raw")}, formatted,
                        spec, disk);
   }
 }
@@ -348,7 +360,7 @@ TEST_F(Concurrency, in_the_same_sectors_makes_each_sector_look_like_one_register
     const bool zeroes = random() % 2 == 0;
     SCOPED_TRACE(fmt::format("run {}{}: {}", i, zeroes ? " with zeroes" : "", spec.to_string()));
     const FormattedImage formatted = format_image(spec, random);
-    Rig rig(formatted.bytes, formatted.backing, options);
+    Rig rig(formatted.files(), formatted.backing, options);
     ASSERT_NE(rig.node, nullptr) << rig.error;
     std::atomic<std::uint64_t> clock{1};
     std::vector<std::vector<std::vector<Event>>> events(
@@ -367,7 +379,7 @@ TEST_F(Concurrency, in_the_same_sectors_makes_each_sector_look_like_one_register
       EXPECT_EQ(zeroes ? check_reads(all) : check_register(all), "") << "sector " << sector;
     }
     rig.close();
-    expect_closed_well(rig.disk.current(), formatted, spec, last);
+    expect_closed_well(rig.files(), formatted, spec, last);
   }
 }
 
@@ -402,7 +414,7 @@ TEST_F(Concurrency, of_threads_with_a_disk_whose_size_changes_keeps_what_it_alwa
     const FormattedImage formatted = format_image(spec, random);
     RigOptions options = testing::random_rig(random);
     options.context_count = 1;
-    Rig rig(formatted.bytes, formatted.backing, options);
+    Rig rig(formatted.files(), formatted.backing, options);
     ASSERT_NE(rig.node, nullptr) << rig.error;
     blockdev::BlockNode& node = *rig.node;
     const std::uint64_t sectors = formatted.disk.size();
@@ -453,7 +465,7 @@ TEST_F(Concurrency, of_threads_with_a_disk_whose_size_changes_keeps_what_it_alwa
     resize(*rig.contexts.front(), sectors);
     EXPECT_TRUE(testing::tags_of(rig.read_all()) == disk);
     rig.close();
-    expect_closed_well(rig.disk.current(), formatted, spec, disk);
+    expect_closed_well(rig.files(), formatted, spec, disk);
   }
 }
 

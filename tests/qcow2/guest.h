@@ -202,6 +202,13 @@ inline ImageSpec random_spec(std::mt19937_64& random) {
   spec.snapshot = spec.refcount_order >= 2 && random() % 3 == 0;
   spec.mapped_percent = random() % 3 == 0 ? 0 : static_cast<unsigned>(random() % 101);
   spec.compressed_percent = random() % 2 == 0 ? 0 : static_cast<unsigned>(random() % 60);
+  if (spec.version == 3 && random() % 3 == 0) {
+    spec.data_file = random() % 3 == 0 ? DataFile::kRaw : DataFile::kMapped;
+    spec.snapshot = false;
+    spec.compressed_percent = 0;
+    if (spec.data_file == DataFile::kRaw) spec.backing_bytes = 0;
+    if (spec.data_file == DataFile::kRaw && random() % 2 == 0) spec.mapped_percent = 100;
+  }
   return spec;
 }
 

@@ -17,8 +17,9 @@ constexpr std::uint64_t kSnapshotBytesMax = std::uint64_t{1} << 26;
 
 class Checker {
  public:
-  Checker(std::span<const std::byte> image, std::span<const std::uint64_t> backing)
-      : image_(image), backing_(backing) {}
+  Checker(std::span<const std::byte> image, std::span<const std::uint64_t> backing,
+          std::span<const std::byte> data_file)
+      : image_(image), backing_(backing), data_file_(data_file) {}
 
   CheckedImage check();
 
@@ -38,6 +39,7 @@ class Checker {
   Tags check_disk(std::uint64_t l1, std::uint64_t l1_entries, std::uint64_t size, bool is_active);
   void check_copied(std::uint64_t entry, std::uint64_t host, const char* what, std::uint64_t guest);
   void check_entry(std::uint64_t entry_at, std::uint64_t guest, bool is_active, Tags& tags);
+  bool check_host(std::uint64_t entry, std::uint64_t guest, bool is_active);
   void read_compressed(std::uint64_t entry, std::uint64_t guest, Tags& tags);
   void read_host(std::uint64_t host, std::uint64_t guest_sector, std::uint64_t count, Tags& tags);
   static void set(Tags& tags, std::uint64_t first, std::uint64_t count, std::uint64_t tag) {
@@ -46,11 +48,13 @@ class Checker {
 
   std::span<const std::byte> image_;
   std::span<const std::uint64_t> backing_;
+  std::span<const std::byte> data_file_;
   CheckedImage checked_;
   unsigned cluster_bits_{0};
   std::uint64_t cluster_{0};
   unsigned order_{4};
   bool extended_{false};
+  bool has_data_file_{false};
   std::vector<std::uint64_t> references_;
 };
 
@@ -106,10 +110,11 @@ void Checker::check_copied(std::uint64_t entry, std::uint64_t host, const char* 
 
 void Checker::read_host(std::uint64_t host, std::uint64_t guest_sector, std::uint64_t count,
                         Tags& tags) {
+  const std::span<const std::byte> data = has_data_file_ ? data_file_ : image_;
   for (std::uint64_t i = 0; i < count && guest_sector + i < tags.size(); ++i) {
     const std::uint64_t at = host + i * kSectorBytes;
     tags[guest_sector + i] =
-        at + kSectorBytes <= image_.size() ? tag_of(image_.subspan(at, kSectorBytes)) : 0;
+        at + kSectorBytes <= data.size() ? tag_of(data.subspan(at, kSectorBytes)) : 0;
   }
 }
 
@@ -139,36 +144,54 @@ void Checker::read_compressed(std::uint64_t entry, std::uint64_t guest, Tags& ta
         tag_of(std::span(out).subspan(i * kSectorBytes, kSectorBytes)));
 }
 
+// Whether the entry of a standard cluster has space that can be read.
+bool Checker::check_host(std::uint64_t entry, std::uint64_t guest, bool is_active) {
+  const std::uint64_t host = entry & kOffset;
+  if (has_data_file_) {
+    // "Standard Cluster Descriptor": 0 is an offset like others there, if COPIED says so.
+    if (host == 0 && (entry & kCopied) == 0) return false;
+    if (host != guest || (entry & kCopied) == 0)
+      error(fmt::format("L2 entry {:#x} for guest {:#x}, whose data is in a data file", entry,
+                        guest));
+    return true;
+  }
+  if (host == 0) {
+    if ((entry & kCopied) != 0) error(fmt::format("L2 entry {:#x} for guest {:#x}", entry, guest));
+    return false;
+  }
+  if (!is_inside(host, cluster_, "a cluster")) return false;
+  refer(host, cluster_);
+  if (is_active) check_copied(entry, host, "a cluster", guest);
+  return true;
+}
+
 void Checker::check_entry(std::uint64_t entry_at, std::uint64_t guest, bool is_active, Tags& tags) {
   const std::uint64_t entry = word(entry_at);
   const std::uint64_t first = guest / kSectorBytes;
+  if ((entry & kCompressed) != 0 && has_data_file_)
+    error(fmt::format("L2 entry {:#x} for guest {:#x} is compressed", entry, guest));
   if ((entry & kCompressed) != 0) return read_compressed(entry, guest, tags);
   const std::uint64_t host = entry & kOffset;
   const std::uint64_t reserved = extended_ ? 0x3f00'0000'0000'01ff : 0x3f00'0000'0000'01fe;
   if ((entry & reserved) != 0 || host % cluster_ != 0)
     error(fmt::format("L2 entry {:#x} for guest {:#x}", entry, guest));
-  if (host != 0) {
-    if (!is_inside(host, cluster_, "a cluster")) return;
-    refer(host, cluster_);
-    if (is_active) check_copied(entry, host, "a cluster", guest);
-  } else if ((entry & kCopied) != 0) {
-    error(fmt::format("L2 entry {:#x} for guest {:#x}", entry, guest));
-  }
+  const bool has_space = check_host(entry, guest, is_active);
   const std::uint64_t sectors = cluster_ / kSectorBytes;
   if (!extended_) {
     if ((entry & 1) != 0) return set(tags, first, sectors, 0);
-    if (host != 0) read_host(host, first, sectors, tags);
+    if (has_space) read_host(host, first, sectors, tags);
     return;
   }
   const std::uint64_t bitmap = word(entry_at + 8);
   for (unsigned i = 0; i < 32; ++i) {
     const bool allocated = ((bitmap >> i) & 1) != 0;
     const bool zero = ((bitmap >> (i + 32)) & 1) != 0;
-    if (allocated && (zero || host == 0))
+    if (allocated && (zero || !has_space))
       error(fmt::format("subcluster bitmap {:#x} of entry {:#x}", bitmap, entry));
     const std::uint64_t part = sectors / 32;
     if (zero) set(tags, first + i * part, part, 0);
-    if (allocated) read_host(host + i * part * kSectorBytes, first + i * part, part, tags);
+    if (allocated && has_space)
+      read_host(host + i * part * kSectorBytes, first + i * part, part, tags);
   }
 }
 
@@ -230,6 +253,7 @@ CheckedImage Checker::check() {
   const std::uint64_t features = is_version_3 ? get_be(image_, 72, 8) : 0;
   if ((features & 2) != 0) error("it is marked corrupt");
   extended_ = (features & 0x10) != 0;
+  has_data_file_ = (features & 4) != 0;
   order_ = is_version_3 ? static_cast<unsigned>(get_be(image_, 96, 4)) : 4;
   const std::uint64_t size = get_be(image_, 24, 8);
   references_.resize((image_.size() + cluster_ - 1) / cluster_);
@@ -259,8 +283,9 @@ CheckedImage Checker::check() {
 
 }  // namespace
 
-CheckedImage check_image(std::span<const std::byte> image, std::span<const std::uint64_t> backing) {
-  return Checker(image, backing).check();
+CheckedImage check_image(std::span<const std::byte> image, std::span<const std::uint64_t> backing,
+                         std::span<const std::byte> data_file) {
+  return Checker(image, backing, data_file).check();
 }
 
 }  // namespace vblk::qcow2::testing

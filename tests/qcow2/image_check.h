@@ -19,7 +19,12 @@ struct CheckedImage {
 };
 
 // Errors: a refcount below the number of references, a table or cluster beyond the end of the file,
-// a COPIED flag that contradicts the refcount, entries with reserved bits.
-CheckedImage check_image(std::span<const std::byte> image, std::span<const std::uint64_t> backing);
+// a COPIED flag that contradicts the refcount, entries with reserved bits. `data_file` is what an
+// image with an external data file has its data in: there each cluster is where the guest has it.
+CheckedImage check_image(std::span<const std::byte> image, std::span<const std::uint64_t> backing,
+                         std::span<const std::byte> data_file = {});
+inline CheckedImage check_image(const ImageFiles& files, std::span<const std::uint64_t> backing) {
+  return check_image(files.image, backing, files.data_file);
+}
 
 }  // namespace vblk::qcow2::testing

@@ -1,7 +1,10 @@
 #include "tests/qcow2/image_format.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 #include <zlib.h>
 
@@ -40,10 +43,8 @@ void fill_sector(std::span<std::byte> sector, std::uint64_t tag) {
 }
 
 std::uint64_t tag_of(std::span<const std::byte> sector) {
-  const auto first = sector.first(8);
-  for (std::size_t at = 8; at < kSectorBytes; at += 8) {
-    if (!std::ranges::equal(sector.subspan(at, 8), first)) return kNoTag;
-  }
+  // Each word is the one before it.
+  if (std::memcmp(sector.data(), sector.data() + 8, kSectorBytes - 8) != 0) return kNoTag;
   return get_be(sector, 0, 8);
 }
 
@@ -62,11 +63,13 @@ Bytes bytes_of(std::span<const std::uint64_t> tags) {
 }
 
 std::string ImageSpec::to_string() const {
+  constexpr std::array kDataFiles{"", "data file, ", "raw data file, "};
   return fmt::format(
-      "version {}, clusters of 2^{}, refcount order {}, {}{}size {}, backing {}, {} % mapped, of "
+      "version {}, clusters of 2^{}, refcount order {}, {}{}{}size {}, backing {}, {} % mapped, of "
       "these {} % compressed",
       version, cluster_bits, refcount_order, extended_l2 ? "extended L2, " : "",
-      snapshot ? "snapshot, " : "", size_bytes, backing_bytes, mapped_percent, compressed_percent);
+      snapshot ? "snapshot, " : "", kDataFiles[static_cast<std::size_t>(data_file)], size_bytes,
+      backing_bytes, mapped_percent, compressed_percent);
 }
 
 namespace {
@@ -102,6 +105,7 @@ class Formatter {
 
  private:
   std::uint64_t allocate(std::uint64_t clusters = 1);
+  std::uint64_t allocate_data(std::uint64_t guest_cluster);
   void fill_disk();
   void map_cluster(std::uint64_t guest_cluster, std::uint64_t table);
   void map_subclusters(std::uint64_t guest_cluster, std::uint64_t entry_at);
@@ -111,6 +115,7 @@ class Formatter {
   void set_zero(std::uint64_t guest_cluster, std::uint64_t first, std::uint64_t count);
   void write_refcounts();
   void write_header();
+  void add_extension(std::uint32_t type, std::string_view text);
   void write_snapshot();
   [[nodiscard]] unsigned percent() { return static_cast<unsigned>(random_() % 100); }
   [[nodiscard]] std::uint64_t sectors_per_cluster() const { return cluster_ / kSectorBytes; }
@@ -118,6 +123,9 @@ class Formatter {
   [[nodiscard]] std::uint64_t copied() const { return spec_.snapshot ? 0 : kCopied; }
   // Of everything that both the disk and the snapshot name.
   [[nodiscard]] std::uint64_t references() const { return spec_.snapshot ? 2 : 1; }
+  [[nodiscard]] bool has_data_file() const { return spec_.data_file != DataFile::kNone; }
+  [[nodiscard]] bool is_raw() const { return spec_.data_file == DataFile::kRaw; }
+  [[nodiscard]] Bytes& data() { return has_data_file() ? image_.data_file : image_.bytes; }
 
   const ImageSpec spec_;
   std::mt19937_64& random_;
@@ -130,6 +138,7 @@ class Formatter {
   std::uint64_t refcount_table_clusters_{0};
   std::uint64_t snapshots_{0};
   std::uint64_t compressed_end_{0};
+  std::uint64_t header_end_{0};
 };
 
 std::uint64_t Formatter::allocate(std::uint64_t clusters) {
@@ -139,12 +148,22 @@ std::uint64_t Formatter::allocate(std::uint64_t clusters) {
   return offset;
 }
 
+// For a guest cluster's data. In a data file it is where the guest has it.
+std::uint64_t Formatter::allocate_data(std::uint64_t guest_cluster) {
+  if (has_data_file()) return guest_cluster * cluster_;
+  const std::uint64_t host = allocate();
+  refcounts_[host / cluster_] = references();
+  return host;
+}
+
 void Formatter::write_data(std::uint64_t guest_cluster, std::uint64_t host, std::uint64_t first,
                            std::uint64_t count) {
   for (std::uint64_t i = first; i < first + count; ++i) {
     const std::uint64_t sector = guest_cluster * sectors_per_cluster() + i;
     const std::uint64_t tag = (sector + 1) << 32 | kInitialTag;
-    fill_sector(std::span(image_.bytes).subspan(host + i * kSectorBytes, kSectorBytes), tag);
+    const std::uint64_t at = host + i * kSectorBytes;
+    // A data file may end within a cluster, as the disk does.
+    if (at < data().size()) fill_sector(std::span(data()).subspan(at, kSectorBytes), tag);
     if (sector < image_.disk.size()) image_.disk[sector] = tag;
   }
 }
@@ -195,12 +214,11 @@ bool Formatter::map_compressed(std::uint64_t guest_cluster, std::uint64_t entry_
 }
 
 void Formatter::map_subclusters(std::uint64_t guest_cluster, std::uint64_t entry_at) {
-  const bool has_host = percent() < 70;
-  const std::uint64_t host = has_host ? allocate() : 0;
-  if (has_host) refcounts_[host / cluster_] = references();
+  const bool has_host = is_raw() || percent() < 70;
+  const std::uint64_t host = has_host ? allocate_data(guest_cluster) : 0;
   std::uint64_t bitmap = 0;
   const std::uint64_t sectors = sectors_per_cluster() / 32;
-  const bool all = percent() < 30;
+  const bool all = is_raw() || percent() < 30;
   for (unsigned i = 0; i < 32; ++i) {
     const unsigned fate = all ? 0 : percent();
     if (has_host && fate < 40) {
@@ -220,21 +238,19 @@ void Formatter::map_cluster(std::uint64_t guest_cluster, std::uint64_t table) {
   const std::uint64_t entry_at = table + guest_cluster % entries * entry_bytes();
   if (percent() < spec_.compressed_percent && map_compressed(guest_cluster, entry_at)) return;
   if (spec_.extended_l2) return map_subclusters(guest_cluster, entry_at);
-  const unsigned fate = spec_.version == 2 ? 0 : percent();
+  const unsigned fate = spec_.version == 2 || is_raw() ? 0 : percent();
   if (fate < 75) {
-    const std::uint64_t host = allocate();
-    refcounts_[host / cluster_] = references();
+    const std::uint64_t host = allocate_data(guest_cluster);
     write_data(guest_cluster, host, 0, sectors_per_cluster());
     put_be(image_.bytes, entry_at, 8, host | copied());
     return;
   }
   std::uint64_t entry = 1;
   if (fate < 90) {
-    const std::uint64_t host = allocate();
-    refcounts_[host / cluster_] = references();
+    const std::uint64_t host = allocate_data(guest_cluster);
     // Anything may be there.
-    std::fill_n(image_.bytes.begin() + static_cast<std::ptrdiff_t>(host), cluster_,
-                std::byte{0xee});
+    std::fill_n(data().begin() + static_cast<std::ptrdiff_t>(host),
+                std::min(cluster_, data().size() - host), std::byte{0xee});
     entry |= host | copied();
   }
   put_be(image_.bytes, entry_at, 8, entry);
@@ -309,26 +325,32 @@ void Formatter::write_header() {
   put_be(bytes, 56, 4, refcount_table_clusters_);
   put_be(bytes, 60, 4, spec_.snapshot ? 1 : 0);
   put_be(bytes, 64, 8, snapshots_);
-  std::uint64_t end = 72;
+  header_end_ = 72;
   if (spec_.version == 3) {
-    put_be(bytes, 72, 8, spec_.extended_l2 ? 0x10 : 0);
+    put_be(bytes, 72, 8, (spec_.extended_l2 ? 0x10 : 0) | (has_data_file() ? 4 : 0));
     put_be(bytes, 80, 8, spec_.lazy_refcounts ? 1 : 0);
+    put_be(bytes, 88, 8, is_raw() ? 2 : 0);
     put_be(bytes, 96, 4, spec_.refcount_order);
     put_be(bytes, 100, 4, 104);
-    end = 104;
+    header_end_ = 104;
   }
+  if (has_data_file()) add_extension(0x44415441, "data.raw");
   if (spec_.backing_bytes == 0) return;
-  put_be(bytes, end, 4, 0xe2792aca);  // the backing file's format
-  put_be(bytes, end + 4, 4, 3);
-  const std::string format = "raw";
-  const std::string name = "backing.raw";
-  for (std::size_t i = 0; i < format.size(); ++i)
-    bytes[end + 8 + i] = static_cast<std::byte>(format[i]);
-  const std::uint64_t name_at = end + 8 + 8 + 8;
-  for (std::size_t i = 0; i < name.size(); ++i)
-    bytes[name_at + i] = static_cast<std::byte>(name[i]);
+  add_extension(0xe2792aca, "raw");
+  const std::string_view name = "backing.raw";
+  const std::uint64_t name_at = header_end_ + 8;  // behind the end mark
+  std::ranges::copy(std::as_bytes(std::span(name)),
+                    bytes.begin() + static_cast<std::ptrdiff_t>(name_at));
   put_be(bytes, 8, 8, name_at);
   put_be(bytes, 16, 4, name.size());
+}
+
+void Formatter::add_extension(std::uint32_t type, std::string_view text) {
+  put_be(image_.bytes, header_end_, 4, type);
+  put_be(image_.bytes, header_end_ + 4, 4, text.size());
+  std::ranges::copy(std::as_bytes(std::span(text)),
+                    image_.bytes.begin() + static_cast<std::ptrdiff_t>(header_end_ + 8));
+  header_end_ += 8 + (text.size() + 7) / 8 * 8;
 }
 
 FormattedImage Formatter::format() {
@@ -337,6 +359,11 @@ FormattedImage Formatter::format() {
     image_.backing.push_back((i + 1) << 32 | kBackingTag);
     if (i < image_.disk.size()) image_.disk[i] = image_.backing.back();
   }
+  // Anything may be there where nothing is mapped, and behind the end of the disk, unless it is the
+  // disk as it stands.
+  if (is_raw()) image_.data_file.resize(spec_.size_bytes);
+  if (has_data_file() && !is_raw())
+    image_.data_file.assign(spec_.size_bytes + random_() % 2 * cluster_, std::byte{0xee});
   allocate();  // the header's
   const std::uint64_t reach = cluster_ / entry_bytes() * cluster_;
   l1_entries_ = (spec_.size_bytes + reach - 1) / reach;

@@ -44,6 +44,10 @@ std::uint64_t tag_of(std::span<const std::byte> sector);
 Tags tags_of(std::span<const std::byte> bytes);
 Bytes bytes_of(std::span<const std::uint64_t> tags);
 
+// Where an image has its data ("Header", bit 2 of incompatible_features and bit 1 of
+// autoclear_features).
+enum class DataFile : std::uint8_t { kNone, kMapped, kRaw };
+
 struct ImageSpec {
   unsigned version{3};
   unsigned cluster_bits{16};
@@ -53,15 +57,30 @@ struct ImageSpec {
   std::uint64_t size_bytes{std::uint64_t{1} << 20};
   std::uint64_t backing_bytes{0};  // 0: no backing file
   bool snapshot{false};            // all that is mapped is shared with an internal snapshot
+  // Version 3, nothing compressed, no snapshot; raw: no backing file, and no zero flags either.
+  DataFile data_file{DataFile::kNone};
   // Guest clusters that are mapped at all, and of those that are compressed, in percent.
   unsigned mapped_percent{0};
   unsigned compressed_percent{0};
 
   [[nodiscard]] std::string to_string() const;
+  // Whether the data file must read as the disk does, whatever has happened: it always does where
+  // no mapping has to be written before the disk shows what was written to the data file.
+  [[nodiscard]] bool data_file_is_the_disk() const {
+    return data_file == DataFile::kRaw && mapped_percent == 100;
+  }
+};
+
+// The files of an image, as they are at one moment.
+struct ImageFiles {
+  Bytes image;
+  Bytes data_file;  // empty: none
 };
 
 struct FormattedImage {
   Bytes bytes;
+  Bytes data_file;  // empty: none
+  [[nodiscard]] ImageFiles files() const { return {.image = bytes, .data_file = data_file}; }
   Tags disk;     // what the guest sees
   Tags backing;  // of the backing file
 };

@@ -1,5 +1,6 @@
 // Power cuts: a guest's random work on a simulated disk, the disk as a power cut would leave it at
-// every flush and at many moments between, and what must then be true:
+// every flush and at many moments between, and what must then be true (an external data file is on
+// a disk of its own, which loses its power at the same moment, and not the same writes):
 //
 //   - the image opens;
 //   - an independent checker finds no refcount that is too low, no entry that points nowhere, no
@@ -50,6 +51,7 @@ using testing::format_image;
 using testing::FormattedImage;
 using testing::Guest;
 using testing::GuestModel;
+using testing::ImageFiles;
 using testing::ImageSpec;
 using testing::kSectorBytes;
 using testing::Rig;
@@ -67,15 +69,17 @@ struct Cuts {
 
 // Notes what reaches a disk, between two looks, and has some of it fail.
 struct DiskWatch {
-  DiskWatch(SimulatedDisk& disk, unsigned faults_permille, std::uint64_t seed) : random(seed) {
-    disk.set_fault_plan([this, faults_permille](const aio::IoRequest& request, std::uint64_t) {
+  DiskWatch(const std::vector<SimulatedDisk*>& disks, unsigned faults_permille, std::uint64_t seed)
+      : random(seed) {
+    const auto look = [this, faults_permille](const aio::IoRequest& request, std::uint64_t) {
       has_worked = true;
       has_flushed = has_flushed || request.kind == aio::IoKind::kFlush;
       // A flush that fails is the last one (raw_node.h): seldom, so that there is something to see.
       const unsigned rarely = request.kind == aio::IoKind::kFlush ? 20 : 1;
       const bool fails = random() % (1000 * rarely) < faults_permille;
       return fails ? std::optional(EIO) : std::nullopt;
-    });
+    };
+    for (SimulatedDisk* const disk : disks) disk->set_fault_plan(look);
   }
   std::mt19937_64 random;
   bool has_worked{false};
@@ -89,24 +93,24 @@ class PowerCutRun {
       : spec_(spec), rig_(rig), work_(work), cuts_(cuts), random_(seed) {
     formatted_ = format_image(spec, random_);
     initial_ = formatted_.disk;
-    image_ = formatted_.bytes;
+    files_ = formatted_.files();
   }
 
   // So many lives of the image, each ended by a power cut. The first failure, or an empty string.
   std::string run(int lives) {
-    std::string failure = check("as formatted", image_, GuestModel(initial_), true);
+    std::string failure = check("as formatted", files_, GuestModel(initial_), true);
     Tags disk = initial_;
     for (int life = 0; life < lives && failure.empty(); ++life) {
       GuestModel model(disk);
       failure = live(model);
       if (!failure.empty()) return fmt::format("life {}: {}", life, failure);
-      disk = check_image(image_, formatted_.backing).disk;
+      disk = check_image(files_, formatted_.backing).disk;
     }
     return failure;
   }
   [[nodiscard]] std::uint64_t cut_count() const { return cut_count_; }
   // Images that a power cut has left, for other checkers.
-  std::vector<Bytes>& samples() { return samples_; }
+  std::vector<ImageFiles>& samples() { return samples_; }
   [[nodiscard]] const Tags& backing() const { return formatted_.backing; }
   bool takes_samples{false};
 
@@ -114,11 +118,11 @@ class PowerCutRun {
   std::string live(GuestModel& model) {
     RigOptions options = rig_;
     options.seed = random_();
-    Rig rig(image_, formatted_.backing, options);
+    Rig rig(files_, formatted_.backing, options);
     if (rig.node == nullptr) return rig.error;
     std::string failure;
     {
-      DiskWatch watch(rig.disk, cuts_.faults_permille, random_());
+      DiskWatch watch(rig.disks(), cuts_.faults_permille, random_());
       Guest guest(*rig.node, rig.contexts, model, work_, random_, next_tag_);
       for (std::uint64_t idle_steps = 0; guest.started() < work_.operations;) {
         guest.step(true);
@@ -129,22 +133,22 @@ class PowerCutRun {
         const bool is_time =
             std::exchange(watch.has_flushed, false) ||
             (std::exchange(watch.has_worked, false) && random_() % 100 < cuts_.percent);
-        if (is_time) failure = cut(rig.disk, model);
+        if (is_time) failure = cut(rig, model);
         if (!failure.empty()) break;
       }
-      image_ = left_by(rig.disk);
+      files_ = left_by(rig);
       // Sometimes the guest's work is finished and the image closed before it.
       if (failure.empty() && random_() % 4 == 0) {
         for (std::uint64_t steps = 0; !guest.is_idle(); ++steps) {
           guest.step(false);
           if (steps > 1'000'000) return "requests do not complete";
         }
-        rig.disk.set_fault_plan(nullptr);
+        rig.set_fault_plan(nullptr);
         rig.close();
         if (!work_.may_fail) model.flushed(model.now());
-        image_ = rig.disk.after_power_cut(random_());
-        failure = check("closed", image_, model, true);
-        const std::uint64_t leaks = check_image(image_, formatted_.backing).leaks;
+        files_ = rig.files_after_power_cut(random_(), SimulatedDisk::Unflushed::kBySector);
+        failure = check("closed", files_, model, true);
+        const std::uint64_t leaks = check_image(files_, formatted_.backing).leaks;
         if (failure.empty() && leaks > leaks_before_ && !work_.may_fail)
           failure = fmt::format("closed with {} leaked clusters, {} before", leaks, leaks_before_);
       } else {
@@ -154,15 +158,17 @@ class PowerCutRun {
         rig.close();
       }
     }
-    leaks_before_ = check_image(image_, formatted_.backing).leaks;
+    leaks_before_ = check_image(files_, formatted_.backing).leaks;
     return failure;
   }
 
-  Bytes left_by(const SimulatedDisk& disk) {
-    return work_.kill_takes_nothing ? disk.current() : disk.after_power_cut(random_());
+  ImageFiles left_by(const Rig& rig) {
+    return work_.kill_takes_nothing
+               ? rig.files()
+               : rig.files_after_power_cut(random_(), SimulatedDisk::Unflushed::kBySector);
   }
 
-  std::string cut(const SimulatedDisk& disk, const GuestModel& model) {
+  std::string cut(const Rig& rig, const GuestModel& model) {
     using enum SimulatedDisk::Unflushed;
     std::vector<SimulatedDisk::Unflushed> fates{kKept};
     if (!work_.kill_takes_nothing) {
@@ -172,38 +178,41 @@ class PowerCutRun {
     for (const auto fate : fates) {
       constexpr std::array kNames{"lost", "kept", "lost or kept by write",
                                   "lost or kept by sector"};
-      const Bytes image = disk.after_power_cut(random_(), fate);
+      const ImageFiles left =
+          work_.kill_takes_nothing ? rig.files() : rig.files_after_power_cut(random_(), fate);
       const bool reopens = random_() % 100 < cuts_.reopen_percent;
       ++cut_count_;
-      if (takes_samples && random_() % 64 == 0) samples_.push_back(image);
+      if (takes_samples && random_() % 64 == 0) samples_.push_back(left);
       const std::string failure =
           check(fmt::format("cut {}, what was not flushed is {}", cut_count_,
                             kNames[static_cast<std::size_t>(fate)]),
-                image, model, reopens);
+                left, model, reopens);
       if (!failure.empty()) return failure;
     }
     return {};
   }
 
-  std::string check(const std::string& when, const Bytes& image, const GuestModel& model,
+  std::string check(const std::string& when, const ImageFiles& files, const GuestModel& model,
                     bool reopens) {
-    const CheckedImage checked = check_image(image, formatted_.backing);
+    const CheckedImage checked = check_image(files, formatted_.backing);
     if (!checked.errors.empty()) return when + ": " + checked.errors.front();
     for (std::uint64_t i = 0; i < checked.disk.size(); ++i) {
       if (!model.may_hold(i, checked.disk[i]))
         return fmt::format("{}: sector {} holds {:#x} instead of one of{}", when, i,
                            checked.disk[i], model.describe(i));
     }
+    if (spec_.data_file_is_the_disk() && testing::tags_of(files.data_file) != checked.disk)
+      return when + ": the raw data file is not what the disk is";
     if (spec_.snapshot && checked.snapshot != initial_) return when + ": the snapshot has changed";
     if (!reopens) return {};
     RigOptions options = rig_;
     options.loses_flushes = false;
     options.context_count = 1;
-    Rig rig(image, formatted_.backing, options);
+    Rig rig(files, formatted_.backing, options);
     if (rig.node == nullptr) return when + ": " + rig.error;
     if (testing::tags_of(rig.read_all()) != checked.disk) return when + ": vblk reads it otherwise";
     rig.close();
-    const CheckedImage closed = check_image(rig.disk.current(), formatted_.backing);
+    const CheckedImage closed = check_image(rig.files(), formatted_.backing);
     if (!closed.errors.empty()) return when + ", opened and closed: " + closed.errors.front();
     if (closed.disk != checked.disk) return when + ", opened and closed: it reads otherwise";
     if (closed.leaks > checked.leaks) return when + ", opened and closed: it has leaks";
@@ -217,11 +226,11 @@ class PowerCutRun {
   std::mt19937_64 random_;
   FormattedImage formatted_;
   Tags initial_;
-  Bytes image_;
+  ImageFiles files_;
   std::uint32_t next_tag_{0};
   std::uint64_t cut_count_{0};
   std::uint64_t leaks_before_{0};
-  std::vector<Bytes> samples_;
+  std::vector<ImageFiles> samples_;
 };
 
 int run_count(int otherwise) {
@@ -342,7 +351,8 @@ TEST_F(PowerCut, leaves_images_in_which_qemu_img_finds_no_error) {
     if (!run.backing().empty()) save("backing.raw", testing::bytes_of(run.backing()));
     for (std::size_t sample = 0; sample < std::min<std::size_t>(3, run.samples().size());
          ++sample) {
-      save("cut.qcow2", run.samples()[sample]);
+      save("cut.qcow2", run.samples()[sample].image);
+      save("data.raw", run.samples()[sample].data_file);
       const int status =
           std::system(fmt::format("cd {} && qemu-img check -q -f qcow2 cut.qcow2 > log 2>&1 && "
                                   "qemu-img convert -f qcow2 -O raw cut.qcow2 disk.raw >> log 2>&1",
@@ -378,6 +388,21 @@ TEST_F(PowerCut, finds_a_flush_that_is_none) {
   }
 }
 
+TEST_F(PowerCut, finds_a_flush_of_a_data_file_that_is_none) {
+  for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    Scene scene(seed);
+    scene.spec.version = 3;
+    scene.spec.snapshot = false;
+    scene.spec.compressed_percent = 0;
+    scene.spec.data_file = testing::DataFile::kMapped;
+    scene.rig.data_file_loses_flushes = true;
+    scene.work.flush_percent = 20;
+    scene.work.through_percent = 0;
+    PowerCutRun run(scene.spec, scene.rig, scene.work, scene.cuts, scene.seed);
+    EXPECT_NE(run.run(3), "") << scene.to_string();
+  }
+}
+
 // Nothing is promised to the guest here, so that the order alone is at stake: without flushes
 // between, tables reach the disk before what they name. `loses_flushes` off: the same work is well.
 TEST_F(PowerCut, finds_metadata_that_is_written_out_of_order) {
@@ -385,6 +410,8 @@ TEST_F(PowerCut, finds_metadata_that_is_written_out_of_order) {
   for (std::uint64_t seed = 1; seed <= 6; ++seed) {
     for (const bool lies : {false, true}) {
       Scene scene(seed, true);
+      // With data elsewhere there is little that must be in order.
+      scene.spec.data_file = testing::DataFile::kNone;
       scene.rig.loses_flushes = lies;
       scene.rig.l2_cache_bytes = 1;
       scene.rig.refcount_cache_bytes = 1;
@@ -420,7 +447,7 @@ std::string cut_raw_disk(bool loses_flushes, bool direct, std::uint64_t seed) {
         std::make_unique<aio::EngineSet>(*aio::SimulatedEngine::create(disk, {.seed = seed + i}))));
   GuestModel model(Tags(kSectors, 0));
   std::uint32_t next_tag = 0;
-  DiskWatch watch(disk, 0, seed);
+  DiskWatch watch({&disk}, 0, seed);
   Guest guest(node, contexts, model, {.operations = 300}, random, next_tag);
   std::string failure;
   while (failure.empty() && guest.started() < 300) {

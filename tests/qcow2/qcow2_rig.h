@@ -1,8 +1,9 @@
-// An open qcow2 node on a simulated disk, with the contexts of several I/O threads that all run on
-// the calling one, in an order that a seed decides.
+// An open qcow2 node on a simulated disk (or two: the image, and its external data file), with the
+// contexts of several I/O threads that all run on the calling one, in an order that a seed decides.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
@@ -65,6 +66,7 @@ struct RigOptions {
   std::uint64_t seed{1};
   double short_transfer_probability{0};
   bool loses_flushes{false};
+  bool data_file_loses_flushes{false};  // it alone
   bool read_only{false};
   // The file cannot be made longer than this: EFBIG.
   std::uint64_t file_bytes_max{std::uint64_t{1} << 30};
@@ -72,22 +74,20 @@ struct RigOptions {
 
 class Rig {
  public:
-  Rig(const Bytes& image, std::span<const std::uint64_t> backing, const RigOptions& options)
+  // A data file counts only if the image says that it has one.
+  Rig(const ImageFiles& files, std::span<const std::uint64_t> backing, const RigOptions& options)
+      : Rig(files.image, backing, options, files.data_file) {}
+  Rig(const Bytes& image, std::span<const std::uint64_t> backing, const RigOptions& options,
+      const Bytes& data_file = {})
       : disk({.seed = options.seed,
               .short_transfer_probability = options.short_transfer_probability,
               .loses_flushes = options.loses_flushes},
              image),
         file_bytes_max_(options.file_bytes_max) {
-    Qcow2Parts parts{
-        .file = std::make_unique<blockdev::RawNode>(
-            blockdev::ImageFile::wrap(
-                options.direct ? SimulatedDisk::kDirectFd : SimulatedDisk::kBufferedFd,
-                SimulatedDisk::kBufferedFd, image.size(), kSectorBytes, options.read_only,
-                [this](std::uint64_t size) { return resize(size); }),
-            blockdev::RawNodeOptions{.name = "simulated", .holds_format = true}),
-        .data_file = nullptr,
-        .backing = nullptr,
-        .header = {}};
+    Qcow2Parts parts{.file = open_file(disk, image.size(), options),
+                     .data_file = nullptr,
+                     .backing = nullptr,
+                     .header = {}};
     if (!backing.empty()) parts.backing = std::make_unique<MemoryNode>(bytes_of(backing));
     const blockdev::MakePrivateContext make = [this, seed = options.seed] {
       return std::make_unique<blockdev::PrivateContext>(make_engines(seed + 1000));
@@ -99,8 +99,19 @@ class Rig {
     }
     parts.header = std::move(*header);
     if (parts.header.has_data_file()) {
-      error = "there is but one simulated disk, and none for an external data file";
-      return;
+      data_disk = std::make_unique<SimulatedDisk>(
+          aio::SimulatedDiskOptions{
+              .number = 1,
+              .seed = options.seed + 1,
+              .short_transfer_probability = options.short_transfer_probability,
+              .loses_flushes = options.loses_flushes || options.data_file_loses_flushes},
+          data_file);
+      parts.data_file = open_file(*data_disk, data_file.size(), options);
+      // As open_image() does.
+      if (!options.read_only && parts.data_file->grow(parts.header.size_bytes) != 0) {
+        error = "the data file cannot be as long as the disk";
+        return;
+      }
     }
     auto opened = Qcow2Node::open(std::move(parts),
                                   {.read_only = options.read_only,
@@ -140,23 +151,57 @@ class Rig {
   // From now on the disk does nothing any more.
   void switch_off() {
     is_off_.store(true);
-    disk.set_fault_plan([](const aio::IoRequest&, std::uint64_t) { return std::optional(EIO); });
+    set_fault_plan([](const aio::IoRequest&, std::uint64_t) { return std::optional(EIO); });
+  }
+  void set_fault_plan(const SimulatedDisk::FaultPlan& plan) {
+    for (SimulatedDisk* const each : disks()) each->set_fault_plan(plan);
   }
   Bytes read_all() { return contexts.front()->read(*node, 0, node->size_bytes()); }
   std::unique_ptr<aio::EngineSet> make_engines(std::uint64_t seed) {
-    return std::make_unique<aio::EngineSet>(*aio::SimulatedEngine::create(disk, {.seed = seed}));
+    auto engine = *aio::SimulatedEngine::create(disk, {.seed = seed});
+    if (data_disk) engine->add_disk(*data_disk);
+    return std::make_unique<aio::EngineSet>(std::move(engine));
+  }
+  [[nodiscard]] std::vector<SimulatedDisk*> disks() {
+    std::vector<SimulatedDisk*> all{&disk};
+    if (data_disk) all.push_back(data_disk.get());
+    return all;
+  }
+  [[nodiscard]] ImageFiles files() const {
+    return {.image = disk.current(), .data_file = data_disk ? data_disk->current() : Bytes{}};
+  }
+  // What a power cut at this moment would leave. What of the data file was not flushed has a fate
+  // of its own.
+  [[nodiscard]] ImageFiles files_after_power_cut(std::uint64_t seed,
+                                                 SimulatedDisk::Unflushed unflushed) const {
+    using enum SimulatedDisk::Unflushed;
+    constexpr std::array kFates{kLost, kKept, kByWrite, kBySector};
+    std::mt19937_64 random(seed);
+    ImageFiles left{.image = disk.after_power_cut(random(), unflushed), .data_file = {}};
+    if (data_disk)
+      left.data_file = data_disk->after_power_cut(random(), kFates[random() % kFates.size()]);
+    return left;
   }
 
   SimulatedDisk disk;
+  std::unique_ptr<SimulatedDisk> data_disk;  // nullptr: no external data file
   std::vector<std::unique_ptr<Context>> contexts;
   std::unique_ptr<Qcow2Node> node;
   std::string error;  // why there is no node
 
  private:
-  int resize(std::uint64_t size_bytes) {
+  std::unique_ptr<blockdev::RawNode> open_file(SimulatedDisk& file, std::uint64_t size_bytes,
+                                               const RigOptions& options) {
+    return std::make_unique<blockdev::RawNode>(
+        blockdev::ImageFile::wrap(options.direct ? file.direct_fd() : file.buffered_fd(),
+                                  file.buffered_fd(), size_bytes, kSectorBytes, options.read_only,
+                                  [this, &file](std::uint64_t size) { return resize(file, size); }),
+        blockdev::RawNodeOptions{.name = "simulated", .holds_format = true});
+  }
+  int resize(SimulatedDisk& file, std::uint64_t size_bytes) {
     if (is_off_.load()) return EIO;
     if (size_bytes > file_bytes_max_) return EFBIG;
-    disk.resize(size_bytes);
+    file.resize(size_bytes);
     return 0;
   }
 

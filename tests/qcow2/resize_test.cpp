@@ -24,11 +24,11 @@ namespace vblk::qcow2 {
 namespace {
 
 using blockdev::BlockOperation;
-using testing::Bytes;
 using testing::check_image;
 using testing::CheckedImage;
 using testing::format_image;
 using testing::FormattedImage;
+using testing::ImageFiles;
 using testing::ImageSpec;
 using testing::kSectorBytes;
 using testing::Rig;
@@ -55,10 +55,10 @@ class ResizedDisk : public ::testing::Test {
   void SetUp() override { log::set_level(log::Level::kOff); }
 
   // Opens an image; the one before is closed.
-  void open(const Bytes& image, const Tags& backing, const RigOptions& options) {
+  void open(const ImageFiles& files, const Tags& backing, const RigOptions& options) {
     rig_.reset();
     backing_ = backing;
-    rig_ = std::make_unique<Rig>(image, backing, options);
+    rig_ = std::make_unique<Rig>(files, backing, options);
     ASSERT_NE(rig_->node, nullptr) << rig_->error;
   }
   void resize(std::uint64_t size_bytes) {
@@ -77,9 +77,9 @@ class ResizedDisk : public ::testing::Test {
     EXPECT_EQ(rig_->node->size_bytes(), before);
     return resize.outcome->has_value() ? Error{} : resize.outcome->error();
   }
-  Bytes close() {
+  ImageFiles close() {
     rig_->close();
-    return rig_->disk.current();
+    return rig_->files();
   }
   void write(std::uint64_t sector, std::uint64_t count, std::uint64_t tag, Tags& model) {
     const Tags tags(count, tag);
@@ -111,7 +111,7 @@ TEST_F(ResizedDisk, keeps_what_it_holds_and_shows_zeroes_where_it_is_new) {
     SCOPED_TRACE(fmt::format("run {}, seed {}: {}", run, seed, spec.to_string()));
     const FormattedImage formatted = format_image(spec, random);
     const RigOptions options = testing::random_rig(random);
-    ASSERT_NO_FATAL_FAILURE(open(formatted.bytes, formatted.backing, options));
+    ASSERT_NO_FATAL_FAILURE(open(formatted.files(), formatted.backing, options));
     Tags model = formatted.disk;
     const Tags snapshot = spec.snapshot ? formatted.disk : Tags{};
     for (unsigned step = 0; step < 12; ++step) {
@@ -127,13 +127,19 @@ TEST_F(ResizedDisk, keeps_what_it_holds_and_shows_zeroes_where_it_is_new) {
       }
       ASSERT_EQ(testing::tags_of(rig_->read_all()), model) << "step " << step;
       if (random() % 3 != 0) continue;
-      const Bytes image = close();
-      const CheckedImage checked = check_image(image, formatted.backing);
+      const ImageFiles files = close();
+      const CheckedImage checked = check_image(files, formatted.backing);
       ASSERT_EQ(checked.errors, std::vector<std::string>{}) << "step " << step;
       ASSERT_EQ(checked.leaks, 0U) << "step " << step;
       ASSERT_EQ(checked.disk, model) << "step " << step;
       ASSERT_EQ(checked.snapshot, snapshot) << "step " << step;
-      ASSERT_NO_FATAL_FAILURE(open(image, formatted.backing, options));
+      // What is there behind the end of the disk is nobody's.
+      if (spec.data_file == testing::DataFile::kRaw) {
+        Tags in_file = testing::tags_of(files.data_file);
+        in_file.resize(model.size());
+        ASSERT_EQ(in_file, model) << "step " << step;
+      }
+      ASSERT_NO_FATAL_FAILURE(open(files, formatted.backing, options));
     }
   }
 }
@@ -150,7 +156,8 @@ TEST_F(ResizedDisk, has_old_or_new_size_after_a_power_cut_and_no_errors) {
     if (spec.version == 2) spec.snapshot = false;
     SCOPED_TRACE(fmt::format("run {}, seed {}: {}", run, seed, spec.to_string()));
     const FormattedImage formatted = format_image(spec, random);
-    ASSERT_NO_FATAL_FAILURE(open(formatted.bytes, formatted.backing, testing::random_rig(random)));
+    ASSERT_NO_FATAL_FAILURE(
+        open(formatted.files(), formatted.backing, testing::random_rig(random)));
     Tags model = formatted.disk;
     // Some tables that no flush has brought to the disk yet.
     write(random() % model.size(), 1, 0x77, model);
@@ -165,7 +172,7 @@ TEST_F(ResizedDisk, has_old_or_new_size_after_a_power_cut_and_no_errors) {
       if (random() % 3 != 0) continue;
       for (const auto fate : {kLost, kKept, kByWrite, kBySector}) {
         const CheckedImage checked =
-            check_image(rig_->disk.after_power_cut(random(), fate), formatted.backing);
+            check_image(rig_->files_after_power_cut(random(), fate), formatted.backing);
         ASSERT_EQ(checked.errors, std::vector<std::string>{});
         const std::uint64_t sectors = checked.disk.size();
         ASSERT_TRUE(sectors == old_sectors || sectors == new_sectors) << sectors;
@@ -179,7 +186,7 @@ TEST_F(ResizedDisk, has_old_or_new_size_after_a_power_cut_and_no_errors) {
     ASSERT_TRUE(resize.outcome->has_value()) << resize.outcome->error().message;
     // It has been promised now.
     model.resize(new_sectors, 0);
-    ASSERT_EQ(check_image(rig_->disk.after_power_cut(random(), kLost), formatted.backing).disk,
+    ASSERT_EQ(check_image(rig_->files_after_power_cut(random(), kLost), formatted.backing).disk,
               model);
   }
   EXPECT_GT(cuts, 100);
@@ -193,7 +200,7 @@ TEST_F(ResizedDisk, that_becomes_smaller_waits_for_requests_beyond_its_end) {
     const FormattedImage formatted = format_image(small_spec(std::uint64_t{1} << 19), random);
     RigOptions options = testing::random_rig(random);
     options.context_count = 3;
-    ASSERT_NO_FATAL_FAILURE(open(formatted.bytes, {}, options));
+    ASSERT_NO_FATAL_FAILURE(open(formatted.files(), {}, options));
     const std::uint64_t sectors = formatted.disk.size();
     const std::uint64_t left = sectors / 2;
     std::vector<std::unique_ptr<TestRequest>> requests;
@@ -238,7 +245,7 @@ TEST_F(ResizedDisk, keeps_its_size_after_an_error_of_the_disk) {
     SCOPED_TRACE(fmt::format("run {}, seed {}", run, seed));
     std::mt19937_64 random(seed);
     const FormattedImage formatted = format_image(small_spec(40960 + random() % 999 * 512), random);
-    ASSERT_NO_FATAL_FAILURE(open(formatted.bytes, {}, testing::random_rig(random)));
+    ASSERT_NO_FATAL_FAILURE(open(formatted.files(), {}, testing::random_rig(random)));
     std::uint64_t countdown = random() % 12;
     rig_->disk.set_fault_plan([&countdown](const aio::IoRequest&, std::uint64_t) {
       return countdown-- == 0 ? std::optional(EIO) : std::nullopt;
@@ -264,7 +271,7 @@ TEST_F(ResizedDisk, keeps_its_size_after_an_error_of_the_disk) {
 TEST_F(ResizedDisk, refuses_sizes_that_cannot_be) {
   std::mt19937_64 random(1);
   const FormattedImage formatted = format_image(small_spec(65536), random);
-  ASSERT_NO_FATAL_FAILURE(open(formatted.bytes, {}, {}));
+  ASSERT_NO_FATAL_FAILURE(open(formatted.files(), {}, {}));
   EXPECT_EQ(refusal(0).kind, ErrorKind::kInvalidArgument);
   EXPECT_EQ(refusal(65536 + 100).kind, ErrorKind::kInvalidArgument);
   // 4 Mi entries of 32 KiB.
@@ -279,14 +286,14 @@ TEST_F(ResizedDisk, refuses_sizes_that_cannot_be) {
   ASSERT_TRUE(first.outcome.has_value() && first.outcome->has_value());
   ASSERT_NO_FATAL_FAILURE(resize(3 * 65536));
 
-  ASSERT_NO_FATAL_FAILURE(open(formatted.bytes, {}, {.read_only = true}));
+  ASSERT_NO_FATAL_FAILURE(open(formatted.files(), {}, {.read_only = true}));
   EXPECT_EQ(refusal(2 * 65536).kind, ErrorKind::kPermission);
 
   ImageSpec spec = small_spec(65536);
   spec.version = 2;
   spec.snapshot = true;
   const FormattedImage version_2 = format_image(spec, random);
-  ASSERT_NO_FATAL_FAILURE(open(version_2.bytes, {}, {}));
+  ASSERT_NO_FATAL_FAILURE(open(version_2.files(), {}, {}));
   EXPECT_EQ(refusal(2 * 65536).kind, ErrorKind::kNotSupported);
 }
 
