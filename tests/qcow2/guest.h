@@ -187,7 +187,7 @@ class Guest {
 // Any geometry that the format has, small enough to be looked at thousands of times.
 inline ImageSpec random_spec(std::mt19937_64& random) {
   ImageSpec spec;
-  constexpr std::array kBits{9U, 9U, 10U, 12U, 12U, 14U, 16U};
+  constexpr std::array kBits{9U, 9U, 10U, 12U, 12U, 14U, 16U, 17U};
   spec.cluster_bits = kBits[random() % kBits.size()];
   spec.version = random() % 4 == 0 ? 2 : 3;
   spec.refcount_order = spec.version == 2 ? 4 : static_cast<unsigned>(random() % 7);
@@ -202,7 +202,10 @@ inline ImageSpec random_spec(std::mt19937_64& random) {
   spec.snapshot = spec.refcount_order >= 2 && random() % 3 == 0;
   spec.mapped_percent = random() % 3 == 0 ? 0 : static_cast<unsigned>(random() % 101);
   spec.compressed_percent = random() % 2 == 0 ? 0 : static_cast<unsigned>(random() % 60);
-  if (spec.version == 3 && random() % 3 == 0) {
+  spec.zstd = spec.version == 3 && random() % 2 == 0;
+  if (spec.version == 3 && random() % 3 != 0) {
+    spec.bitmap = random() % 2 == 0;
+  } else if (spec.version == 3) {
     spec.data_file = random() % 3 == 0 ? DataFile::kRaw : DataFile::kMapped;
     spec.snapshot = false;
     spec.compressed_percent = 0;
@@ -221,6 +224,17 @@ inline ImageSpec spec_of_many_tables(std::mt19937_64& random) {
   spec.refcount_order = 4 + static_cast<unsigned>(random() % 3);
   spec.size_bytes = (std::uint64_t{3} << 19) - random() % 3 * kSectorBytes;
   spec.mapped_percent = static_cast<unsigned>(random() % 60);
+  return spec;
+}
+
+// Up to the largest that there are, and so only a few of them.
+inline ImageSpec spec_of_large_clusters(std::mt19937_64& random) {
+  ImageSpec spec = random_spec(random);
+  spec.cluster_bits = 18 + static_cast<unsigned>(random() % 4);
+  spec.extended_l2 = spec.version == 3 && random() % 2 == 0;
+  const std::uint64_t clusters = 2 + random() % 3;
+  spec.size_bytes = (clusters << spec.cluster_bits) - random() % 3 * kSectorBytes;
+  spec.backing_bytes = std::min(spec.backing_bytes, spec.size_bytes);
   return spec;
 }
 

@@ -16,6 +16,8 @@ struct CheckedImage {
   std::uint64_t leaks{0};           // clusters with a higher refcount than references
   Tags disk;
   Tags snapshot;  // of the first one
+  // Whoever knows bitmaps would take the image's for right.
+  bool vouches_for_bitmaps{false};
 };
 
 // Errors: a refcount below the number of references, a table or cluster beyond the end of the file,

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 #include <zlib.h>
+#include <zstd.h>
 
 #include <fmt/core.h>
 
@@ -65,11 +66,12 @@ Bytes bytes_of(std::span<const std::uint64_t> tags) {
 std::string ImageSpec::to_string() const {
   constexpr std::array kDataFiles{"", "data file, ", "raw data file, "};
   return fmt::format(
-      "version {}, clusters of 2^{}, refcount order {}, {}{}{}size {}, backing {}, {} % mapped, of "
-      "these {} % compressed",
+      "version {}, clusters of 2^{}, refcount order {}, {}{}{}{}size {}, backing {}, {} % mapped, "
+      "of these {} % compressed{}",
       version, cluster_bits, refcount_order, extended_l2 ? "extended L2, " : "",
-      snapshot ? "snapshot, " : "", kDataFiles[static_cast<std::size_t>(data_file)], size_bytes,
-      backing_bytes, mapped_percent, compressed_percent);
+      snapshot ? "snapshot, " : "", kDataFiles[static_cast<std::size_t>(data_file)],
+      bitmap ? "bitmap, " : "", size_bytes, backing_bytes, mapped_percent, compressed_percent,
+      zstd ? " by zstd" : "");
 }
 
 namespace {
@@ -79,6 +81,7 @@ constexpr std::uint64_t kCompressed = std::uint64_t{1} << 62;
 // Tags of what was there before the guest wrote anything.
 constexpr std::uint64_t kInitialTag = 0xd15c'0000;
 constexpr std::uint64_t kBackingTag = 0xbac1'0000;
+constexpr unsigned kBitmapGranularity = 16;
 
 Bytes deflated(std::span<const std::byte> bytes) {
   z_stream stream{};
@@ -93,6 +96,19 @@ Bytes deflated(std::span<const std::byte> bytes) {
   const int result = deflate(&stream, Z_FINISH);
   out.resize(result == Z_STREAM_END ? stream.total_out : 0);
   deflateEnd(&stream);
+  return out;
+}
+
+// As QEMU makes it: a frame that does not say how long its content is.
+Bytes by_zstd(std::span<const std::byte> bytes) {
+  Bytes out(bytes.size());
+  ZSTD_CCtx* const context = ZSTD_createCCtx();
+  if (context == nullptr) throw std::runtime_error("ZSTD_createCCtx");
+  ZSTD_CCtx_setParameter(context, ZSTD_c_contentSizeFlag, 0);
+  const std::size_t length =
+      ZSTD_compress2(context, out.data(), out.size(), bytes.data(), bytes.size());
+  ZSTD_freeCCtx(context);
+  out.resize(ZSTD_isError(length) != 0 ? 0 : length);
   return out;
 }
 
@@ -115,8 +131,10 @@ class Formatter {
   void set_zero(std::uint64_t guest_cluster, std::uint64_t first, std::uint64_t count);
   void write_refcounts();
   void write_header();
+  std::uint64_t add_extension(std::uint32_t type, std::uint64_t length);
   void add_extension(std::uint32_t type, std::string_view text);
   void write_snapshot();
+  void write_bitmap();
   [[nodiscard]] unsigned percent() { return static_cast<unsigned>(random_() % 100); }
   [[nodiscard]] std::uint64_t sectors_per_cluster() const { return cluster_ / kSectorBytes; }
   [[nodiscard]] unsigned entry_bytes() const { return spec_.extended_l2 ? 16 : 8; }
@@ -137,6 +155,7 @@ class Formatter {
   std::uint64_t refcount_table_{0};
   std::uint64_t refcount_table_clusters_{0};
   std::uint64_t snapshots_{0};
+  std::uint64_t bitmap_directory_{0};
   std::uint64_t compressed_end_{0};
   std::uint64_t header_end_{0};
 };
@@ -181,7 +200,7 @@ bool Formatter::map_compressed(std::uint64_t guest_cluster, std::uint64_t entry_
   for (std::uint64_t i = 0; i < tags.size(); ++i)
     tags[i] = (guest_cluster * sectors_per_cluster() + i + 1) << 32 | kInitialTag | 1;
   content = bytes_of(tags);
-  const Bytes data = deflated(content);
+  const Bytes data = spec_.zstd ? by_zstd(content) : deflated(content);
   if (data.empty() || data.size() > cluster_ - 1) return false;
   std::uint64_t at = compressed_end_;
   const std::uint64_t refcount_max = spec_.refcount_order >= 5
@@ -290,6 +309,24 @@ void Formatter::write_snapshot() {
   image_.bytes[snapshots_ + 57] = std::byte{'s'};
 }
 
+// "Bitmaps": one of 64 KiB granules, of which the first is dirty. It is right for the disk as it
+// is.
+void Formatter::write_bitmap() {
+  bitmap_directory_ = allocate();
+  const std::uint64_t table = allocate();
+  const std::uint64_t bits = allocate();
+  const std::span<std::byte> entry = std::span(image_.bytes).subspan(bitmap_directory_, 32);
+  put_be(entry, 0, 8, table);
+  put_be(entry, 8, 4, 1);                    // its length, in entries
+  put_be(entry, 12, 4, 2);                   // it is to be kept up to date
+  put_be(entry, 16, 1, 1);                   // a dirty bitmap
+  put_be(entry, 17, 1, kBitmapGranularity);  // bits
+  put_be(entry, 18, 2, 1);                   // length of the name
+  entry[24] = std::byte{'b'};
+  put_be(image_.bytes, table, 8, bits);
+  image_.bytes[bits] = std::byte{1};
+}
+
 void Formatter::write_refcounts() {
   const std::uint64_t per_block = cluster_ * 8 >> spec_.refcount_order;
   std::uint64_t blocks = 0;
@@ -327,14 +364,22 @@ void Formatter::write_header() {
   put_be(bytes, 64, 8, snapshots_);
   header_end_ = 72;
   if (spec_.version == 3) {
-    put_be(bytes, 72, 8, (spec_.extended_l2 ? 0x10 : 0) | (has_data_file() ? 4 : 0));
+    put_be(bytes, 72, 8,
+           (spec_.extended_l2 ? 0x10 : 0) | (spec_.zstd ? 8 : 0) | (has_data_file() ? 4 : 0));
     put_be(bytes, 80, 8, spec_.lazy_refcounts ? 1 : 0);
-    put_be(bytes, 88, 8, is_raw() ? 2 : 0);
+    put_be(bytes, 88, 8, (is_raw() ? 2 : 0) | (spec_.bitmap ? 1 : 0));
     put_be(bytes, 96, 4, spec_.refcount_order);
-    put_be(bytes, 100, 4, 104);
-    header_end_ = 104;
+    header_end_ = spec_.zstd ? 112 : 104;
+    put_be(bytes, 100, 4, header_end_);
+    if (spec_.zstd) put_be(bytes, 104, 1, 1);
   }
   if (has_data_file()) add_extension(0x44415441, "data.raw");
+  if (spec_.bitmap) {
+    const std::uint64_t at = add_extension(0x23852875, std::uint64_t{24});
+    put_be(bytes, at, 4, 1);
+    put_be(bytes, at + 8, 8, 32);
+    put_be(bytes, at + 16, 8, bitmap_directory_);
+  }
   if (spec_.backing_bytes == 0) return;
   add_extension(0xe2792aca, "raw");
   const std::string_view name = "backing.raw";
@@ -345,12 +390,19 @@ void Formatter::write_header() {
   put_be(bytes, 16, 4, name.size());
 }
 
-void Formatter::add_extension(std::uint32_t type, std::string_view text) {
+// Where its bytes go.
+std::uint64_t Formatter::add_extension(std::uint32_t type, std::uint64_t length) {
+  const std::uint64_t at = header_end_ + 8;
   put_be(image_.bytes, header_end_, 4, type);
-  put_be(image_.bytes, header_end_ + 4, 4, text.size());
+  put_be(image_.bytes, header_end_ + 4, 4, length);
+  header_end_ = at + (length + 7) / 8 * 8;
+  return at;
+}
+
+void Formatter::add_extension(std::uint32_t type, std::string_view text) {
+  const std::uint64_t at = add_extension(type, std::uint64_t{text.size()});
   std::ranges::copy(std::as_bytes(std::span(text)),
-                    image_.bytes.begin() + static_cast<std::ptrdiff_t>(header_end_ + 8));
-  header_end_ += 8 + (text.size() + 7) / 8 * 8;
+                    image_.bytes.begin() + static_cast<std::ptrdiff_t>(at));
 }
 
 FormattedImage Formatter::format() {
@@ -370,6 +422,7 @@ FormattedImage Formatter::format() {
   l1_offset_ = allocate((l1_entries_ * 8 + cluster_ - 1) / cluster_);
   fill_disk();
   if (spec_.snapshot) write_snapshot();
+  if (spec_.bitmap) write_bitmap();
   write_refcounts();
   write_header();
   return std::move(image_);

@@ -59,6 +59,8 @@ struct ImageSpec {
   bool snapshot{false};            // all that is mapped is shared with an internal snapshot
   // Version 3, nothing compressed, no snapshot; raw: no backing file, and no zero flags either.
   DataFile data_file{DataFile::kNone};
+  bool bitmap{false};  // there is a persistent one, which says something of the disk; version 3
+  bool zstd{false};    // what is compressed is so by zstd; version 3
   // Guest clusters that are mapped at all, and of those that are compressed, in percent.
   unsigned mapped_percent{0};
   unsigned compressed_percent{0};

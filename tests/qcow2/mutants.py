@@ -11,6 +11,7 @@ Mutant = namedtuple("Mutant", "name where changes")
 WRITE_BACK = "blockdev/qcow2/write_back.cpp"
 WRITE_PATH = "blockdev/qcow2/write_path.cpp"
 ALLOCATOR = "blockdev/qcow2/cluster_allocator.cpp"
+OPEN = "blockdev/qcow2/open.cpp"
 
 
 def mutant(name, where, *changes):
@@ -65,4 +66,8 @@ MUTANTS = (
            ("  if (error == 0) error = co_await write_back_.barrier(context);\n  if (error == 0) {\n    {",
             '  if (error == 0 && !mutant("larger-refcount-table-may-come-later"))\n'
             "    error = co_await write_back_.barrier(context);\n  if (error == 0) {\n    {")),
+    mutant("bitmaps-are-given-up-later", OPEN,
+           ("  if (error == 0) error = co_await write_back_.barrier(context);\n  co_return error;\n}\n\nTask<int> Qcow2Node::close",
+            '  if (error == 0 && !mutant("bitmaps-are-given-up-later")) error = co_await write_back_.barrier(context);\n'
+            "  co_return error;\n}\n\nTask<int> Qcow2Node::close")),
 )

@@ -12,9 +12,9 @@
 
 namespace vblk::qcow2::testing {
 
-Scene::Scene(std::uint64_t scene_seed, bool many_tables) : seed(scene_seed) {
+Scene::Scene(std::uint64_t scene_seed, MakeSpec make_spec) : seed(scene_seed) {
   std::mt19937_64 random(seed);
-  spec = many_tables ? spec_of_many_tables(random) : random_spec(random);
+  spec = make_spec(random);
   rig = random_rig(random);
   work = random_work(random);
 }
@@ -142,6 +142,8 @@ std::string PowerCutRun::check(const std::string& when, const ImageFiles& files,
       return fmt::format("{}: sector {} holds {:#x} instead of one of{}", when, i, checked.disk[i],
                          model.describe(i));
   }
+  if (checked.vouches_for_bitmaps && checked.disk != initial_)
+    return when + ": a bitmap is said to be right, and is not";
   if (scene_.spec.data_file_is_the_disk() && tags_of(files.data_file) != checked.disk)
     return when + ": the raw data file is not what the disk is";
   if (scene_.spec.snapshot && checked.snapshot != initial_)

@@ -23,7 +23,8 @@ struct Cuts {
 
 // An image, a guest and a disk as a seed decides.
 struct Scene {
-  explicit Scene(std::uint64_t scene_seed, bool many_tables = false);
+  using MakeSpec = ImageSpec (*)(std::mt19937_64& random);
+  explicit Scene(std::uint64_t scene_seed, MakeSpec make_spec = random_spec);
   [[nodiscard]] std::string to_string() const;
 
   std::uint64_t seed;

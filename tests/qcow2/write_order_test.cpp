@@ -32,16 +32,19 @@ enum class Kind : std::uint8_t {
   kSharedTables,
   kFreedClusters,
   kFullRefcountTable,
-  kDataFile
+  kDataFile,
+  kBitmaps
 };
 
 Scene scene_of(Kind kind, std::uint64_t seed) {
-  Scene scene(seed, kind != Kind::kDataFile);
+  const bool many_tables = kind != Kind::kDataFile && kind != Kind::kBitmaps;
+  Scene scene(seed, many_tables ? testing::spec_of_many_tables : testing::random_spec);
   testing::ImageSpec& spec = scene.spec;
   testing::Work& work = scene.work;
   spec.version = 3;
-  spec.snapshot = kind != Kind::kManyTables && kind != Kind::kDataFile;
+  spec.snapshot = many_tables && kind != Kind::kManyTables;
   spec.data_file = DataFile::kNone;
+  spec.bitmap = kind == Kind::kBitmaps;
   scene.rig.context_count = 2;
   work.operations = 120;
   work.flush_percent = 5;
@@ -95,6 +98,12 @@ Scene scene_of(Kind kind, std::uint64_t seed) {
       scene.cuts.percent = 20;
       work.flush_percent = 15;
       break;
+    case Kind::kBitmaps:
+      // They stand at the beginning, until the first flush of anything.
+      work.operations = 20;
+      work.flush_percent = 0;
+      scene.cuts.percent = 50;
+      break;
   }
   return scene;
 }
@@ -140,7 +149,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Mutant{"copied-data-may-come-later", Kind::kManyTables},
                       Mutant{"copied-data-may-come-later", Kind::kDataFile},
                       Mutant{"copied-table-may-come-later", Kind::kSharedTables},
-                      Mutant{"larger-refcount-table-may-come-later", Kind::kFullRefcountTable, 5}),
+                      Mutant{"larger-refcount-table-may-come-later", Kind::kFullRefcountTable, 5},
+                      Mutant{"bitmaps-are-given-up-later", Kind::kBitmaps}),
     [](const auto& instance) {
       std::string name = fmt::format("{}_{}", instance.param.name, instance.index);
       std::ranges::replace(name, '-', '_');
