@@ -63,6 +63,7 @@ class Opener {
                                                     const qcow2::Header& header) const;
 
   std::vector<FileIdentity> chain_;
+  bool error_names_link_{false};  // whose backing file could not be opened is told
 };
 
 // Names in headers are anybody's: in messages they hold nothing that a terminal would act on.
@@ -144,7 +145,8 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
                                   header.backing_file, options.path, format));
   }
   auto node = open(backing);
-  if (node) return node;
+  // Of a long chain the message names the last link, and not all that lead there.
+  if (node || std::exchange(error_names_link_, true)) return node;
   Error error = std::move(node.error());
   error.message = fmt::format("the backing file of '{}': {}", options.path, error.message);
   return std::unexpected(std::move(error));

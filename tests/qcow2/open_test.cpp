@@ -1,5 +1,6 @@
 // Opening: what is refused beyond the header, what is repaired and cleared on the way, and images
 // whose data is in a file of its own.
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <functional>
 #include <iterator>
 #include <random>
+#include <span>
 #include <string>
 #include <string_view>
 #include <sys/stat.h>
@@ -261,6 +263,80 @@ TEST_F(Qcow2Opening, of_an_image_in_a_file_that_grows_gets_space_before_it_is_wr
   EXPECT_GE(status.st_size, 16 * 65536);
   // Less than that: the few clusters that it had before.
   EXPECT_GE(status.st_blocks * 512, status.st_size - 4 * 65536);
+}
+
+// ---- Backing files.
+
+class Qcow2BackingChain : public Qcow2Opening {
+ protected:
+  // A chain of so many images, the uppermost last. Each has written a sector of its own.
+  void make(std::size_t images) {
+    const FormattedImage empty =
+        formatted({.cluster_bits = 9, .size_bytes = kSectors * kSectorBytes});
+    for (std::size_t i = 0; i < images; ++i) {
+      Rig rig(empty.bytes, {}, {});
+      ASSERT_NE(rig.node, nullptr) << rig.error;
+      ASSERT_EQ(rig.contexts[0]->write(*rig.node, i * kSectorBytes, sector_of(i)), 0);
+      rig.close();
+      Bytes bytes = rig.disk.current();
+      if (i > 0) name_backing(bytes, fmt::format("{}.qcow2", i - 1));
+      std::ofstream(image(i), std::ios::binary)
+          .write(reinterpret_cast<const char*>(bytes.data()),
+                 static_cast<std::streamsize>(bytes.size()));
+    }
+  }
+  [[nodiscard]] std::string image(std::size_t number) const {
+    return dir_.file(fmt::format("{}.qcow2", number));
+  }
+  static Expected<std::unique_ptr<blockdev::BlockNode>> open(const std::string& path) {
+    return blockdev::open_image({.path = path,
+                                 .format = blockdev::ImageFormat::kQcow2,
+                                 .cache = blockdev::CacheMode::kWriteback});
+  }
+  static Bytes sector_of(std::size_t image) {
+    return Bytes(kSectorBytes, static_cast<std::byte>(image + 1));
+  }
+  static testing::Context context() { return testing::Context(*aio::EngineSet::create({}, {})); }
+
+  static constexpr std::size_t kSectors = 80;
+
+ private:
+  // In a header that has no extensions yet.
+  static void name_backing(Bytes& bytes, std::string_view name) {
+    const auto put = [&bytes](std::uint64_t offset, std::string_view text) {
+      std::ranges::copy(std::as_bytes(std::span(text)),
+                        bytes.begin() + static_cast<std::ptrdiff_t>(offset));
+    };
+    constexpr std::string_view kFormat = "qcow2";
+    put_be(bytes, 104, 4, 0xe2792aca);
+    put_be(bytes, 108, 4, kFormat.size());
+    put(112, kFormat);
+    put(128, name);  // behind the end mark
+    put_be(bytes, 8, 8, 128);
+    put_be(bytes, 16, 4, name.size());
+  }
+
+  test::TempDir dir_;
+};
+
+TEST_F(Qcow2BackingChain, of_64_images_is_read_and_with_one_more_refused_in_one_short_line) {
+  ASSERT_NO_FATAL_FAILURE(make(blockdev::kBackingChainMax + 1));
+  {
+    const auto node = open(image(blockdev::kBackingChainMax - 1));
+    ASSERT_TRUE(node) << node.error().message;
+    testing::Context guest = context();
+    for (std::size_t i = 0; i < kSectors; ++i) {
+      const Bytes expected = i < blockdev::kBackingChainMax ? sector_of(i) : Bytes(kSectorBytes);
+      ASSERT_EQ(guest.read(**node, i * kSectorBytes, kSectorBytes), expected) << i;
+    }
+  }
+  const auto node = open(image(blockdev::kBackingChainMax));
+  ASSERT_FALSE(node);
+  EXPECT_EQ(node.error().kind, ErrorKind::kInvalidArgument);
+  EXPECT_EQ(node.error().message,
+            fmt::format("the backing file of '{}': '{}' would be number 65 in a chain of backing "
+                        "files; 64 are supported",
+                        image(1), image(0)));
 }
 
 // ---- An external data file ("External data file name"), on a real file system.
