@@ -2,12 +2,14 @@
 """qcow2 against Debian's qemu-img and qemu-io: what they make reads the same through vblk, and what vblk writes is right
 by their judgement. Prints TAP.
 
-VBLK_TEST_SEED repeats a run, VBLK_TEST_ROUNDS is the number of SIGKILLs under load.
+VBLK_TEST_SEED repeats a run, VBLK_TEST_ROUNDS is the number of SIGKILLs under load, VBLK_SEQUENCE_RUNS how many random
+sequences each image has on each engine.
 """
 
 import argparse
 import contextlib
 import filecmp
+import itertools
 import os
 import random
 import shutil
@@ -109,10 +111,10 @@ def written_recipes():
 
 
 def test_sequences(report, options):
-    for engine in ENGINES:
+    for run_number, engine in itertools.product(range(options.sequence_runs), ENGINES):
         for recipe in written_recipes():
             with Folder() as folder:
-                title = f"{engine}, {recipe.name}"
+                title = f"{engine}, {recipe.name}" + (f", again {run_number}" if run_number else "")
                 try:
                     sequence(report, options, folder, title, engine, recipe)
                 except RuntimeError as error:
@@ -747,6 +749,7 @@ def main():
         setattr(options, name, getattr(options, name).resolve())
     seed = test_seed()
     options.rounds = int(os.environ.get("VBLK_TEST_ROUNDS", ROUNDS))
+    options.sequence_runs = int(os.environ.get("VBLK_SEQUENCE_RUNS", 1))
     report = Report()
     for name, test in TESTS.items():
         if options.only in (None, name):

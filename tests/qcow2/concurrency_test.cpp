@@ -9,7 +9,6 @@
 #include <barrier>
 #include <cerrno>
 #include <cstdint>
-#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <limits>
@@ -28,6 +27,7 @@
 #include "blockdev/image/open_image.h"
 #include "blockdev/log.h"
 #include "tests/qcow2/guest.h"
+#include "tests/support/run_count.h"
 #include "tests/support/seed.h"
 #include "tests/support/temp_dir.h"
 
@@ -74,10 +74,7 @@ void on_threads(const MakeEngines& make_engines, const DoWork& work) {
   for (std::thread& thread : threads) thread.join();
 }
 
-int run_count(int otherwise) {
-  const char* const given = std::getenv("VBLK_CONCURRENCY_RUNS");
-  return given != nullptr ? std::stoi(given) : otherwise;
-}
+int run_count(int otherwise) { return test::run_count("VBLK_CONCURRENCY_RUNS", otherwise); }
 
 class Concurrency : public ::testing::Test {
  protected:

@@ -36,6 +36,7 @@
 #include "blockdev/raw_node.h"
 #include "tests/qcow2/image_check.h"
 #include "tests/qcow2/image_format.h"
+#include "tests/support/run_count.h"
 #include "tests/support/seed.h"
 
 namespace vblk::qcow2 {
@@ -293,9 +294,18 @@ std::vector<ImageSpec> specs() {
           {.cluster_bits = 14, .extended_l2 = true, .lazy_refcounts = true, .mapped_percent = 70}};
 }
 
+// VBLK_EDITOR_RUNS: each of them so often.
+template <typename T>
+std::vector<T> repeated(const std::vector<T>& all) {
+  std::vector<T> repeated;
+  for (int run = 0; run < test::run_count("VBLK_EDITOR_RUNS", 1); ++run)
+    repeated.insert(repeated.end(), all.begin(), all.end());
+  return repeated;
+}
+
 TEST_F(Editor, bitmaps_survive_power_cuts_as_they_were_or_as_they_are_to_be) {
   std::mt19937_64 random(test::test_seed());
-  for (const ImageSpec& spec : specs()) {
+  for (const ImageSpec& spec : repeated(specs())) {
     const FormattedImage formatted = format_image(spec, random);
     const Bytes image = with_bitmaps(formatted.bytes, random);
     EXPECT_EQ(judge(image, formatted), "") << spec.to_string();
@@ -384,7 +394,7 @@ TEST_F(Editor, amendments_survive_power_cuts_as_they_were_or_as_they_are_to_be) 
       {{.version = 2, .cluster_bits = 16, .mapped_percent = 50}, to_v3},
       {{.cluster_bits = 12, .refcount_order = 3, .snapshot = true, .mapped_percent = 60}, wider},
       {{.cluster_bits = 9, .refcount_order = 5, .mapped_percent = 60}, {.refcount_order = 0}}};
-  for (const auto& [spec, amendment] : cases) {
+  for (const auto& [spec, amendment] : repeated(cases)) {
     const FormattedImage formatted = format_image(spec, random);
     const Tags snapshot = testing::check_image(formatted.bytes, formatted.backing).snapshot;
     // What is in a snapshot must stay too.
@@ -466,7 +476,7 @@ std::vector<ImageSpec> specs_of_snapshots() {
 
 TEST_F(Editor, snapshots_survive_power_cuts_as_they_were_or_as_they_are_to_be) {
   std::mt19937_64 random(test::test_seed());
-  for (const ImageSpec& spec : specs_of_snapshots()) {
+  for (const ImageSpec& spec : repeated(specs_of_snapshots())) {
     const FormattedImage formatted = format_image(spec, random);
     const Judge is_wrong = [&](const Bytes& left) { return errors_of(left, formatted); };
     const Look look = looking_at_snapshots(formatted);
@@ -633,7 +643,7 @@ TEST_F(Editor, repairs_survive_power_cuts_no_worse_and_the_next_goes_on) {
   all.push_back({.cluster_bits = 9, .refcount_order = 0, .mapped_percent = 60});
   all.push_back({.cluster_bits = 12, .mapped_percent = 30, .compressed_percent = 30});
   std::uint64_t cuts = 0;
-  for (const ImageSpec& spec : all) {
+  for (const ImageSpec& spec : repeated(all)) {
     const FormattedImage formatted = format_image(spec, random);
     const Header header = Bench(formatted.bytes, 1).header;
     const std::vector<std::vector<Damage>> damages{

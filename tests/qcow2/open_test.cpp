@@ -23,6 +23,7 @@
 #include "blockdev/log.h"
 #include "tests/qcow2/image_check.h"
 #include "tests/qcow2/qcow2_rig.h"
+#include "tests/support/run_count.h"
 #include "tests/support/seed.h"
 #include "tests/support/temp_dir.h"
 
@@ -148,7 +149,7 @@ TEST_F(Qcow2Opening, for_writing_clears_the_bits_that_say_what_would_not_be_kept
 // All refcounts are lost; what counts is what is named.
 TEST_F(Qcow2Opening, of_an_image_that_was_not_closed_counts_its_refcounts_anew) {
   std::mt19937_64 random(test::test_seed());
-  for (int run = 0; run < 40; ++run) {
+  for (int run = 0; run < test::run_count("VBLK_OPENING_RUNS", 40); ++run) {
     ImageSpec spec = small_spec();
     spec.cluster_bits = 9 + static_cast<unsigned>(random() % 6);
     spec.refcount_order = 2 + static_cast<unsigned>(random() % 5);

@@ -36,6 +36,7 @@
 #include "tests/qcow2/image_check.h"
 #include "tests/qcow2/power_cut_run.h"
 #include "tests/qcow2/qcow2_rig.h"
+#include "tests/support/run_count.h"
 #include "tests/support/seed.h"
 #include "tests/support/temp_dir.h"
 
@@ -57,10 +58,7 @@ using testing::spec_of_large_clusters;
 using testing::spec_of_many_tables;
 using testing::Tags;
 
-int run_count(int otherwise) {
-  const char* const given = std::getenv("VBLK_POWER_CUT_RUNS");
-  return given != nullptr ? std::stoi(given) : otherwise;
-}
+int run_count(int otherwise) { return test::run_count("VBLK_POWER_CUT_RUNS", otherwise); }
 
 class PowerCut : public ::testing::Test {
  protected:

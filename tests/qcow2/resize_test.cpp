@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <random>
@@ -18,6 +17,7 @@
 #include "blockdev/log.h"
 #include "tests/qcow2/guest.h"
 #include "tests/qcow2/qcow2_rig.h"
+#include "tests/support/run_count.h"
 #include "tests/support/seed.h"
 
 namespace vblk::qcow2 {
@@ -36,10 +36,7 @@ using testing::RigOptions;
 using testing::Tags;
 using testing::TestRequest;
 
-int run_count(int otherwise) {
-  const char* const given = std::getenv("VBLK_RESIZE_RUNS");
-  return given != nullptr ? std::stoi(given) : otherwise;
-}
+int run_count(int otherwise) { return test::run_count("VBLK_RESIZE_RUNS", otherwise); }
 
 // A change of size under way.
 struct Resize {
