@@ -69,7 +69,7 @@ std::string_view type_name(mode_t mode) {
 std::string_view advice(int error) {
   switch (error) {
     case ENOENT:
-      return "create it first, for example with 'qemu-img create -f raw PATH 10G'";
+      return "create it first, for example with 'vblk img create PATH 10G'";
     case EACCES:
     case EPERM:
       return "check its permissions, run as a user that may open it, or add --read-only if it may "
@@ -231,8 +231,8 @@ Expected<void> ImageFile::measure(const std::string& path) {
     return make_error(
         ErrorKind::kInvalidArgument,
         fmt::format(
-            "image '{}' is empty; give it a size first, for example with 'truncate -s 10G {}'",
-            path, path));
+            "image '{}' is empty; make a disk of it, for example with 'vblk img create{} {} 10G'",
+            path, path.ends_with(".qcow2") ? " -f qcow2" : "", path));
   }
   return {};
 }

@@ -93,12 +93,8 @@ Expected<void> lock_image(int fd, const std::string& path, bool read_only) {
   }
   return make_error(
       ErrorKind::kBusy,
-      read_only
-          ? fmt::format("'{}' is being written by another process; stop that one first", path)
-          : fmt::format(
-                "'{}' is in use by another process; stop that one first, or open the image with "
-                "--read-only if that one only reads",
-                path),
+      read_only ? fmt::format("'{}' is being written by another process; stop that one first", path)
+                : fmt::format("'{}' is in use by another process; stop that one first", path),
       EAGAIN);
 }
 

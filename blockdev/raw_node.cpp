@@ -132,7 +132,7 @@ void RawNode::do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone
   if (size_bytes < old_bytes) {
     return done(make_error(ErrorKind::kNotSupported,
                            fmt::format("'{}' has {} bytes, and a raw disk in use can only become "
-                                       "larger; stop it first, and use 'qemu-img resize --shrink'",
+                                       "larger; stop it first, and use 'vblk img resize --shrink'",
                                        name_, old_bytes),
                            EOPNOTSUPP));
   }
@@ -140,7 +140,7 @@ void RawNode::do_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone
   if (file_->direct() && old_bytes != data_bytes()) {
     return done(make_error(ErrorKind::kNotSupported,
                            fmt::format("'{}' ends within a sector; stop it first, and use "
-                                       "'qemu-img resize'",
+                                       "'vblk img resize'",
                                        name_),
                            EOPNOTSUPP));
   }

@@ -1,14 +1,17 @@
 // `vblk`: one program, one command per job.
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 #include <fmt/core.h>
 
+#include "aio/error.h"
 #include "blockdev/bench/bench.h"
 #include "blockdev/cli/commands.h"
 #include "blockdev/conform/conform.h"
@@ -73,6 +76,17 @@ int run_command(std::string_view command, std::span<const std::string> arguments
   return vblk::cli::kExitUsage;
 }
 
+// The exit status of a command that ended with `status`, where writing to standard output failed
+// with `error`, or 0. A reader of a pipe who has left wants no more, and is told nothing.
+int finish_output(const char* command, int status, int error) {
+  errno = 0;
+  if (std::fflush(stdout) != 0 && error == 0) error = errno;
+  if (error == 0 || error == EPIPE || status != 0) return status;
+  fmt::print(stderr, "vblk: {}: cannot write to standard output: {}\n", command,
+             vblk::describe_errno(error));
+  return vblk::cli::kExitFailure;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -88,8 +102,13 @@ int main(int argc, char** argv) {
   const bool serves = names_no_command(words[1]);
   const std::vector<std::string> arguments(words.begin() + (serves ? 1 : 2), words.end());
   try {
-    return run_command(serves ? "serve" : words[1], arguments, words.subspan(1));
+    const int status = run_command(serves ? "serve" : words[1], arguments, words.subspan(1));
+    return finish_output(words[1], status, 0);
   } catch (const std::exception& exception) {
+    // What fmt::print() throws.
+    const auto* const output = dynamic_cast<const std::system_error*>(&exception);
+    if (output != nullptr && std::ferror(stdout) != 0)
+      return finish_output(words[1], 0, output->code().value());
     // Nothing throws by intention; this is for memory, threads or descriptors that run out.
     fmt::print(stderr,
                "vblk: {}: cannot set up: {}; a limit of this process is reached, see 'ulimit -a'\n",

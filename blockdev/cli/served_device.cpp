@@ -117,7 +117,11 @@ Expected<void> ServedDevice::open_disk() {
   const blockdev::ImageOptions& image = options_.image;
   if (!options_.migration) {
     auto node = blockdev::open_image(image);
-    if (!node) return std::unexpected(std::move(node.error()));
+    if (!node) {
+      if (node.error().kind == ErrorKind::kBusy && !image.read_only)
+        node.error().message += ", or add --read-only if that one only reads";
+      return std::unexpected(std::move(node.error()));
+    }
     node_ = std::move(*node);
     return {};
   }

@@ -1,21 +1,16 @@
 #include "blockdev/image/open_image.h"
 
 #include <algorithm>
-#include <array>
-#include <cerrno>
-#include <cstddef>
-#include <cstring>
-#include <fcntl.h>
 #include <filesystem>
 #include <string>
 #include <sys/stat.h>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
 #include <fmt/core.h>
 
 #include "aio/engine_set.h"
+#include "blockdev/image/format_probe.h"
 #include "blockdev/image_file.h"
 #include "blockdev/log.h"
 #include "blockdev/null_node.h"
@@ -72,23 +67,12 @@ std::string printable(std::string text) {
   return text;
 }
 
-// Whether a file that is opened as raw looks like a qcow2 image. A guest can write anything to the
-// beginning of a raw disk, so this never decides on a format; it only asks for a decision.
-bool begins_like_qcow2(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return false;
-  std::array<std::byte, 4> magic{};
-  const bool is_there = ::pread(fd, magic.data(), magic.size(), 0) == std::ssize(magic);
-  ::close(fd);
-  return is_there && qcow2::load_be<std::uint32_t>(magic.data()) == qcow2::kMagic;
-}
-
 // A name in a header is relative to the folder of the image whose header it is.
 Expected<std::string> resolve(const std::string& image, const std::string& name, const char* what) {
   if (name.starts_with("json:"))
     return make_error(ErrorKind::kNotSupported,
                       fmt::format("image '{}' names its {} by a 'json:' description, which is not "
-                                  "supported; give it a path with 'qemu-img rebase -u'",
+                                  "supported; give it a path with 'vblk img rebase -u'",
                                   image, what));
   std::string path = name.starts_with("file:") ? name.substr(5) : name;
   // QEMU's protocols: a colon before the first slash.
@@ -125,7 +109,7 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
         ErrorKind::kNotSupported,
         fmt::format(
             "image '{0}' does not say of what format its backing file '{1}' is, and guessing "
-            "would be unsafe; record it with 'qemu-img rebase -u -F FORMAT -b {1} {0}'",
+            "would be unsafe; record it with 'vblk img rebase -u -F FORMAT -b {1} {0}'",
             options.path, header.backing_file));
   }
   ImageOptions backing = options;
@@ -157,7 +141,7 @@ Expected<std::unique_ptr<RawNode>> Opener::open_data_file(const ImageOptions& op
   if (header.data_file.empty()) {
     return make_error(ErrorKind::kNotSupported,
                       fmt::format("image '{}' does not name its external data file; record it with "
-                                  "'qemu-img amend -o data_file=PATH {}'",
+                                  "'vblk img amend -o data_file=PATH {}'",
                                   options.path, options.path));
   }
   const auto path = resolve(options.path, header.data_file, "external data file");
@@ -266,15 +250,24 @@ Expected<DiskShape> Opener::look_at(const ImageOptions& options) {
   return shape;
 }
 
-// Without a format the name decides, which the guest cannot change.
+// Without a format the name decides, which the guest cannot change. What the file looks like only
+// asks for a decision. LUKS may be the guest's own, on the whole of its disk.
 Expected<ImageFormat> format_by_name(const ImageOptions& options) {
   if (options.path.ends_with(".qcow2")) return ImageFormat::kQcow2;
-  if (!begins_like_qcow2(options.path)) return ImageFormat::kRaw;
-  return make_error(ErrorKind::kInvalidArgument,
-                    fmt::format("'{}' looks like a qcow2 image, though its name does not end in "
-                                "'.qcow2'; say --format qcow2, or --format raw if the guest is to "
-                                "see the file itself",
-                                options.path));
+  const std::string_view found = probe_format(options.path).value_or("");
+  if (found.empty() || found == "luks") return ImageFormat::kRaw;
+  if (found == "qcow2") {
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' looks like a qcow2 image, though its name does not end in "
+                                  "'.qcow2'; say --format qcow2, or --format raw if the guest is "
+                                  "to see the file itself",
+                                  options.path));
+  }
+  return make_error(ErrorKind::kNotSupported,
+                    fmt::format("'{}' looks like an image of format {}; raw and qcow2 are "
+                                "supported, and --format raw is for a guest that is to see the "
+                                "file itself",
+                                options.path, found));
 }
 
 Expected<ImageFormat> decide_format(const ImageOptions& options) {

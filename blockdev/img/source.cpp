@@ -1,19 +1,14 @@
 #include "blockdev/img/source.h"
 
 #include <algorithm>
-#include <array>
-#include <cerrno>
-#include <cstddef>
-#include <cstring>
-#include <fcntl.h>
 #include <optional>
 #include <span>
 #include <sys/stat.h>
-#include <unistd.h>
 #include <utility>
 
 #include <fmt/core.h>
 
+#include "blockdev/image/format_probe.h"
 #include "blockdev/image/open_image.h"
 #include "blockdev/image_file.h"
 #include "blockdev/img/engines.h"
@@ -24,31 +19,8 @@ namespace vblk::img {
 
 namespace {
 
-struct Magic {
-  std::string_view bytes;
-  std::size_t offset;
-  std::string_view format;
-};
-// What other formats begin with.
-constexpr std::array kOtherFormats{Magic{"KDMV", 0, "vmdk"},
-                                   Magic{"COWD", 0, "vmdk"},
-                                   Magic{"# Disk DescriptorFile", 0, "vmdk"},
-                                   Magic{"vhdxfile", 0, "vhdx"},
-                                   Magic{"conectix", 0, "vpc"},
-                                   Magic{"QED", 0, "qed"},
-                                   Magic{"LUKS\xba\xbe", 0, "luks"},
-                                   Magic{"WithoutFreeSpace", 0, "parallels"},
-                                   Magic{"WithouFreSpacExt", 0, "parallels"},
-                                   Magic{"\x7f\x10\xda\xbe", 64, "vdi"}};
-constexpr std::string_view kQcow2Magic{"QFI\xfb"};
-
 // Stretches of data that are worth remembering: those that are asked for again and again.
 constexpr std::uint64_t kLongBytes = std::uint64_t{4} << 20;
-
-std::unexpected<Error> cannot_open(const std::string& path, int error) {
-  return make_error(kind_of_errno(error),
-                    fmt::format("cannot open '{}': {}", path, describe_errno(error)), error);
-}
 
 bool is_empty_file(const std::string& path) {
   struct stat status{};
@@ -74,23 +46,15 @@ Expected<std::string> decide_format(const std::string& path, const std::string& 
         ErrorKind::kNotSupported,
         fmt::format("format '{}' is not known here; raw and qcow2 are supported", format));
   }
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return cannot_open(path, errno);
-  std::array<char, 512> bytes{};
-  const ssize_t count = ::pread(fd, bytes.data(), bytes.size(), 0);
-  const int error = errno;
-  ::close(fd);
-  if (count < 0) return cannot_open(path, error);
-  const std::string_view begin(bytes.data(), static_cast<std::size_t>(count));
-  if (begin.starts_with(kQcow2Magic)) return "qcow2";
-  for (const Magic& magic : kOtherFormats) {
-    if (begin.size() < magic.offset || !begin.substr(magic.offset).starts_with(magic.bytes))
-      continue;
+  const auto found = blockdev::probe_format(path);
+  if (!found) return std::unexpected(found.error());
+  if (*found == "qcow2") return "qcow2";
+  if (!found->empty()) {
     return make_error(
         ErrorKind::kNotSupported,
         fmt::format("'{}' looks like an image of format {}; raw and qcow2 are supported, and -f "
                     "raw takes the file as it is",
-                    path, magic.format));
+                    path, *found));
   }
   return "raw";
 }

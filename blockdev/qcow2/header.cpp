@@ -21,7 +21,7 @@ class Decoder {
   std::unexpected<Error> corrupt(std::string_view why) const {
     return make_error(
         ErrorKind::kCorrupt,
-        fmt::format("'{}' is a damaged qcow2 image: {}; 'qemu-img check' may say more", path_,
+        fmt::format("'{}' is a damaged qcow2 image: {}; 'vblk img check' may say more", path_,
                     why));
   }
   std::unexpected<Error> unsupported(std::string_view what) const {
@@ -242,9 +242,10 @@ Expected<void> Decoder::decode_backing_file() {
 Expected<std::uint64_t> header_cluster_bytes(std::span<const std::byte> first_bytes,
                                              std::string_view path) {
   if (first_bytes.size() < kHeaderBytesV2 || load_be<std::uint32_t>(first_bytes.data()) != kMagic) {
-    return make_error(
-        ErrorKind::kInvalidArgument,
-        fmt::format("'{}' is not a qcow2 image; use --format raw if it is a raw one", path));
+    return make_error(ErrorKind::kInvalidArgument,
+                      fmt::format("'{}' is not a qcow2 image; if it is a raw one, say so (--format "
+                                  "raw; of vblk img, -f raw)",
+                                  path));
   }
   const auto version = load_be<std::uint32_t>(first_bytes.data() + kVersionAt);
   if (version != 2 && version != 3) {

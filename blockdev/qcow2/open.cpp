@@ -61,13 +61,13 @@ Expected<std::unique_ptr<Qcow2Node>> Qcow2Node::open(Qcow2Parts parts, const Qco
   if (parts.header.size_bytes == 0 && parts.header.l1_entries == 0) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("qcow2 image '{}' has a size of 0; give it one with "
-                                  "'qemu-img resize'",
+                                  "'vblk img resize'",
                                   path));
   }
   if (parts.header.has(kIncompatCorrupt) && !options.read_only) {
     return make_error(ErrorKind::kCorrupt,
                       fmt::format("qcow2 image '{}' is marked corrupt and must not be written; run "
-                                  "'qemu-img check -r all' on it, or open it with --read-only",
+                                  "'vblk img check -r all' on it, or open it with --read-only",
                                   path));
   }
   const auto context = make_context();
@@ -88,7 +88,7 @@ Expected<std::unique_ptr<Qcow2Node>> Qcow2Node::open(Qcow2Parts parts, const Qco
     if (why.empty()) return read_error(path, error);
     return make_error(
         ErrorKind::kCorrupt,
-        fmt::format("qcow2 image '{}' is damaged: {}; run 'qemu-img check' on it", path, why));
+        fmt::format("qcow2 image '{}' is damaged: {}; run 'vblk img check' on it", path, why));
   }
   node->is_open_ = true;
   return node;

@@ -419,7 +419,7 @@ Detached Qcow2Node::run_release(IoContext& context) {
     const int error = co_await allocator_.release(context, token, clusters);
     if (error != 0) {
       log::warning(
-          "'{}': {} freed clusters could not be released: {}; 'qemu-img check -r leaks' "
+          "'{}': {} freed clusters could not be released: {}; 'vblk img check -r leaks' "
           "gets them back",
           name_, clusters.count, describe_errno(error));
     }

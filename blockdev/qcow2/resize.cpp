@@ -53,7 +53,7 @@ Expected<void> Qcow2Node::can_resize(std::uint64_t size_bytes) {
   if (state_.version < 3 && state_.header.snapshot_count > 0) {
     return make_error(ErrorKind::kNotSupported,
                       fmt::format("'{}' has snapshots, which in version 2 have the size of the "
-                                  "disk; 'qemu-img amend -o compat=1.1' makes it version 3",
+                                  "disk; 'vblk img amend -o compat=1.1' makes it version 3",
                                   name_),
                       EOPNOTSUPP);
   }

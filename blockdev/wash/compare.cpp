@@ -7,6 +7,7 @@
 #include <iterator>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 #include <boost/json.hpp>
@@ -164,6 +165,8 @@ int run_compare(std::span<char*> arguments) {
   }
   try {
     print_comparison(summaries);
+  } catch (const std::system_error&) {
+    throw;  // of writing, not of what a summary says
   } catch (const std::exception& exception) {
     fmt::print(stderr, "vblk: wash compare: a summary is damaged: {}\n", exception.what());
     return 1;

@@ -31,6 +31,11 @@ def test_bad_images(report, vblk):
         make_sparse(folder / "disk.img", MIB)
         refused(report, vblk, "missing image", folder, [folder / "none.img", *at], "none.img")
         refused(report, vblk, "empty image", folder, [folder / "empty.img", *at], "empty.img")
+        (folder / "disk.vmdk").write_bytes(b"KDMV" + bytes(MIB - 4))
+        refused(report, vblk, "image of another format", folder, [folder / "disk.vmdk", *at], "format vmdk")
+        (folder / "luks.img").write_bytes(b"LUKS\xba\xbe" + bytes(MIB - 6))
+        with Server(vblk, [folder / "luks.img"], folder / "s", folder / "log") as server:
+            report.check("a disk that a guest has encrypted as a whole is a raw one", server.stop() == 0, server.log.read_text())
         refused(report, vblk, "directory as image", folder, [folder, *at], str(folder))
         refused(report, vblk, "character device as image", folder, ["/dev/null", *at], "/dev/null")
         if os.geteuid() == 0:
@@ -45,6 +50,22 @@ def test_bad_images(report, vblk):
         else:
             os.chmod(folder / "disk.img", 0)
             refused(report, vblk, "unreadable image", folder, [folder / "disk.img", *at], "disk.img")
+
+
+def test_full_output(report, vblk):
+    """What cannot be written to standard output is an error; a reader who has left is none."""
+    for words in (["--help"], ["serve", "--help"], ["bench", "--help"], ["conform", "--list"], ["serve", "--print-capabilities"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([vblk, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        report.check(f"{' '.join(words)} into a full disk fails in one line that says so",
+                     done.returncode == 1 and "cannot write to standard output: No space left" in done.stderr and
+                     done.stderr.count("\n") == 1, f"{done.returncode}: {done.stderr}")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run([vblk, "bench", "--help"], stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    report.check("a reader of a pipe who has left is told nothing", done.returncode == 0 and not done.stderr,
+                 f"{done.returncode}: {done.stderr}")
 
 
 def test_bad_options(report, vblk):
@@ -383,7 +404,7 @@ def main():
     vblk = parser.parse_args().vblk.resolve()
     report = Report()
     for test in (test_answers, test_manual_page, test_conventions, test_activation, test_monitor, test_io_uring_features,
-                 test_bad_images, test_bad_options,
+                 test_bad_images, test_full_output, test_bad_options,
                  test_bad_sockets, test_short_of_descriptors, test_refused_engines, test_locks, test_end_of_life,
                  test_two_signals):
         try:
