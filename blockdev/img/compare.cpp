@@ -156,6 +156,7 @@ Task<int> Comparison::work(IoContext& context) {
     if (at >= end_ || at >= known_.load(std::memory_order_relaxed)) co_return 0;
     const std::uint64_t end = std::min(end_, at + kChunkBytes);
     [[maybe_unused]] const int ignored = co_await compare(context, at, end, buffers);
+    if (end > known_.load(std::memory_order_relaxed)) co_return 0;
     progress_.advance(end - at);
   }
 }
@@ -238,7 +239,7 @@ int compare_command(std::span<const std::string> words) {
   const bool quiet = arguments->has("q");
   Progress progress(arguments->has("p") && !quiet, std::max(a->size_bytes(), b->size_bytes()));
   const int status = compare_images(*a, *b, arguments->has("s"), quiet, progress);
-  progress.finish();
+  progress.end();
   return status;
 }
 

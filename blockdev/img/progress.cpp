@@ -49,9 +49,12 @@ void Progress::advance(std::uint64_t done) {
 }
 
 void Progress::finish() {
-  if (!shown_) return;
-  print(100);
-  say("\n");
+  if (shown_ && printed_ < 100) print(100);
+  end();
+}
+
+void Progress::end() const {
+  if (shown_) say("\n");
 }
 
 }  // namespace vblk::img

@@ -15,6 +15,8 @@ class Progress {
   void advance(std::uint64_t done);
   // Everything is done: ends the line.
   void finish();
+  // Ends the line where it is: what is left will not be done.
+  void end() const;
 
  private:
   void print(double percent);

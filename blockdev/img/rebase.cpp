@@ -237,9 +237,13 @@ Expected<void> check_image(const RebaseOptions& options) {
 
 Expected<void> rebase(const RebaseOptions& options) {
   if (auto checked = check_image(options); !checked) return checked;
-  if (!options.only_the_name) {
-    if (auto kept = keep_content(options); !kept) return kept;
+  if (options.only_the_name) {
+    Progress progress(options.show_progress, 0);
+    auto renamed = rename_backing_file(options);
+    if (renamed) progress.finish();
+    return renamed;
   }
+  if (auto kept = keep_content(options); !kept) return kept;
   return rename_backing_file(options);
 }
 
