@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 
 from harness import Folder, Report, Server, allocated_bytes, test_seed, wait_until  # noqa: E402
 from qcow2_images import (COPIED, EXTENSION_BITMAPS, KIB, MIB, OFFSET_MASK, SECTOR, Header, check,  # noqa: E402
-                          extension_offset, is_clean, option_matrix, qemu_img, qemu_io, read_number, unique_content,
+                          extension_offset, is_clean, l2_entry_offset, option_matrix, qemu_img, qemu_io, read_number,
                           write_number)
 
 
@@ -772,6 +772,76 @@ def compares_alike(report, vblk, folder, rng):
                  found[:2] == (1, "Strict mode: Offset 1048576 block status mismatch!\n"), found)
     same(report, "compare does not", vblk, ["compare", folder / "s1.qcow2", folder / "s2.qcow2"])
     same(report, "compare -q says nothing", vblk, ["compare", "-q", folder / "s1.qcow2", folder / "other.raw"])
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def shown(text):
+    """What -p shows: the first percentage, whether it came to 100, and what is said besides."""
+    steps = re.findall(r"    \(([0-9.]+)/100%\)\r", text)
+    return steps[:1], steps[-1:] == ["100.00"], re.sub(r"    \([0-9.]+/100%\)\r", "", text)
+
+
+def shows_progress_alike(report, vblk, folder, rng):
+    """-p begins with 0, comes to 100 where the work is done, and ends its line."""
+    raw, other, longer = folder / "disk.raw", folder / "other.raw", folder / "longer.raw"
+    raw.write_bytes(content(rng, 6 * MIB))
+    data = bytearray(raw.read_bytes())
+    data[3 * MIB] ^= 1
+    other.write_bytes(data)
+    shutil.copy(raw, longer)
+    os.truncate(longer, 7 * MIB)
+    below, new = folder / "below.qcow2", folder / "new.qcow2"
+    for path in (below, new):
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", raw, path)
+    image, fresh = folder / "image.qcow2", folder / "fresh.qcow2"
+    QEMU.works("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", image)
+    qemu_io(image, "write -P 7 1M 3M")
+    shutil.copy(image, fresh)
+    for name, *arguments in (("compare of equal disks", "compare", raw, raw), ("of another size", "compare", raw, longer),
+                             ("of different ones", "compare", raw, other), ("of one, quietly", "compare", "-q", raw, raw),
+                             ("compare -s of two sizes", "compare", "-s", raw, longer),
+                             ("rebase", "rebase", "-b", new, "-F", "qcow2", image), ("rebase, quietly", "rebase", "-q", "-b", "", image),
+                             ("rebase -u", "rebase", "-u", "-b", new, "-F", "qcow2", image),
+                             ("commit -d", "commit", "-d", image), ("commit, quietly", "commit", "-q", image),
+                             ("commit", "commit", image)):
+        more = ["-f", "raw", "-F", "raw"] if arguments[0] == "compare" else []
+        ended = []
+        for tool in (QEMU, vblk):
+            shutil.copy(fresh, image)
+            ended.append(tool(arguments[0], "-p", *more, *arguments[1:])[:2])
+        report.check(f"-p, {name}: as qemu-img shows it", [(status, shown(text)) for status, text in ended][0] ==
+                     [(status, shown(text)) for status, text in ended][1], ended)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def tells_errors_of_compare(report, vblk, folder, rng):
+    """What cannot be opened, mapped or read is three statuses, from either side and also below."""
+    raw, sound, unmapped, unread = (folder / name for name in ("disk.raw", "sound.qcow2", "unmapped.qcow2", "unread.qcow2"))
+    raw.write_bytes(b"".join(b"%016d" % number * 256 for number in range(768)))
+    for path in (sound, unmapped):
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", raw, path)
+    QEMU.works("convert", "-f", "raw", "-O", "qcow2", "-c", raw, unread)
+    place = l2_entry_offset(unmapped, 20)
+    write_number(unmapped, place, read_number(unmapped, place) ^ SECTOR)
+    with open(unread, "r+b") as file:
+        file.seek(read_number(unread, l2_entry_offset(unread, 20)) & (1 << 54) - 1)
+        file.write(b"\xff" * 200)
+    for below in (unmapped, unread):
+        QEMU.works("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", folder / f"over_{below.name}", "3M")
+    differs = folder / "differs.raw"
+    differs.write_bytes(b"x" + raw.read_bytes()[1:])
+    nothing, wrong, statuses = folder / "none", [], set()
+    for bad in (unmapped, unread, folder / "over_unmapped.qcow2", folder / "over_unread.qcow2", nothing):
+        for pair in ((bad, sound), (sound, bad), (bad, bad), (bad, raw), (bad, differs)):
+            theirs, ours = QEMU("compare", *pair), vblk("compare", *pair)
+            statuses.add(theirs[0])
+            lines = [line for line in ours[2].splitlines() if line.startswith("vblk img: ")]
+            if theirs[0] != ours[0] or len(lines) != (ours[0] > 1):
+                wrong.append(f"{pair}: qemu-img {theirs}, vblk img {ours}")
+    report.check("compare: what cannot be opened, mapped, read is 2, 3, 4", not wrong and statuses == {1, 2, 3, 4},
+                 f"{statuses}\n" + "\n".join(wrong[:3]))
     for path in folder.iterdir():
         path.unlink()
 
@@ -1817,6 +1887,8 @@ def main():
         "uses_block_devices": lambda folder: uses_block_devices(report, vblk, folder, rng),
         "keeps_mounted_names": lambda folder: keeps_mounted_names(report, vblk, folder, rng),
         "compares_alike": lambda folder: compares_alike(report, vblk, folder, rng),
+        "tells_errors_of_compare": lambda folder: tells_errors_of_compare(report, vblk, folder, rng),
+        "shows_progress_alike": lambda folder: shows_progress_alike(report, vblk, folder, rng),
         "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
         "commits_alike": lambda folder: commits_alike(report, vblk, folder, rng),
         "rebases_alike": lambda folder: rebases_alike(report, vblk, folder, rng),
