@@ -81,12 +81,13 @@ Expected<void> grow(BlockNode& node, std::uint64_t size_bytes) {
 }
 
 Expected<void> write_into_base(const CommitOptions& options, const Base& base) {
+  // The image is locked by the caller. It comes first: where its chain does not end it says so, and
+  // not that the base is in use, by this process.
+  auto source = open_source({.path = options.path, .format = "qcow2", .lock = false});
+  if (!source) return std::unexpected(std::move(source.error()));
   auto target = open_source(
       {.path = base.path, .format = base.format, .cache = options.cache, .read_only = false});
   if (!target) return std::unexpected(std::move(target.error()));
-  // The base is locked for writing, by this process; the image by the caller.
-  auto source = open_source({.path = options.path, .format = "qcow2", .lock = false});
-  if (!source) return std::unexpected(std::move(source.error()));
   if (!source->node) return {};
   if (!target->node) {
     return make_error(ErrorKind::kNotSupported,
