@@ -6,6 +6,7 @@ are judged by qemu-img. Where the two differ on purpose, the test says so.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -38,6 +39,10 @@ class Tool:
                               timeout=options.pop("timeout", 60), **options)
         return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
+    def start(self, *arguments, **options):
+        return subprocess.Popen([*self.command, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, **options)
+
     def works(self, *arguments, **options):
         status, output, errors = self(*arguments, **options)
         if status != 0:
@@ -46,6 +51,22 @@ class Tool:
 
 
 QEMU = Tool("qemu-img")
+
+
+class Holder:
+    """A program that opens an image by qemu-io's command line and has it open while a `with` block runs."""
+
+    def __init__(self, *command):
+        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process.stdin.write(b"length\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.communicate(timeout=20)
 
 
 def same(report, name, vblk, arguments, change=lambda text: text, **options):
@@ -471,15 +492,110 @@ def refuses_to_convert(report, vblk, folder, options):
         status, _, errors = vblk("create", "-f", "qcow2", "-b", image, "-F", "qcow2", over)
         report.check("an overlay on what a server writes is made", status == 0 and QEMU("info", "-U", over)[0] == 0, errors)
         over.unlink()
-        for arguments in (["info", image], ["map", image], ["check", image], ["compare", image, image],
-                          ["convert", "-O", "raw", image, folder / "x"], ["convert", "-f", "raw", "-O", "qcow2", raw, image],
-                          ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"], ["bitmap", "--add", image, "b"],
-                          ["amend", "-o", "lazy_refcounts=on", image], ["dd", f"if={image}", f"of={folder / 'x'}"]):
-            status, _, errors = vblk(*arguments)
+        # At the same time, for each waits a second for the server to end.
+        cases = [["info", image], ["map", image], ["check", image], ["compare", image, image],
+                 ["convert", "-O", "raw", image, folder / "x"], ["convert", "-f", "raw", "-O", "qcow2", raw, image],
+                 ["create", "-f", "qcow2", image, "1M"], ["resize", image, "2M"], ["bitmap", "--add", image, "b"],
+                 ["amend", "-o", "lazy_refcounts=on", image], ["dd", f"if={image}", f"of={folder / 'x'}"]]
+        for arguments, process in [(arguments, vblk.start(*arguments)) for arguments in cases]:
+            errors = process.communicate(timeout=60)[1].decode()
             report.check(f"{arguments[0]} of what a server writes is refused",
-                         status != 0 and len(errors.splitlines()) == 1 and "another process" in errors and
-                         not (folder / "x").exists(), (status, errors))
+                         process.returncode != 0 and len(errors.splitlines()) == 1 and "another process" in errors and
+                         not (folder / "x").exists(), (process.returncode, errors))
         report.check("-U looks all the same", vblk("info", "-U", image)[0] == 0)
+
+
+def follows_chains(report, vblk, folder, options):
+    """Chains whose middle or end is missing, is no image, is its own backing file, or is written by somebody."""
+    place, kept = folder / "place", folder / "kept"
+    kept.mkdir()
+    for below, name in ((None, "base"), ("base", "mid"), ("mid", "top"), (None, "other")):
+        backing = ["-b", f"{below}.qcow2", "-F", "qcow2"] if below else []
+        QEMU.works("create", "-q", "-f", "qcow2", *backing, kept / f"{name}.qcow2", "4M")
+        qemu_io(kept / f"{name}.qcow2", f"write -P {len(name)} 1M 300k")
+    QEMU.works("snapshot", "-c", "s", kept / "top.qcow2")
+    new = ["-b", "other.qcow2", "-F", "qcow2"]
+    reading = [["map", "top.qcow2"], ["convert", "-O", "raw", "top.qcow2", "x"], ["compare", "top.qcow2", "other.qcow2"],
+               ["compare", "other.qcow2", "top.qcow2"], ["measure", "-O", "qcow2", "top.qcow2"], ["dd", "if=top.qcow2", "of=x"]]
+    writing = [["commit", "top.qcow2"], ["commit", "-b", "base.qcow2", "top.qcow2"], ["resize", "top.qcow2", "5M"],
+               ["rebase", *new, "top.qcow2"], ["rebase", "-b", "", "top.qcow2"]]
+    # Of the image alone, where qemu-img opens all of the chain.
+    alone = [["check", "top.qcow2"], ["snapshot", "-l", "top.qcow2"], ["snapshot", "-c", "new", "top.qcow2"],
+             ["amend", "-o", "lazy_refcounts=on", "top.qcow2"], ["info", "top.qcow2"], ["rebase", "-u", *new, "top.qcow2"]]
+    making = [["create", "-f", "qcow2", "-b", "top.qcow2", "-F", "qcow2", "x"], ["info", "--backing-chain", "top.qcow2"]]
+
+    def few_files():
+        """qemu-img opens the images of a loop again and again until there are no descriptors left."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+
+    def begin():
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(kept, place)
+
+    for what, spoil in {"a middle file that is missing": lambda: (place / "mid.qcow2").unlink(),
+                        "a middle file that is no image": lambda: (place / "mid.qcow2").write_bytes(b"no image" * 999),
+                        "a base that is missing": lambda: (place / "base.qcow2").unlink(),
+                        "a base that is based on the top": lambda: QEMU.works(
+                            "rebase", "-u", "-b", "top.qcow2", "-F", "qcow2", place / "base.qcow2")}.items():
+        begin()
+        spoil()
+        before = {path: path.read_bytes() for path in place.iterdir()}
+        each_fails(report, f"{what}: all that reads the chain fails as with qemu-img", vblk, [*reading, *writing, *making], place,
+                   cwd=place, preexec_fn=few_files)
+        report.check(f"{what}: nothing has changed", before == {path: path.read_bytes() for path in place.iterdir()})
+        ended = [(arguments[0], *vblk(*arguments, cwd=place)) for arguments in alone]
+        report.check(f"{what}: the image itself can be looked at and changed", all(end[1] == 0 for end in ended) and
+                     is_clean(check(place / "top.qcow2")) and vblk("compare", "top.qcow2", "other.qcow2", cwd=place)[0] == 1, ended)
+
+    # What is cut off reads as zeroes for qemu-img.
+    begin()
+    os.truncate(place / "mid.qcow2", 64 * KIB)
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    ended = [(arguments[0], *vblk(*arguments, cwd=place)) for arguments in (*reading, *writing)]
+    report.check("a middle file that was cut short: refused in a line, and nothing has changed",
+                 all(status in (1, 2) and len(errors.splitlines()) == 1 for _, status, _, errors in ended) and
+                 before == {path: path.read_bytes() for path in place.iterdir()}, ended)
+
+    # Written by a server or by QEMU, or read by QEMU, at the same time.
+    cases = [*reading, *writing, *making, *alone]
+    holders = {who: folder / who.replace(" ", "_") for who in ("top qemu-io", "mid vblk serve", "base qemu-io", "mid qemu-io -r")}
+    for copy in holders.values():
+        shutil.copytree(kept, copy)
+    with contextlib.ExitStack() as stack:
+        for who, copy in holders.items():
+            name, *program = who.split()
+            image = copy / f"{name}.qcow2"
+            if program[0] == "vblk":
+                stack.enter_context(Server(options.vblk, [image, "--format", "qcow2"], folder / "s", folder / "log"))
+            else:
+                stack.enter_context(Holder(*program, "-f", "qcow2", image))
+        started, theirs = [], []
+        for who, copy in holders.items():
+            for number, arguments in enumerate(cases):
+                for tool in (QEMU, vblk):
+                    # An image of its own for each, unless it is the image that is held.
+                    own = "top" if who.startswith("top") else f"{number}{tool.command[-1]}"
+                    if own != "top":
+                        shutil.copy(kept / "top.qcow2", copy / f"{own}.qcow2")
+                    words = [word.replace("top", own).replace("=x", f"=x{own}{number}") for word in arguments]
+                    words = [f"x{own}{number}" if word == "x" else word for word in words]
+                    if tool is QEMU:
+                        theirs.append(QEMU(*words, cwd=copy))
+                    else:
+                        started.append((who, arguments, vblk.start(*words, cwd=copy)))
+        wrong = []
+        for (who, arguments, process), expected in zip(started, theirs):
+            output, errors = process.communicate(timeout=60)
+            ended = (process.returncode, output.decode(), errors.decode())
+            is_better = arguments in alone and not who.startswith("top") and ended[0] == 0
+            is_told = bool(ended[0]) and (ended[0] > 1 or arguments[0] != "compare")
+            if ended[0] != expected[0] and not is_better or len(ended[2].splitlines()) != is_told:
+                wrong.append(f"{who}: {' '.join(arguments)}: qemu-img {expected}, vblk img {ended}")
+    refused = sum(status != 0 for status, _, _ in theirs)
+    report.check("an image, its middle or its base that another process has: the statuses are qemu-img's",
+                 not wrong and refused > 40, f"{refused} refused\n" + "\n".join(wrong[:5]))
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def leaves_nothing_half(report, vblk, folder, options, rng):
@@ -1880,6 +1996,7 @@ def main():
         "converts_content": lambda folder: converts_content(report, vblk, folder, rng),
         "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
         "refuses_to_convert": lambda folder: refuses_to_convert(report, vblk, folder, options),
+        "follows_chains": lambda folder: follows_chains(report, vblk, folder, options),
         "leaves_nothing_half": lambda folder: leaves_nothing_half(report, vblk, folder, options, rng),
         "salvages": lambda folder: salvages(report, vblk, folder, rng),
         "makes_two_files": lambda folder: makes_two_files(report, vblk, folder, rng),
