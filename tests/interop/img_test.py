@@ -433,6 +433,126 @@ def converts_overlays(report, vblk, folder, rng):
         path.unlink()
 
 
+def survives_changing_sources(report, vblk, folder, rng):
+    """The source is changed, cut short or taken away while it is read, by somebody who asks for no lock. Of what is not there
+    any more qemu-img makes zeroes, and says 0."""
+    raw, image, compressed = folder / "disk.raw", folder / "disk.qcow2", folder / "compressed.qcow2"
+    raw.write_bytes(content(rng, 9 * MIB))
+    for options, path in (([], image), (["-c", "-o", "cluster_size=4k"], compressed)):
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", *options, raw, path)
+
+    def spoil(path):
+        with open(path, "r+b") as file:
+            file.write(rng.randbytes(path.stat().st_size))
+
+    changes = {"cut short": lambda path: os.truncate(path, 3 * MIB), "emptied": lambda path: os.truncate(path, 0),
+               "overwritten": spoil, "made longer": lambda path: os.truncate(path, 60 * MIB), "removed": lambda path: path.unlink()}
+    started = []
+    for what in changes:
+        for source in (raw, image, compressed):
+            kind, changing, target = rng.choice(["raw", "qcow2"]), folder / f"source{len(started)}", folder / f"target{len(started)}"
+            shutil.copy(source, changing)
+            started.append((what, source, kind, changing, target, vblk.start(
+                "convert", "-m", "1", "-r", "4M", "-f", source.suffix[1:], "-O", kind, changing, target)))
+    time.sleep(0.4)
+    running = sum(process.poll() is None for *_, process in started)
+    for what, _, _, changing, *_ in started:
+        changes[what](changing)
+    wrong, failed = [], 0
+    for what, source, kind, changing, target, process in started:
+        errors = process.communicate(timeout=60)[1].decode()
+        failed += process.returncode == 1
+        told = [line for line in errors.splitlines() if line.startswith("vblk img: ")]
+        good = process.returncode in (0, 1) and len(told) == process.returncode == (not target.exists())
+        # An open file that loses its name, or gets longer, is the same disk; what was cut off is none.
+        if what in ("removed", "made longer"):
+            good = good and process.returncode == 0
+        if process.returncode == 0 and what != "overwritten":
+            good = good and identical(raw, "raw", target, kind)[0] == 0
+        if process.returncode == 0 and kind == "qcow2":
+            good = good and is_clean(check(target))
+        if not good:
+            wrong.append(f"{source.name} {what}, to {kind}: {process.returncode} {errors}")
+    report.check("convert of a source that changes: one line and no target, or a whole one", not wrong and (failed > 2 or running < 12),
+                 f"{running} {failed}\n" + "\n".join(wrong[:5]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def peak_kib(*command):
+    """The most memory that a command has in use, looked at while it runs, and its status."""
+    process, peak = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, int(found[1])) if found else peak
+        time.sleep(0.001)
+    return peak, process.returncode
+
+
+def bounds_memory(report, vblk, folder, rng):
+    """What docs/img.md says of convert's memory, besides what the program takes for a disk of one sector."""
+    small, large = folder / "small.raw", folder / "large.raw"
+    small.write_bytes(b"1" * SECTOR)
+    piece = content(rng, 8 * MIB)
+    with open(large, "wb") as file:
+        for _ in range(16):
+            file.write(piece)
+    image = folder / "large.qcow2"
+    QEMU.works("convert", "-f", "raw", "-O", "qcow2", large, image)
+    target = folder / "target"
+    base = peak_kib(*vblk.command, "convert", "-f", "raw", "-O", "raw", small, target)[0]
+    tables_mib = 2 + 2  # the source's caches and the target's tables; what allocates memory rounds up
+    for source, options, bound_mib in (
+            (large, ["-O", "qcow2"], 8), (image, ["-O", "raw"], 8), (large, ["-O", "qcow2", "-m", "2"], 2),
+            (large, ["-O", "qcow2", "-c", "-o", "compression_type=zstd"], 16),
+            (large, ["-O", "qcow2", "-c", "-m", "16", "-o", "compression_type=zstd"], 32),
+            (large, ["-O", "qcow2", "-W", "-o", "cluster_size=2M"], 16 + 4)):
+        peak, status = peak_kib(*vblk.command, "convert", "-f", source.suffix[1:], *options, source, target)
+        report.check(f"convert {' '.join(options)}: memory as docs/img.md says",
+                     status == 0 and 0 < peak - base < (bound_mib + tables_mib) * 1024,
+                     f"status {status}, {peak - base} KiB above {base} KiB, bound {bound_mib} + {tables_mib} MiB")
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def converts_distribution(report, vblk, folder, rng):
+    """A compressed image with a file system of real files, as distributions offer them."""
+    tree, raw = folder / "tree", folder / "disk.raw"
+    tree.mkdir()
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    for path in (*modules, Path(sys.executable), *map(Path, filter(None, map(shutil.which, ("bash", "qemu-img"))))):
+        shutil.copy(path, tree)
+    (tree / "link").symlink_to(modules[0].name)
+    with open(raw, "wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", tree, raw], check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
+    options = ["-c", "-o", "compression_type=zstd", "-f", "raw", "-O", "qcow2"]
+    theirs, ours = folder / "theirs.qcow2", folder / "ours.qcow2"
+    for tool, path in ((QEMU, theirs), (vblk, ours)):
+        tool.works("convert", *options, raw, path)
+    for image in (theirs, ours):
+        report.check(f"{image.stem}: both say that it is the same disk", all(
+            tool("compare", "-f", "raw", "-F", "qcow2", raw, image)[:2] == (0, "Images are identical.\n") for tool in (QEMU, vblk)))
+        for what, change in (("map", without_holes), ("info", as_json), ("check", as_json), ("measure", as_json)):
+            more = ["-O", "qcow2"] if what == "measure" else []
+            same(report, f"{image.stem}: {what}", vblk, [what, "--output=json", *more, image], change)
+    report.check("it is clean, and as compact as qemu-img's", is_clean(check(ours)) and
+                 ours.stat().st_size < theirs.stat().st_size * 1.03 + 256 * KIB < raw.stat().st_size,
+                 f"{check(ours)['text']} {ours.stat().st_size} {theirs.stat().st_size}")
+    back = folder / "back.raw"
+    for tool, image in ((QEMU, ours), (vblk, theirs), (vblk, ours)):
+        tool.works("convert", "-O", "raw", image, back)
+        judged = subprocess.run(["e2fsck", "-fn", back], capture_output=True, text=True,
+                                env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
+        report.check(f"{image.stem} by {Path(tool.command[0]).name}: the file system in it is whole",
+                     judged.returncode == 0 and back.read_bytes() == raw.read_bytes(), judged.stdout)
+    shutil.rmtree(tree)
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def salvages(report, vblk, folder, rng):
     """What cannot be found out or read becomes zeroes, sector by sector; the rest is there."""
     sound, broken = folder / "sound.qcow2", folder / "broken.qcow2"
@@ -1995,6 +2115,9 @@ def main():
         "converts": lambda folder: converts(report, vblk, folder, rng),
         "converts_content": lambda folder: converts_content(report, vblk, folder, rng),
         "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
+        "converts_distribution": lambda folder: converts_distribution(report, vblk, folder, rng),
+        "bounds_memory": lambda folder: bounds_memory(report, vblk, folder, rng),
+        "survives_changing_sources": lambda folder: survives_changing_sources(report, vblk, folder, rng),
         "refuses_to_convert": lambda folder: refuses_to_convert(report, vblk, folder, options),
         "follows_chains": lambda folder: follows_chains(report, vblk, folder, options),
         "leaves_nothing_half": lambda folder: leaves_nothing_half(report, vblk, folder, options, rng),
