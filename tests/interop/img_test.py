@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 
 from harness import Folder, Report, Server, allocated_bytes, test_seed, wait_until  # noqa: E402
 from qcow2_images import (COPIED, EXTENSION_BITMAPS, KIB, MIB, OFFSET_MASK, SECTOR, Header, check,  # noqa: E402
-                          extension_offset, is_clean, l2_entry_offset, option_matrix, qemu_img, qemu_io, read_number,
+                          extension_offset, is_clean, is_sound, l2_entry_offset, option_matrix, qemu_img, qemu_io, read_number,
                           write_number)
 
 
@@ -1166,6 +1166,50 @@ def rebases_alike(report, vblk, folder, rng):
         path.unlink()
 
 
+def rebase_killed(report, vblk, folder, rng):
+    """At calls that are counted, and at any time: the same disk on the old or the new backing file, and the next one works."""
+    bases = []
+    for name in ("old", "new"):
+        raw = folder / f"{name}.raw"
+        raw.write_bytes(content(rng, 8 * MIB))
+        bases.append(folder / f"{name}.qcow2")
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", raw, bases[-1])
+    sound, copy, before = folder / "sound.qcow2", folder / "copy.qcow2", folder / "before.raw"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-b", bases[0], "-F", "qcow2", sound, "9M")
+    qemu_io(sound, "write -P 7 1M 1M", "write -z 3M 300k")
+    QEMU.works("convert", "-O", "raw", sound, before)
+    words = ["rebase", "-b", bases[1], "-F", "qcow2", copy]
+    shutil.copy(sound, copy)
+    begun = time.monotonic()
+    vblk.works(*words)
+    whole_seconds = time.monotonic() - begun
+    wrong, interrupted, names = [], 0, set()
+    for when in [*range(3, 40, 6), *(rng.random() for _ in range(8))]:
+        shutil.copy(sound, copy)
+        if isinstance(when, int):
+            killed = killed_at(vblk, "io_uring_enter,pwritev2", when, *words) != 0
+        else:
+            process = vblk.start(*words)
+            time.sleep(when * whole_seconds)
+            process.kill()
+            process.communicate()
+            killed = process.returncode != 0
+        interrupted += killed
+        released(copy)
+        judged, name = check(copy), as_json(QEMU.works("info", "--output=json", copy))["backing-filename"]
+        names.add(name)
+        if judged["corruptions"] or judged["check-errors"] or name not in map(str, bases if killed else bases[1:]) or \
+                identical(before, "raw", copy, "qcow2")[0] != 0:
+            wrong.append(f"{when}: {name} {judged['text'][:500]}")
+        again = vblk(*words)
+        if again[0] != 0 or identical(before, "raw", copy, "qcow2")[0] != 0 or not is_sound(check(copy)):
+            wrong.append(f"{when}: once more: {again}")
+    report.check("rebase killed on the way: the same disk, without errors, and the next one works",
+                 not wrong and interrupted > 6 and str(bases[0]) in names, f"{interrupted} {names}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
 # ---- commit
 
 def writes_in_order(trace, *command):
@@ -2132,6 +2176,7 @@ def main():
         "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
         "commits_alike": lambda folder: commits_alike(report, vblk, folder, rng),
         "rebases_alike": lambda folder: rebases_alike(report, vblk, folder, rng),
+        "rebase_killed": lambda folder: rebase_killed(report, vblk, folder, rng),
         "snapshots_alike": lambda folder: snapshots_alike(report, vblk, folder, rng),
         "copies_parts_alike": lambda folder: copies_parts_alike(report, vblk, folder, rng),
         "keeps_bitmaps_alike": lambda folder: keeps_bitmaps_alike(report, vblk, folder, rng),
