@@ -361,13 +361,13 @@ void Checker::check_compressed(const Named& table, std::size_t index, const L2En
   const auto where = [&] {
     return fmt::format("L2 table at {:#x}, entry {}", table.offset, index);
   };
-  if (header_.has_data_file())
-    return corrupt(where() + ": compressed cluster with a data file", table.total);
   std::uint64_t descriptor = entry.descriptor;
   if ((descriptor & kFlagCopied) != 0) {
     corrupt(where() + ": the copied flag must never be set for a compressed cluster", table.total);
     descriptor &= ~kFlagCopied;
   }
+  if (header_.has_data_file())
+    return corrupt(where() + ": compressed cluster with a data file", table.total);
   if (geometry_.extended_l2 && entry.bitmap != 0) {
     return corrupt(where() + ": compressed cluster with a subcluster allocation bitmap",
                    table.total);
@@ -774,14 +774,13 @@ void Checker::set_flags_of_l2(std::span<const std::byte> table, std::uint64_t of
   for (std::size_t at = 0; at < table.size(); at += step) {
     const auto entry = load_be<std::uint64_t>(table.data() + at);
     if ((entry & kFlagCompressed) != 0 || (entry & kOffsetMask) == 0) continue;
-    if ((refcount_at(entry & kOffsetMask) == 1) != ((entry & kFlagCopied) != 0))
-      set_flag(table, offset, at, sectors, result);
+    // What is in a data file has no refcount, and one owner.
+    const bool is_owned = header_.has_data_file() || refcount_at(entry & kOffsetMask) == 1;
+    if (is_owned != ((entry & kFlagCopied) != 0)) set_flag(table, offset, at, sectors, result);
   }
 }
 
 Task<int> Checker::set_copied_flags(RepairResult& result) {
-  // What is in a data file has no refcounts, and its flags are not told from them.
-  if (header_.has_data_file()) co_return 0;
   std::vector<Sector> sectors;
   const std::uint64_t l1_bytes = (std::uint64_t{header_.l1_entries} * 8 + 511) / 512 * 512;
   if (l1_bytes > 0 && refcount_at(header_.l1_table_offset) == 1) {
