@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 
 from harness import Folder, Report, Server, allocated_bytes, test_seed, wait_until  # noqa: E402
-from qcow2_images import (COPIED, EXTENSION_BITMAPS, KIB, MIB, OFFSET_MASK, SECTOR, Header, check,  # noqa: E402
+from qcow2_images import (COPIED, EXTENSION_BITMAPS, INCOMPAT_EXTENDED_L2, KIB, MIB, OFFSET_MASK, SECTOR, Header, check,  # noqa: E402
                           extension_offset, is_clean, is_sound, l2_entry_offset, option_matrix, qemu_img, qemu_io, read_number,
                           write_number)
 
@@ -74,6 +74,15 @@ def same(report, name, vblk, arguments, change=lambda text: text, **options):
     theirs, ours = QEMU(*arguments, **options), vblk(*arguments, **options)
     good = theirs[0] == ours[0] and change(theirs[1]) == change(ours[1])
     return report.check(name, good, f"{' '.join(map(str, arguments))}\nqemu-img: {theirs}\nvblk img: {ours}")
+
+
+def both_at_once(vblk, *arguments):
+    """(status, output, errors) of both, for what only looks at an image."""
+    ended = []
+    for process in [tool.start(*arguments) for tool in (QEMU, vblk)]:
+        output, errors = process.communicate(timeout=60)
+        ended.append((process.returncode, output.decode(errors="replace"), errors.decode(errors="replace")))
+    return ended
 
 
 def as_json(text):
@@ -1856,10 +1865,17 @@ class Damage:
         data = path.read_bytes()
         tables = [struct.unpack_from(">Q", data, at)[0] & OFFSET_MASK for at in self.l1]
         blocks = [struct.unpack_from(">Q", data, at)[0] & OFFSET_MASK for at in self.refcount_table]
-        self.l2 = [at for table in tables if table for at in range(table, table + cluster, 8) if any(data[at:at + 8])]
-        bits = 1 << read_number(path, 96, ">I")
-        self.refcount_layout = {16: ">H", 32: ">I"}[bits]
-        self.refcounts = [at + bits // 8 * i for at in blocks if at for i in range(min(cluster * 8 // bits, 60))]
+        is_new = self.header.has("incompatible_features")
+        # An extended entry has a second word, of which subclusters have data and which are zeroes.
+        words = 2 if is_new and self.header["incompatible_features"] & INCOMPAT_EXTENDED_L2 else 1
+        # Large clusters have room for more entries than such a disk has.
+        used = min(cluster, 64 * KIB)
+        self.l2 = [at for table in tables if table for at in range(table, table + used, 8 * words) if any(data[at:at + 8 * words])]
+        self.subclusters = [at + 8 for at in self.l2] if words == 2 else []
+        bits = 1 << read_number(path, 96, ">I") if is_new else 16
+        # Narrow ones share a byte, which is what is damaged then.
+        self.refcount_layout = {1: ">B", 8: ">B", 16: ">H", 32: ">I", 64: ">Q"}[bits]
+        self.refcounts = [at + max(bits, 8) // 8 * i for at in blocks if at for i in range(min(cluster * 8 // max(bits, 8), 60))]
         # The first entry of the snapshot table, and of the bitmap directory.
         self.snapshot = self.header["snapshots_offset"] if self.header["nb_snapshots"] else None
         self.extension = extension_offset(path, EXTENSION_BITMAPS)
@@ -1897,6 +1913,7 @@ class Damage:
             "a refcount block beyond the end": lambda: write_number(self.path, table, 1 << 40),
             "no refcount block": lambda: write_number(self.path, table, 0),
             "a refcount block on data": lambda: write_number(self.path, table, read_number(self.path, l2) & OFFSET_MASK),
+            **(self.of_subclusters(rng.choice(self.subclusters)) if self.subclusters else {}),
             **(self.of_snapshots() if self.snapshot else {}),
             **(self.of_bitmaps() if self.bitmap else {}),
         }
@@ -1917,6 +1934,16 @@ class Damage:
             file.seek(self.snapshot)
             file.write(fixed[:36] + struct.pack(">I", extra_bytes) + rest[:old_bytes].ljust(extra_bytes, b"\0")[:extra_bytes] +
                        rest[old_bytes:] + bytes(8))
+
+    def of_subclusters(self, at):
+        """Of the second word of an extended L2 entry (qcow2.txt, "Extended L2 Entries")."""
+        return {
+            "subclusters that have data and are zeroes": lambda: write_number(self.path, at, 0x00ff_00ff_0000_00ff | 1),
+            "subclusters with data of a cluster without space": lambda: (write_number(self.path, at - 8, 0),
+                                                                         write_number(self.path, at, 1)),
+            "subclusters without data of a cluster with space": lambda: write_number(self.path, at, 0),
+            "an extended entry that says by its first word that it is zero": lambda: self.flip(at - 8, 1),
+        }
 
     def of_snapshots(self):
         """Of the snapshot table (qcow2.txt, "Snapshots"), by what each says that the image would be."""
@@ -1999,42 +2026,107 @@ class Damage:
         return found
 
 
+def forget_what_nothing_vouches_for(damage):
+    """Without snapshots it says nothing where they would be, nor does a bitmaps extension without its feature bit; qemu-img minds
+    all the same."""
+    header = Header(damage.path)
+    if header["nb_snapshots"] == 0:
+        header["snapshots_offset"] = 0
+    if damage.extension and not header["autoclear_features"] & 1:
+        write_number(damage.path, damage.extension + 4, 24, ">I")
+
+
+def by_qemu(mode, path):
+    """Repaired by qemu-img, which may not make a file of more than a GiB: of what leads far beyond the end it makes a TiB, and
+    needs half a minute for that."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))  # noqa: E731
+    return QEMU("check", "-r", mode, path, preexec_fn=limit, restore_signals=False)
+
+
+def repairs_all_it_has(report, vblk, folder, image, rng):
+    """An image with snapshots and bitmaps: repaired where qemu-img repairs it, to the same disk with the same bitmaps; and with
+    its snapshots, which qemu-img 7.2 loses."""
+    broken, theirs, ours, raw = folder / "broken.qcow2", folder / "theirs.qcow2", folder / "ours.qcow2", folder / "snapshot.raw"
+    ranks = {0: 0, 3: 1, 2: 2, 1: 3}
+    QEMU.works("convert", "-l", "s", "-O", "raw", image, raw)
+    kept, wrong, repaired = raw.read_bytes(), [], 0
+    sound = stored_bitmaps(image)
+    for number in range(16):
+        shutil.copy(image, broken)
+        damage = Damage(broken)
+        # Every other time of the tables that all images have.
+        possible = [name for name in damage.chosen(rng) if name not in Damage.NONE and
+                    (number % 2 or "snapshot" not in name and "bitmap" not in name)]
+        names = rng.choices(possible, k=rng.choice([1, 1, 2]))
+        for name in names:
+            damage.chosen(rng)[name]()
+        forget_what_nothing_vouches_for(damage)
+        mode = rng.choice(["leaks", "all", "all"])
+        before = QEMU("check", broken)[0]
+        for path in (theirs, ours):
+            shutil.copy(broken, path)
+        expected, found = by_qemu(mode, theirs), vblk("check", "-r", mode, ours)
+        judged = QEMU("check", ours)[0]
+        of_snapshots = any("snapshot" in name for name in names)
+        of_bitmaps = any("bitmap" in name for name in names)
+        # Where qemu-img loses a snapshot, it loses what was wrong with it; with -r leaks it writes bitmaps anew.
+        is_comparable = not of_snapshots and not (of_bitmaps and mode == "leaks")
+        about = f"{number} {names} -r {mode}: before {before}, qemu-img {expected}, vblk img {found}, then {judged}"
+        if is_comparable and (mode == "all" or before in (0, 3)) and ranks[found[0]] > ranks[expected[0]] or \
+                judged != found[0] or ranks[judged] > ranks[before]:
+            wrong.append(about)
+        if found[0] != 0:
+            continue
+        repaired += before != 0
+        if expected[0] == 0 and identical(ours, "qcow2", theirs, "qcow2")[0] != 0:
+            wrong.append(f"{about}: another disk")
+        if not of_bitmaps and stored_bitmaps(ours) != sound:
+            wrong.append(f"{about}: other bitmaps")
+        # What leads into another cluster, or nowhere, is another content also in a snapshot that shares the table.
+        if not of_snapshots and not any("L1" in name or "L2" in name or "data" in name or "cluster" in name for name in names):
+            raw.unlink()
+            if vblk("convert", "-l", "s", "-O", "raw", ours, raw)[0] != 0 or raw.read_bytes() != kept:
+                wrong.append(f"{about}: the snapshot has another content")
+    report.check("check -r of an image with snapshots and bitmaps: as good as qemu-img's, and nothing is lost",
+                 not wrong and repaired > 1, f"{repaired}\n" + "\n".join(wrong[:3]))
+    for path in (broken, theirs, ours, raw):
+        path.unlink(missing_ok=True)
+
+
 def repairs(report, vblk, folder, images, rng):
     """What can be repaired is, so that qemu-img agrees; killed on the way, the image is no worse."""
     broken, theirs, ours = folder / "broken.qcow2", folder / "theirs.qcow2", folder / "ours.qcow2"
     wrong, repeated, repaired = [], [], 0
     # Of an image with bitmaps qemu-img 7.2 loses all snapshots when it opens it to repair it, and their errors with them.
-    comparable = [images[0], images[2], images[3]]
-    for number in range(48):
-        shutil.copy(rng.choice(comparable), broken)
-        damage = Damage(broken)
+    comparable = [images[0], *images[2:]]
+    for number in range(40):
+        image = rng.choice(comparable)
+        shutil.copy(image, broken)
+        damage, done = Damage(broken), []
         for _ in range(rng.choice([1, 1, 2, 3])):
-            rng.choice([do for name, do in damage.chosen(rng).items() if name not in Damage.NONE])()
+            done.append(rng.choice([name for name in damage.chosen(rng) if name not in Damage.NONE]))
+            damage.chosen(rng)[done[-1]]()
         # Without snapshots it says nothing where they would be; qemu-img minds all the same.
-        if Header(broken)["nb_snapshots"] == 0:
-            Header(broken)["snapshots_offset"] = 0
-        # Nor does a bitmaps extension that nothing vouches for.
-        if damage.extension and not Header(broken)["autoclear_features"] & 1:
-            write_number(broken, damage.extension + 4, 24, ">I")
+        forget_what_nothing_vouches_for(damage)
         mode = rng.choice(["leaks", "all", "all"])
         before = QEMU("check", broken)[0]
         shutil.copy(broken, theirs)
         shutil.copy(broken, ours)
-        qemu_status = QEMU("check", "-r", mode, theirs)[0]
+        qemu_status = by_qemu(mode, theirs)[0]
         status, output, errors = vblk("check", "-r", mode, "--output=json", ours)
         judged = QEMU("check", ours)[0]
         # As good as qemu-img's repair or better, and what is told of it is so.
         ranks = {0: 0, 3: 1, 2: 2, 1: 3}
-        # With -r leaks, qemu-img happens to write bitmaps anew, and with them what was wrong there. With -r all it may make
-        # a file of a TiB, so that what lay beyond the end is zeroes within it: what is lost looks sound.
-        is_comparable = (mode == "all" or before in (0, 3)) and theirs.stat().st_size < 1 << 40
+        # With -r leaks, qemu-img happens to write bitmaps anew, and with them what was wrong there.
+        is_comparable = mode == "all" or before in (0, 3)
         if is_comparable and ranks[status] > ranks[qemu_status] or judged != status or ranks[judged] > ranks[before]:
-            wrong.append(f"{number} -r {mode}: before {before}, qemu-img {qemu_status}, vblk img {status}, then {judged}\n"
+            wrong.append(f"{number} {image.name} {done} -r {mode}: before {before}, qemu-img {qemu_status}, vblk img {status}, then {judged}\n"
                          f"{output}\n{errors[:800]}\n{QEMU('check', ours)}\n{QEMU('check', theirs)}")
         if status == 0 and before != 0:
             repaired += 1
-            if qemu_status == 0 and identical(ours, "qcow2", theirs, "qcow2")[0] != 0:
-                wrong.append(f"{number} -r {mode}: the disk is another than after qemu-img's repair")
+            # A data file has the disk as it is; what an entry says otherwise is found by neither, and read by neither.
+            if qemu_status == 0 and identical(ours, "qcow2", theirs, "qcow2")[0] not in (0, identical(theirs, "qcow2", theirs, "qcow2")[0]):
+                wrong.append(f"{number} {image.name} {done} -r {mode}: the disk is another than after qemu-img's repair")
         content = ours.read_bytes()
         again = vblk("check", "-r", mode, "--output=json", ours)
         if again[0] != status or ours.read_bytes() != content:
@@ -2046,7 +2138,7 @@ def repairs(report, vblk, folder, images, rng):
     # Every write but the first so many fails: what a kill leaves.
     worse, interrupted = [], 0
     for number in range(6):
-        shutil.copy(rng.choice(images), broken)
+        shutil.copy(rng.choice(images[:4]), broken)
         damage = Damage(broken)
         chosen = damage.chosen(rng)
         for name in ("a refcount block that does not begin with a cluster", "a copied flag of an L1 entry",
@@ -2080,13 +2172,22 @@ def repairs(report, vblk, folder, images, rng):
 
 def damaged(report, vblk, folder, rng):
     """Every damage is found where qemu-img finds it, and counted as it counts."""
-    images = []
-    for number, (options, things) in enumerate(((["cluster_size=4k"], ""), (["cluster_size=64k"], "snapshot bitmap"),
-                                                (["cluster_size=4k,lazy_refcounts=on"], "snapshot"),
-                                                (["cluster_size=4k,refcount_bits=32"], "bitmap"))):
+    images, raw = [], folder / "disk.raw"
+    raw.write_bytes(content(rng, 600 * KIB))
+    for number, (options, things) in enumerate((
+            ("cluster_size=4k", ""), ("cluster_size=64k", "snapshot bitmap"), ("cluster_size=4k,lazy_refcounts=on", "snapshot"),
+            ("cluster_size=4k,refcount_bits=32", "bitmap"), ("extended_l2=on,cluster_size=16k", "snapshot"),
+            (f"data_file={folder}/data,cluster_size=4k", ""), ("cluster_size=512", ""), ("cluster_size=2M", ""),
+            ("refcount_bits=1,cluster_size=4k", ""), ("refcount_bits=64,cluster_size=4k", "snapshot"),
+            ("cluster_size=4k", "compressed"), ("compat=0.10,cluster_size=4k", "compressed snapshot"))):
         image = folder / f"sound{number}.qcow2"
-        QEMU.works("create", "-f", "qcow2", "-o", *options, image, "6M")
-        qemu_io(image, "write -P 1 0 300k", "write -P 2 3M 200k", "write -z 4M 64k")
+        if "compressed" in things:
+            QEMU.works("convert", "-f", "raw", "-O", "qcow2", "-c", "-o", options, raw, image)
+            QEMU.works("resize", "-q", image, "6M")
+            qemu_io(image, "write -P 2 3M 200k")
+        else:
+            QEMU.works("create", "-f", "qcow2", "-o", options, image, "600k" if "=512" in options else "6M")
+            qemu_io(image, "write -P 1 0 300k", *([] if "=512" in options else ["write -P 2 3M 200k", "write -z 4M 64k"]))
         if "snapshot" in things:
             QEMU.works("snapshot", "-c", "s", image)
         if "bitmap" in things:
@@ -2097,7 +2198,7 @@ def damaged(report, vblk, folder, rng):
     copy = folder / "damaged.qcow2"
 
     def judge(name, wrong):
-        theirs, ours = QEMU("check", "--output=json", copy), vblk("check", "--output=json", copy)
+        theirs, ours = both_at_once(vblk, "check", "--output=json", copy)
         if (theirs[0], ours[0]) == Damage.NONE.get(name):
             return theirs[0]
         if theirs[0] != ours[0] or as_json(theirs[1]) != as_json(ours[1]):
@@ -2105,8 +2206,10 @@ def damaged(report, vblk, folder, rng):
         return theirs[0]
 
     wrong, statuses = {}, []
-    for image in images:
-        for name in Damage(image).chosen(rng):
+    for number, image in enumerate(images):
+        names = list(Damage(image).chosen(rng))
+        # All of them of the first images, a third, others in each run, of the other shapes.
+        for name in names if number < 4 else rng.sample(names, len(names) // 3):
             shutil.copy(image, copy)
             Damage(copy).chosen(rng)[name]()
             statuses.append(judge(name, wrong.setdefault(name, [])))
@@ -2120,7 +2223,7 @@ def damaged(report, vblk, folder, rng):
         shutil.copy(image, copy)
         damage = Damage(copy)
         for _ in range(rng.choice([1, 1, 2, 5])):
-            places = [*damage.l1, *damage.l2, *damage.refcounts, *damage.refcount_table, *damage.entries]
+            places = [*damage.l1, *damage.l2, *damage.subclusters, *damage.refcounts, *damage.refcount_table, *damage.entries]
             place = rng.choice(places) + rng.randrange(2)
             with open(copy, "r+b") as file:
                 file.seek(place)
@@ -2128,15 +2231,18 @@ def damaged(report, vblk, folder, rng):
         statuses.append(judge("random bytes", wrong))
     report.check("check: 60 images with random bytes are judged as qemu-img judges them", not wrong, "\n".join(wrong[:3]))
     repairs(report, vblk, folder, images, rng)
+    repairs_all_it_has(report, vblk, folder, images[1], rng)
     wrong = []
     for _ in range(30):
-        image = rng.choice(images)
+        # check does not look for a data file.
+        image = rng.choice([*images[:5], *images[6:]])
         shutil.copy(image, copy)
         with open(copy, "r+b") as file:
-            # Without snapshots it says nothing where they would be; qemu-img minds all the same.
-            file.seek(rng.choice([*range(64), *range(72, 112)]))
+            # Without snapshots it says nothing where they would be; qemu-img minds all the same. Nor does it mind where extensions
+            # end (15), or how long the one is that ends them (76, of version 2).
+            file.seek(rng.choice([*range(15), *range(16, 64), *(range(72, 112) if Header(image).has("header_length") else [])]))
             file.write(bytes([rng.randrange(256)]))
-        theirs, ours = QEMU("check", "--output=json", copy), vblk("check", "--output=json", copy)
+        theirs, ours = both_at_once(vblk, "check", "--output=json", copy)
         if ours[0] not in (0, 1, 2, 3, 63) or (theirs[0] == 0) != (ours[0] == 0):
             wrong.append(f"{theirs}\n{ours}")
     report.check("check: 30 images with a random byte in the header are good or bad to both", not wrong, "\n".join(wrong[:3]))

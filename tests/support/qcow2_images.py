@@ -10,7 +10,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
 COPIED = 1 << 63
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-INCOMPAT_DIRTY, INCOMPAT_CORRUPT = 1, 2
+INCOMPAT_DIRTY, INCOMPAT_CORRUPT, INCOMPAT_EXTENDED_L2 = 1, 2, 16
 EXTENSION_BACKING_FORMAT, EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS = 0xE2792ACA, 0x6803F857, 0x23852875
 
 
@@ -74,7 +74,7 @@ def unique_content(random, size):
 class Header:
     """The fields of an image's header that the tests look at or damage (qcow2.txt, "Header")."""
 
-    FIELDS = {"cluster_bits": (20, ">I"), "size": (24, ">Q"), "crypt_method": (32, ">I"), "l1_size": (36, ">I"),
+    FIELDS = {"version": (4, ">I"), "cluster_bits": (20, ">I"), "size": (24, ">Q"), "crypt_method": (32, ">I"), "l1_size": (36, ">I"),
               "l1_table_offset": (40, ">Q"), "refcount_table_offset": (48, ">Q"),
               "refcount_table_clusters": (56, ">I"), "nb_snapshots": (60, ">I"), "snapshots_offset": (64, ">Q"),
               "incompatible_features": (72, ">Q"), "compatible_features": (80, ">Q"),
@@ -90,6 +90,10 @@ class Header:
     def __setitem__(self, name, value):
         offset, layout = self.FIELDS[name]
         write_number(self.path, offset, value, layout)
+
+    def has(self, name):
+        """Version 2 ends where version 3 has its feature bits."""
+        return self["version"] > 2 or self.FIELDS[name][0] < 72
 
 
 def read_number(path, offset, layout=">Q"):
@@ -115,7 +119,8 @@ def l2_entry_offset(path, cluster, words=1):
 
 def extension_offset(path, kind):
     """Where a header extension begins, or None."""
-    at = Header(path)["header_length"]
+    header = Header(path)
+    at = header["header_length"] if header.has("header_length") else 72
     while True:
         found, length = read_number(path, at, ">I"), read_number(path, at + 4, ">I")
         if found == kind:
