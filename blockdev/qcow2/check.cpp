@@ -389,8 +389,10 @@ void Checker::check_standard(const Named& table, std::size_t index, const L2Entr
   }
   const std::uint64_t offset = host_offset(entry);
   const std::uint64_t allocated = entry.bitmap & (~std::uint64_t{0} >> kSubclusters);
+  // Byte 0 of a data file is told from no space by the flag; zeroes have none there.
+  const bool is_zero = !geometry_.extended_l2 && (entry.descriptor & kFlagZero) != 0;
   const bool has_space =
-      offset != 0 || (header_.has_data_file() && (entry.descriptor & kFlagCopied) != 0);
+      offset != 0 || (header_.has_data_file() && (entry.descriptor & kFlagCopied) != 0 && !is_zero);
   if (!has_space) {
     if (geometry_.extended_l2 && allocated != 0)
       corrupt(where() + ": unallocated cluster with allocated subclusters", table.total);
