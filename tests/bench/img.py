@@ -50,8 +50,19 @@ def run(command):
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def compare(name, rounds, commands, clean_up, settle_seconds):
-    """Rounds of both; commands are {program: command line}."""
+def check_result(name, program, expected, result):
+    """What was made is the disk that it was made of, whoever made it, by qemu-img's judgement; this is not timed."""
+    if not result.exists():
+        return
+    with open(result, "rb") as file:
+        image_format = "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+    done = subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", image_format, expected, result], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{name}: {program} made another disk: {done.stdout}{done.stderr}")
+
+
+def compare(name, rounds, commands, clean_up, settle_seconds, check):
+    """Rounds of both; commands are {program: command line}. `check` is called with what each has made in the last round."""
     programs = list(commands)
     times = {program: [] for program in programs}
     for number in range(rounds + 1):
@@ -61,6 +72,8 @@ def compare(name, rounds, commands, clean_up, settle_seconds):
             measured = run(commands[program])
             if number > 0:  # the first warms the cache
                 times[program].append(measured)
+            if number == rounds:
+                check(name, program)
     ours, theirs = times["vblk img"], times["qemu-img"]
     ratios = sorted(a[0] / b[0] for a, b in zip(ours, theirs))
     processor = statistics.median(a[1] / max(b[1], 1e-3) for a, b in zip(ours, theirs))
@@ -93,7 +106,8 @@ def main():
             if options.only not in name:
                 return
             compare(name, rounds, {program: [*command, *arguments] for program, command in programs.items()},
-                    lambda: out.unlink(missing_ok=True), settle_seconds)
+                    lambda: out.unlink(missing_ok=True), settle_seconds,
+                    lambda name, program: check_result(name, program, raw, out) if name != "create" else None)
 
         both("convert raw to qcow2", "convert", "-f", "raw", "-O", "qcow2", raw, out,
              settle_seconds=SETTLE_SECONDS)
