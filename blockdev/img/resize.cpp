@@ -189,10 +189,9 @@ Expected<void> has_growable_disk(const std::string& path, const qcow2::Header& h
 }
 
 Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& options) {
-  if (options.preallocation == Preallocation::kMetadata ||
-      options.preallocation == Preallocation::kFalloc) {
+  if (options.preallocation == Preallocation::kMetadata) {
     return make_error(ErrorKind::kNotSupported,
-                      "a qcow2 image is resized with preallocation off or full here");
+                      "a qcow2 image is resized with preallocation off, falloc or full here");
   }
   const SourceOptions source_options{.path = path, .format = "qcow2", .read_only = false};
   {
@@ -220,7 +219,8 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
   node.resize(*bytes, context, [&resized](Expected<void> result) { resized = std::move(result); });
   context.drain();
   int error = 0;
-  if (resized && options.preallocation == Preallocation::kFull)
+  // Clusters that are to have their space get it by being written.
+  if (resized && options.preallocation != Preallocation::kOff)
     error = (*own)->run(write_zeroes(node, context, old_bytes, *bytes));
   node.detach(context);
   if (!resized) return resized;

@@ -1104,7 +1104,8 @@ def resizes_alike(report, vblk, folder, rng):
         shutil.copy(paths[0], paths[1])
         wrong = []
         for size, more in (("+1M", []), ("5M", []), ("-1M", ["--shrink"]), ("2M", []), ("40M", []), ("1M", ["--shrink"]),
-                           ("+3072", []), ("+0", []), ("--shrink", []), ("-900M", ["--shrink"]), ("9M", ["--preallocation=full"])):
+                           ("+3072", []), ("+0", []), ("--shrink", []), ("-900M", ["--shrink"]), ("9M", ["--preallocation=full"]),
+                           ("10M", ["--preallocation=falloc"]), ("10M", ["--preallocation=falloc"]), ("9M", ["--preallocation=nonsense"])):
             ended = [tool("resize", "-f", kind, *more, path, size)[:2] for tool, path in zip((QEMU, vblk), paths)]
             sizes = [as_json(QEMU.works("info", "-f", kind, "--output=json", path))["virtual-size"] for path in paths]
             judged = kind == "raw" or is_clean(check(paths[1]))
