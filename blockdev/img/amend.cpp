@@ -179,7 +179,7 @@ int print_help(const std::string& format) {
 
 int amend_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 8> kOptions{
-      "p", "q", "f:", "t:", "o:", "force!", "object:!", "image-opts!"};
+      "p", "q", "f:", "t:", "o:", "force!", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   if (!arguments->has("o")) return fail("say what to amend (-o); see vblk img --help");

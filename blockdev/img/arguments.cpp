@@ -16,6 +16,7 @@ struct Option {
   std::string_view name;
   bool takes_value{false};
   bool is_refused{false};
+  char described{0};
 };
 
 Option decode(std::string_view word) {
@@ -26,6 +27,11 @@ Option decode(std::string_view word) {
   }
   if (option.name.ends_with(':')) {
     option.takes_value = true;
+    option.name.remove_suffix(1);
+  }
+  const std::size_t end = option.name.find_last_not_of("12<$");
+  if (option.name.substr(0, end + 1).ends_with("image-opts") && end + 1 < option.name.size()) {
+    option.described = option.name.back();
     option.name.remove_suffix(1);
   }
   return option;
@@ -103,7 +109,69 @@ Expected<Arguments> Arguments::parse(std::span<const std::string> words,
       break;
     }
   }
+  arguments.names_as_given_ = arguments.names_;
+  if (auto taken = arguments.take_descriptions(options); !taken)
+    return std::unexpected(std::move(taken.error()));
   return arguments;
+}
+
+Expected<void> Arguments::take_descriptions(std::span<const std::string_view> options) {
+  for (const std::string_view word : options) {
+    const Option option = decode(word);
+    if (option.described == 0 || !has(option.name)) continue;
+    const std::size_t count = names_.size();
+    const bool is_target = option.described == '$';
+    const std::size_t end = option.described == '1'   ? std::min<std::size_t>(count, 1)
+                            : option.described == '<' ? std::max<std::size_t>(count, 1) - 1
+                                                      : count;
+    const auto format_of = [&option, is_target](std::size_t name) -> std::string_view {
+      if (is_target) return "O";
+      return option.described == '2' && name == 1 ? "F" : "f";
+    };
+    for (const std::string_view format : {format_of(0), format_of(1)}) {
+      if (has(format))
+        return usage_error(fmt::format("--{} tells the format by itself, and -{} has no place",
+                                       option.name, format));
+    }
+    for (std::size_t i = is_target ? std::max<std::size_t>(count, 1) - 1 : 0; i < end; ++i) {
+      const auto driver = take_description(names_[i], options);
+      if (!driver) return std::unexpected(driver.error());
+      if (is_target && driver->empty())
+        return usage_error("the description of the target has no driver");
+      if (option.described == '<' && i > 0 && *driver != value_or("f", ""))
+        return usage_error("several images together have one driver");
+      if (!driver->empty()) given_.emplace_back(format_of(i), *driver);
+    }
+  }
+  return {};
+}
+
+Expected<std::string> Arguments::take_description(std::string& name,
+                                                  std::span<const std::string_view> options) {
+  std::string file;
+  std::string driver;
+  for (const auto& [key, value] : parse_key_values(name)) {
+    const bool is_file = key == "file.driver" && value == "file";
+    if (key == "file.filename") {
+      file = value;
+    } else if (key == "driver" && (value == "raw" || value == "qcow2")) {
+      driver = value;
+    } else if (key == "force-share" && (value == "on" || value == "off") &&
+               std::ranges::find(options, std::string_view("U")) != options.end()) {
+      if (value == "on") given_.emplace_back("U", "");
+    } else if (!is_file) {
+      return make_error(
+          ErrorKind::kNotSupported,
+          fmt::format("'{}={}' of '{}' is not supported here: a description has driver=raw or "
+                      "qcow2, file.filename, file.driver=file and, for commands with -U, "
+                      "force-share",
+                      key, value, name));
+    }
+  }
+  if (file.empty())
+    return usage_error(fmt::format("'{}' names no file: file.filename is missing", name));
+  name = file;
+  return driver;
 }
 
 std::optional<std::string> Arguments::value(std::string_view name) const {

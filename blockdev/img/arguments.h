@@ -16,7 +16,9 @@ namespace vblk::img {
 class Arguments {
  public:
   // `options`: names, a letter or a word each; a ':' at the end: it takes a value. A '!' at the
-  // end: qemu-img has it, and it is refused by its name. Error: kInvalidArgument.
+  // end: qemu-img has it, and it is refused by its name. At the end of --image-opts and
+  // --target-image-opts, which names are descriptions of images (below): '1' the first, '2' two,
+  // '<' all but the last, '$' the last. Errors: kInvalidArgument, kNotSupported.
   static Expected<Arguments> parse(std::span<const std::string> words,
                                    std::span<const std::string_view> options);
 
@@ -32,10 +34,19 @@ class Arguments {
     return given_;
   }
   [[nodiscard]] const std::vector<std::string>& names() const { return names_; }
+  // The same, where they are descriptions as they are.
+  [[nodiscard]] const std::vector<std::string>& names_as_given() const { return names_as_given_; }
 
  private:
+  // A description, "driver=qcow2,file.filename=x", becomes the name of its file; force-share is -U.
+  // Returns its driver, which is what an option for the format would say; empty: it has none.
+  Expected<std::string> take_description(std::string& name,
+                                         std::span<const std::string_view> options);
+  Expected<void> take_descriptions(std::span<const std::string_view> options);
+
   std::vector<std::pair<std::string, std::string>> given_;
   std::vector<std::string> names_;
+  std::vector<std::string> names_as_given_;
 };
 
 // "a=b,c=d", as of -o: in order; ",," is a comma within a value. A word without '=' is "on".

@@ -139,7 +139,7 @@ Expected<void> edit(const BitmapOptions& options) {
 int bitmap_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 12> kOptions{
       "add", "remove", "clear", "enable", "disable",  "merge:",
-      "b:",  "F:",     "f:",    "g:",     "object:!", "image-opts!"};
+      "b:",  "F:",     "f:",    "g:",     "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   const auto options = parse_options(*arguments);

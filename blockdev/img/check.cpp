@@ -113,7 +113,7 @@ Task<int> carry_out(Job& job, IoContext& context) {
 
 int check_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 9> kOptions{
-      "q", "f:", "output:", "T:", "U", "force-share", "r:", "object:!", "image-opts!"};
+      "q", "f:", "output:", "T:", "U", "force-share", "r:", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   const auto output = parse_output_format(arguments->value_or("output", ""));
@@ -163,7 +163,8 @@ int check_command(std::span<const std::string> words) {
   if (!result.failure.empty())
     return fail(fmt::format("'{}' cannot be checked to its end: {}", path, result.failure));
   const bool quiet = arguments->has("q");
-  if (*output == OutputFormat::kJson && !quiet) print_json(path, result, job.repaired);
+  if (*output == OutputFormat::kJson && !quiet)
+    print_json(arguments->names_as_given()[0], result, job.repaired);
   if (*output == OutputFormat::kHuman && !quiet) print_human(result);
   if (result.check_errors > 0)
     return fail(fmt::format("'{}' cannot be checked to its end", path), kStatusFailed);

@@ -152,7 +152,7 @@ Expected<void> commit(const CommitOptions& options) {
 
 int commit_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 9> kOptions{
-      "q", "p", "d", "f:", "t:", "b:", "r:", "object:!", "image-opts!"};
+      "q", "p", "d", "f:", "t:", "b:", "r:", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   if (arguments->names().size() != 1) return fail("give one image; see vblk img --help");

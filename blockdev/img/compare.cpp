@@ -220,7 +220,7 @@ int compare_images(const Source& a, const Source& b, bool strict, bool quiet, Pr
 
 int compare_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 10> kOptions{
-      "f:", "F:", "T:", "p", "q", "s", "U", "force-share", "object:!", "image-opts!"};
+      "f:", "F:", "T:", "p", "q", "s", "U", "force-share", "object:!", "image-opts2"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   if (arguments->names().size() != 2) return fail("give two images; see vblk img --help");

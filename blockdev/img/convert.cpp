@@ -118,6 +118,8 @@ Expected<ConvertOptions> parse_options(const Arguments& arguments) {
   if (arguments.has("l") && options.snapshot.empty()) return wrong("-l names no snapshot");
   options.lock = !arguments.has("U") && !arguments.has("force-share");
   options.into_existing = arguments.has("n");
+  if (arguments.has("target-image-opts") && !options.into_existing)
+    return wrong("--target-image-opts goes with -n: a description is of an image that is there");
   options.target_is_zero = arguments.has("target-is-zero");
   options.compress = arguments.has("c");
   options.show_progress = arguments.has("p") && !arguments.has("q");
@@ -334,8 +336,8 @@ int convert_command(std::span<const std::string> words) {
                                                       "salvage",
                                                       "bitmaps",
                                                       "object:!",
-                                                      "image-opts!",
-                                                      "target-image-opts!",
+                                                      "image-opts<",
+                                                      "target-image-opts$",
                                                       "skip-broken-bitmaps",
                                                       "b:!",
                                                       "s:!"};

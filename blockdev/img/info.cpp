@@ -231,7 +231,7 @@ void print_human(const ImageInfo& info) {
 
 int info_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 7> kOptions{
-      "f:", "output:", "backing-chain", "U", "force-share", "object:!", "image-opts!"};
+      "f:", "output:", "backing-chain", "U", "force-share", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   const auto output = parse_output_format(arguments->value_or("output", ""));

@@ -98,7 +98,7 @@ Task<int> walk(BlockNode& node, IoContext& context, std::uint64_t start, std::ui
 int map_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 8> kOptions{"f:",          "output:",    "start-offset:",
                                                      "max-length:", "U",          "force-share",
-                                                     "object:!",    "image-opts!"};
+                                                     "object:!",    "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   const auto output = parse_output_format(arguments->value_or("output", ""));

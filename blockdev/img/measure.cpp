@@ -168,7 +168,7 @@ void print(const Measure& measure, OutputFormat output) {
 
 int measure_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 10> kOptions{
-      "f:", "O:", "o:", "l:", "U", "force-share", "output:", "size:", "object:!", "image-opts!"};
+      "f:", "O:", "o:", "l:", "U", "force-share", "output:", "size:", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   const auto output = parse_output_format(arguments->value_or("output", ""));

@@ -251,7 +251,7 @@ Expected<void> rebase(const RebaseOptions& options) {
 
 int rebase_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 12> kOptions{
-      "q", "p", "u", "f:", "t:", "T:", "b:", "F:", "U!", "force-share!", "object:!", "image-opts!"};
+      "q", "p", "u", "f:", "t:", "T:", "b:", "F:", "U!", "force-share!", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   if (arguments->names().size() != 1) return fail("give one image; see vblk img --help");

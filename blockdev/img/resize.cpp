@@ -261,7 +261,7 @@ int resize_command(std::span<const std::string> words) {
   // The last word is the size, which may begin with a minus.
   if (words.empty()) return fail("give an image and its new size; see vblk img --help");
   constexpr std::array<std::string_view, 6> kOptions{
-      "f:", "q", "preallocation:", "shrink", "object:!", "image-opts!"};
+      "f:", "q", "preallocation:", "shrink", "object:!", "image-opts1"};
   const std::string& size_text = words.back();
   const auto size = parse_new_size(size_text);
   // As qemu-img does, a word that is no size is not looked for elsewhere.

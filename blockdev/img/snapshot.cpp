@@ -81,7 +81,7 @@ Expected<void> carry_out(const std::string& path, Action action, const std::stri
 
 int snapshot_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 9> kOptions{
-      "q", "l", "a:", "c:", "d:", "U", "force-share", "object:!", "image-opts!"};
+      "q", "l", "a:", "c:", "d:", "U", "force-share", "object:!", "image-opts1"};
   const auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
   constexpr std::array<std::string_view, 4> kLetters{"l", "a", "c", "d"};
@@ -94,6 +94,8 @@ int snapshot_command(std::span<const std::string> words) {
   }
   if (asked > 1) return fail("give one of -l, -a, -c and -d");
   if (arguments->names().size() != 1) return fail("give one image; see vblk img --help");
+  // Only a description says it.
+  if (arguments->value_or("f", "qcow2") != "qcow2") return fail("a raw image has no snapshots");
   const std::string name = arguments->value_or(kLetters[action], "");
   if (name.size() > std::numeric_limits<std::uint16_t>::max())
     return fail("the name of a snapshot has 65535 bytes at most");

@@ -196,6 +196,63 @@ def describes_special(report, vblk, folder):
         ["compare", "--nonsense", odd, odd]], folder)
 
 
+def takes_descriptions(report, vblk, folder):
+    """--image-opts, as far as a description only says what a format and a name would."""
+    raw, image, odd = folder / "disk.raw", folder / "image.qcow2", folder / "a,b.qcow2"
+    raw.write_bytes(b"some text" * 70000)
+    os.truncate(raw, MIB)
+    for path in (image, odd):
+        QEMU.works("convert", "-f", "raw", "-O", "qcow2", raw, path)
+    of_raw, of_image = f"driver=raw,file.filename={raw}", f"driver=qcow2,file.driver=file,file.filename={image}"
+    of_odd = f"file.filename={folder}/a,,b.qcow2"
+    for command, *more in (("info", "--output=json"), ("check", "--output=json"), ("map", "--output=json"),
+                           ("measure", "--output=json", "-O", "qcow2"), ("info", "--output=json", "--backing-chain"), ("snapshot", "-l")):
+        change = (lambda text: text) if command == "snapshot" else as_json
+        for name in (of_image, of_odd, *([] if command in ("check", "snapshot") else [of_raw])):
+            same(report, f"{command} --image-opts {name.split(',')[0]}", vblk, [command, "--image-opts", *more, name], change)
+    same(report, "compare --image-opts", vblk, ["compare", "--image-opts", of_raw, of_image])
+    same(report, "compare --image-opts, the other way", vblk, ["compare", "--image-opts", of_odd, of_raw])
+    with Holder("qemu-io", "-f", "qcow2", image):
+        same(report, "force-share=on looks all the same", vblk, ["info", "--output=json", "--image-opts", f"force-share=on,{of_image}"],
+             as_json)
+    wrong = []
+    for arguments in (["convert", "--image-opts", "-O", "qcow2", of_image, folder / "new"],
+                      ["convert", "--image-opts", "-O", "raw", of_raw, of_raw, folder / "new"],
+                      ["resize", "--image-opts", f"driver=qcow2,file.filename={folder}/new", "3M"],
+                      ["amend", "--image-opts", "-o", "lazy_refcounts=on", f"driver=qcow2,file.filename={folder}/new"],
+                      ["bitmap", "--image-opts", "--add", f"driver=qcow2,file.filename={folder}/new", "b"],
+                      ["snapshot", "--image-opts", "-c", "s", f"file.filename={folder}/new"],
+                      ["rebase", "--image-opts", "-u", "-b", raw, "-F", "raw", f"driver=qcow2,file.filename={folder}/new"],
+                      ["commit", "--image-opts", "-d", f"driver=qcow2,file.filename={folder}/new"],
+                      ["convert", "-n", "--target-image-opts", "-f", "raw", raw, f"driver=qcow2,file.filename={folder}/new"]):
+        ended = []
+        for tool, place in ((QEMU, folder / "theirs.new"), (vblk, folder / "ours.new")):
+            shutil.copy(place if place.exists() and arguments[0] != "convert" else image, folder / "new")
+            if arguments[0] == "convert" and "-n" not in arguments:
+                (folder / "new").unlink()
+            ended.append(tool(*arguments)[:2])
+            shutil.move(folder / "new", place)
+        kind = "raw" if "raw" == arguments[arguments.index("-O") + 1 if "-O" in arguments else 0] else "qcow2"
+        # The bitmap makes commit go another way here.
+        if ended[0] != ended[1] and arguments[0] != "commit" or \
+                identical(folder / "theirs.new", kind, folder / "ours.new", kind)[0] != 0:
+            wrong.append(f"{arguments}: {ended}")
+        if kind == "raw":
+            for name in ("theirs.new", "ours.new"):
+                shutil.copy(image, folder / name)
+    report.check("commands that change or make images take descriptions", not wrong, "\n".join(wrong))
+    each_fails(report, "descriptions that say nothing, too much or something else fail as with qemu-img", vblk, [
+        ["info", "--image-opts", image], ["info", "--image-opts", "driver=qcow2"], ["info", "--image-opts", f"filename={image}"],
+        ["info", "-f", "qcow2", "--image-opts", of_image], ["info", "--image-opts", f"nonsense=1,{of_image}"],
+        ["info", "--image-opts", f"driver=nonsense,file.filename={image}"], ["info", "--image-opts", f"driver=qcow2,file.filename={raw}"],
+        ["info", "--image-opts", f"driver=qcow2,file.filename={folder}/none"], ["compare", "--image-opts", of_image],
+        ["convert", "--target-image-opts", "-f", "raw", raw, f"driver=raw,file.filename={folder}/x"],
+        ["convert", "-n", "-O", "raw", "--target-image-opts", raw, of_raw], ["snapshot", "--image-opts", "-l", "-c", "x", of_image]],
+        folder)
+    for path in folder.iterdir():
+        path.unlink()
+
+
 # ---- create
 
 def creates_alike(report, vblk, folder, rng):
@@ -2279,6 +2336,7 @@ def main():
     tests = {
         "describes_alike": lambda folder: describes_alike(report, vblk, folder, rng),
         "describes_special": lambda folder: describes_special(report, vblk, folder),
+        "takes_descriptions": lambda folder: takes_descriptions(report, vblk, folder),
         "creates_alike": lambda folder: creates_alike(report, vblk, folder, rng),
         "converts": lambda folder: converts(report, vblk, folder, rng),
         "converts_content": lambda folder: converts_content(report, vblk, folder, rng),
