@@ -140,9 +140,12 @@ def describes_alike(report, vblk, folder, rng):
         image, _ = recipe.make(place, rng)
 
         def compare(what, *arguments, change=lambda text: text):
-            theirs, ours = QEMU(*arguments), vblk(*arguments)
-            if theirs[0] != ours[0] or change(theirs[1]) != change(ours[1]):
-                different[what].append(f"{recipe}: {' '.join(map(str, arguments))}\n{theirs}\n{ours}")
+            # A second time: the space that files have changes while the kernel writes them back.
+            for _ in range(2):
+                theirs, ours = both_at_once(vblk, *arguments)
+                if theirs[0] == ours[0] and change(theirs[1]) == change(ours[1]):
+                    return
+            different[what].append(f"{recipe}: {' '.join(map(str, arguments))}\n{theirs}\n{ours}")
 
         compare("info", "info", image)
         compare("info as JSON", "info", "--output=json", image, change=as_json)
@@ -570,7 +573,10 @@ def bounds_memory(report, vblk, folder, rng):
     image = folder / "large.qcow2"
     QEMU.works("convert", "-f", "raw", "-O", "qcow2", large, image)
     target = folder / "target"
-    base = peak_kib(*vblk.command, "convert", "-f", "raw", "-O", "raw", small, target)[0]
+    # It may end before it is looked at.
+    base = 0
+    while base == 0:
+        base = peak_kib(*vblk.command, "convert", "-f", "raw", "-O", "raw", small, target)[0]
     tables_mib = 2 + 2  # the source's caches and the target's tables; what allocates memory rounds up
     for source, options, bound_mib in (
             (large, ["-O", "qcow2"], 8), (image, ["-O", "raw"], 8), (large, ["-O", "qcow2", "-m", "2"], 2),
@@ -1154,19 +1160,25 @@ def tells_errors_of_compare(report, vblk, folder, rng):
 def resizes_alike(report, vblk, folder, rng):
     for kind, options in (("raw", []), ("qcow2", []), ("qcow2", ["-o", "cluster_size=512"]),
                           ("qcow2", ["-o", "extended_l2=on"]), ("qcow2", ["-o", "compat=0.10"])):
+        # qemu-img takes seconds to shrink what has many small clusters.
+        large = "6M" if "cluster_size=512" in options else "40M"
         paths = [folder / "theirs", folder / "ours"]
         QEMU.works("create", "-f", kind, *options, paths[0], "3M")
         if kind == "qcow2":
             qemu_io(paths[0], "write -P 5 0 3M")
         shutil.copy(paths[0], paths[1])
+        # What the disk must be: qemu-img 7.2 may find old bytes of its file again where --preallocation=full makes it longer.
+        model = folder / "model"
+        QEMU.works("convert", "-f", kind, "-O", "raw", paths[0], model)
         wrong = []
-        for size, more in (("+1M", []), ("5M", []), ("-1M", ["--shrink"]), ("2M", []), ("40M", []), ("1M", ["--shrink"]),
+        for size, more in (("+1M", []), ("5M", []), ("-1M", ["--shrink"]), ("2M", []), (large, []), ("1M", ["--shrink"]),
                            ("+3072", []), ("+0", []), ("--shrink", []), ("-900M", ["--shrink"]), ("9M", ["--preallocation=full"]),
                            ("10M", ["--preallocation=falloc"]), ("10M", ["--preallocation=falloc"]), ("9M", ["--preallocation=nonsense"])):
             ended = [tool("resize", "-f", kind, *more, path, size)[:2] for tool, path in zip((QEMU, vblk), paths)]
-            sizes = [as_json(QEMU.works("info", "-f", kind, "--output=json", path))["virtual-size"] for path in paths]
+            sizes = [Header(path)["size"] if kind == "qcow2" else path.stat().st_size for path in paths]
             judged = kind == "raw" or is_clean(check(paths[1]))
-            if ended[0] != ended[1] or sizes[0] != sizes[1] or not judged or identical(paths[0], kind, paths[1], kind)[0] != 0:
+            os.truncate(model, (sizes[0] + SECTOR - 1) // SECTOR * SECTOR)
+            if ended[0] != ended[1] or sizes[0] != sizes[1] or not judged or identical(model, "raw", paths[1], kind)[0] != 0:
                 wrong.append(f"{size} {more}: {ended} {sizes} {judged}")
         report.check(f"resize of {kind} {' '.join(options)}: up and down as qemu-img does it", not wrong, "\n".join(wrong))
     for path in folder.iterdir():
@@ -1254,7 +1266,7 @@ def rebase_killed(report, vblk, folder, rng):
     vblk.works(*words)
     whole_seconds = time.monotonic() - begun
     wrong, interrupted, names = [], 0, set()
-    for when in [*range(3, 40, 6), *(rng.random() for _ in range(8))]:
+    for when in [*range(3, 40, 8), *(rng.random() for _ in range(6))]:
         shutil.copy(sound, copy)
         if isinstance(when, int):
             killed = killed_at(vblk, "io_uring_enter,pwritev2", when, *words) != 0
@@ -1275,7 +1287,7 @@ def rebase_killed(report, vblk, folder, rng):
         if again[0] != 0 or identical(before, "raw", copy, "qcow2")[0] != 0 or not is_sound(check(copy)):
             wrong.append(f"{when}: once more: {again}")
     report.check("rebase killed on the way: the same disk, without errors, and the next one works",
-                 not wrong and interrupted > 6 and str(bases[0]) in names, f"{interrupted} {names}\n" + "\n".join(wrong[:3]))
+                 not wrong and interrupted > 4 and str(bases[0]) in names, f"{interrupted} {names}\n" + "\n".join(wrong[:3]))
     for path in folder.iterdir():
         path.unlink()
 
@@ -1301,7 +1313,7 @@ def commit_survives_power_cuts(report, vblk, folder, rng):
         at_flushes = {moment for flush in operations if flush.kind == "flush" for moment in (flush.begun - 1, flush.begun, flush.ended)}
         last = max(operation.ended for operation in operations)
         left.mkdir()
-        for moment in sorted({*at_flushes, *(rng.randrange(last) for _ in range(8)), last}):
+        for moment in sorted({*at_flushes, *(rng.randrange(last) for _ in range(5)), last}):
             for fate in ("by sector", rng.choice(FATES[:3])):
                 for path, bytes_before in contents.items():
                     (left / path.name).write_bytes(after_power_cut(bytes_before, path, operations, moment, fate, rng))
@@ -1310,15 +1322,15 @@ def commit_survives_power_cuts(report, vblk, folder, rng):
                 if not all(is_sound(found) for found in judged) or identical(before, "raw", left / "top.qcow2", "qcow2")[0] != 0:
                     wrong.append(f"{options} {moment} of {last}, {fate}: {judged}")
         # Where flushes do nothing this is found.
-        for _ in range(12):
+        for _ in range(6):
             for path, bytes_before in contents.items():
                 (left / path.name).write_bytes(after_power_cut(bytes_before, path, operations, last, "by write", rng, True))
             noticed += not all(is_sound(check(left / path.name)) for path in contents) or \
                 identical(before, "raw", left / "top.qcow2", "qcow2")[0] != 0
         shutil.rmtree(left)
-    report.check("commit and power cuts: both images are without errors, and the disk is the same", not wrong and cuts > 40,
+    report.check("commit and power cuts: both images are without errors, and the disk is the same", not wrong and cuts > 30,
                  f"{cuts}\n" + "\n".join(wrong[:3]))
-    report.check("what a disk without flushes leaves of a commit is noticed", noticed > 4, noticed)
+    report.check("what a disk without flushes leaves of a commit is noticed", noticed > 1, noticed)
     for path in folder.iterdir():
         path.unlink()
 
@@ -2132,11 +2144,12 @@ def repairs_all_it_has(report, vblk, folder, image, rng):
         # Every other time of the tables that all images have.
         possible = [name for name in damage.chosen(rng) if name not in Damage.NONE and
                     (number % 2 or "snapshot" not in name and "bitmap" not in name)]
-        names = rng.choices(possible, k=rng.choice([1, 1, 2]))
+        certain = ["a refcount of 0", "a refcount of 7", "a copied flag of an L2 entry", "no refcount block"]
+        names = certain[number:number + 1] or rng.choices(possible, k=rng.choice([1, 1, 2]))
         for name in names:
             damage.chosen(rng)[name]()
         forget_what_nothing_vouches_for(damage)
-        mode = rng.choice(["leaks", "all", "all"])
+        mode = rng.choice(["leaks", "all", "all"]) if number >= len(certain) else "all"
         before = QEMU("check", broken)[0]
         for path in (theirs, ours):
             shutil.copy(broken, path)
@@ -2163,7 +2176,7 @@ def repairs_all_it_has(report, vblk, folder, image, rng):
             if vblk("convert", "-l", "s", "-O", "raw", ours, raw)[0] != 0 or raw.read_bytes() != kept:
                 wrong.append(f"{about}: the snapshot has another content")
     report.check("check -r of an image with snapshots and bitmaps: as good as qemu-img's, and nothing is lost",
-                 not wrong and repaired > 1, f"{repaired}\n" + "\n".join(wrong[:3]))
+                 not wrong and repaired > 2, f"{repaired}\n" + "\n".join(wrong[:3]))
     for path in (broken, theirs, ours, raw):
         path.unlink(missing_ok=True)
 
