@@ -5,6 +5,7 @@
 #include <array>
 #include <cerrno>
 #include <fcntl.h>
+#include <functional>
 #include <optional>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -18,9 +19,12 @@
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
 #include "blockdev/img/create_options.h"
+#include "blockdev/img/edited_file.h"
 #include "blockdev/img/engines.h"
 #include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
+#include "blockdev/qcow2/bitmap_editor.h"
+#include "blockdev/qcow2/bitmaps.h"
 
 namespace vblk::img {
 
@@ -173,12 +177,6 @@ Task<int> write_zeroes(BlockNode& node, IoContext& context, std::uint64_t at, st
 
 // What is refused of an image by its header.
 Expected<void> has_growable_disk(const std::string& path, const qcow2::Header& header) {
-  if (header.bitmap_directory) {
-    return make_error(ErrorKind::kNotSupported,
-                      fmt::format("'{}' has persistent bitmaps, which would be lost: they are "
-                                  "not kept up to date here",
-                                  path));
-  }
   if (header.size_bytes == 0) {
     return make_error(ErrorKind::kNotSupported,
                       fmt::format("'{}' is a disk of no bytes, which cannot grow here; make a "
@@ -188,23 +186,53 @@ Expected<void> has_growable_disk(const std::string& path, const qcow2::Header& h
   return {};
 }
 
-Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& options) {
-  if (options.preallocation == Preallocation::kMetadata) {
-    return make_error(ErrorKind::kNotSupported,
-                      "a qcow2 image is resized with preallocation off, falloc or full here");
+// The persistent bitmaps of an image whose disk gets another size: out of it, and in again. What
+// writes the disk does not keep them, and they have to fit its size.
+class MovedBitmaps {
+ public:
+  explicit MovedBitmaps(std::string path) : path_(std::move(path)) {}
+
+  // For a disk that will have so many bytes.
+  Expected<void> take_out(std::uint64_t new_bytes) {
+    return edit("keep", [this, new_bytes](EditedFile& file, qcow2::BitmapEditor& editor) {
+      const int error = file.run(editor.take_out(bitmaps_));
+      const bool fit = std::ranges::all_of(bitmaps_, [new_bytes](const auto& bitmap) {
+        return qcow2::bitmap_bytes(new_bytes, bitmap.granularity_bits) <= qcow2::kBitmapBytesMax;
+      });
+      return error == 0 && !fit ? EFBIG : error;
+    });
   }
-  const SourceOptions source_options{.path = path, .format = "qcow2", .read_only = false};
-  {
-    const auto file = open_file(source_options);
+  Expected<void> put_in() {
+    return edit("put back", [this](EditedFile&, qcow2::BitmapEditor& editor) {
+      int error = 0;
+      for (auto& bitmap : bitmaps_) {
+        if (error == 0) error = editor.put_in(std::move(bitmap));
+      }
+      return error;
+    });
+  }
+
+ private:
+  Expected<void> edit(const char* what,
+                      const std::function<int(EditedFile&, qcow2::BitmapEditor&)>& change) {
+    const auto file = EditedFile::open(path_, blockdev::CacheMode::kWriteback);
     if (!file) return std::unexpected(file.error());
-    if (!*file) {
-      return make_error(ErrorKind::kInvalidArgument,
-                        fmt::format("'{}' is not a qcow2 image: it is empty", path));
-    }
-    const auto header = read_header(**file);
-    if (!header) return std::unexpected(header.error());
-    if (auto possible = has_growable_disk(path, *header); !possible) return possible;
+    qcow2::BitmapEditor editor((*file)->file(), (*file)->context(), (*file)->header());
+    int error = (*file)->run(editor.load());
+    if (error == 0) error = change(**file, editor);
+    if (error == 0) error = (*file)->run(editor.save());
+    if (error == 0) return {};
+    return make_error(kind_of_errno(error),
+                      fmt::format("cannot {} the bitmaps of '{}': {}", what, path_,
+                                  editor.why().empty() ? describe_errno(error) : editor.why()),
+                      error);
   }
+
+  const std::string path_;
+  std::vector<qcow2::BitmapEditor::Loose> bitmaps_;
+};
+
+Expected<void> resize_disk(const SourceOptions& source_options, const ResizeOptions& options) {
   auto source = open_source(source_options);
   if (!source) return std::unexpected(std::move(source.error()));
   BlockNode& node = *source->node;
@@ -224,8 +252,40 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
     error = (*own)->run(write_zeroes(node, context, old_bytes, *bytes));
   node.detach(context);
   if (!resized) return resized;
-  if (error != 0) return failed(path, error);
+  if (error != 0) return failed(source_options.path, error);
   return {};
+}
+
+Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& options) {
+  if (options.preallocation == Preallocation::kMetadata) {
+    return make_error(ErrorKind::kNotSupported,
+                      "a qcow2 image is resized with preallocation off, falloc or full here");
+  }
+  const SourceOptions source_options{.path = path, .format = "qcow2", .read_only = false};
+  bool has_bitmaps = false;
+  std::uint64_t new_bytes = 0;
+  {
+    const auto file = open_file(source_options);
+    if (!file) return std::unexpected(file.error());
+    if (!*file) {
+      return make_error(ErrorKind::kInvalidArgument,
+                        fmt::format("'{}' is not a qcow2 image: it is empty", path));
+    }
+    const auto header = read_header(**file);
+    if (!header) return std::unexpected(header.error());
+    if (auto possible = has_growable_disk(path, *header); !possible) return possible;
+    const auto bytes = decide_size(options, header->size_bytes);
+    if (!bytes) return std::unexpected(bytes.error());
+    new_bytes = *bytes;
+    has_bitmaps = header->bitmap_directory && new_bytes != header->size_bytes;
+  }
+  if (!has_bitmaps) return resize_disk(source_options, options);
+  MovedBitmaps bitmaps(path);
+  if (auto taken = bitmaps.take_out(new_bytes); !taken) return taken;
+  auto resized = resize_disk(source_options, options);
+  // As they were, where the disk could not be resized.
+  auto back = bitmaps.put_in();
+  return resized ? back : resized;
 }
 
 }  // namespace
@@ -237,6 +297,11 @@ Expected<void> resize_qcow2(const std::string& path, std::uint64_t size_bytes) {
 Expected<void> can_resize_qcow2(const std::string& path, const qcow2::Header& header,
                                 std::uint64_t size_bytes) {
   if (auto possible = has_growable_disk(path, header); !possible) return possible;
+  if (header.bitmap_directory) {
+    return make_error(
+        ErrorKind::kNotSupported,
+        fmt::format("'{}' has persistent bitmaps, which only 'vblk img resize' keeps", path));
+  }
   if (size_bytes % blockdev::kSectorBytes != 0) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("a disk cannot have {} bytes; give a multiple of {}", size_bytes,

@@ -214,6 +214,36 @@ Task<int> BitmapEditor::merge(std::string_view name, std::string_view source, co
   co_return error;
 }
 
+Task<int> BitmapEditor::take_out(std::vector<Loose>& bitmaps) {
+  std::vector<Loose> taken;
+  for (const Kept& kept : bitmaps_) {
+    int error = check_usable(kept.entry, kept.name);
+    Loose loose{.name = kept.name,
+                .granularity_bits = kept.entry.granularity_bits,
+                .enabled = (kept.entry.flags & kBitmapAuto) != 0,
+                .bits = {}};
+    if (error == 0 && kept.bits) loose.bits = *kept.bits;
+    if (error == 0 && !kept.bits)
+      error = co_await read_bits(file_, geometry_, kept.entry, loose.bits);
+    if (error != 0) co_return error;
+    taken.push_back(std::move(loose));
+  }
+  for (const Loose& loose : taken) static_cast<void>(remove(loose.name));
+  bitmaps = std::move(taken);
+  co_return 0;
+}
+
+int BitmapEditor::put_in(Loose bitmap) {
+  if (const int error = add(bitmap.name, std::uint64_t{1} << bitmap.granularity_bits); error != 0)
+    return error;
+  std::vector<std::byte>& bits = *bitmaps_.back().bits;
+  bitmap.bits.resize(bits.size());
+  bits = std::move(bitmap.bits);
+  const std::uint64_t granules = granules_of(header_.size_bytes, bitmap.granularity_bits);
+  if (granules % 8 != 0) bits.back() &= std::byte((1U << (granules % 8)) - 1);
+  return bitmap.enabled ? 0 : enable(bitmap.name, false);
+}
+
 // Zeroes need no cluster.
 Task<int> BitmapEditor::write_bits(Kept& bitmap) {
   const std::span<const std::byte> bits(*bitmap.bits);

@@ -56,6 +56,19 @@ class BitmapEditor final : public ImageEditor {
   };
   blockdev::Task<int> merge(std::string_view name, std::string_view source, const Other& other);
 
+  // A bitmap without its image.
+  struct Loose {
+    std::string name;
+    unsigned granularity_bits;
+    bool enabled;
+    std::vector<std::byte> bits;
+  };
+  // Takes all bitmaps out of the image, with their bits. Errors besides those above: of reading.
+  blockdev::Task<int> take_out(std::vector<Loose>& bitmaps);
+  // Puts one back, into an image whose disk may have another size by now: bits behind its end are
+  // forgotten, those of what is new are not set.
+  [[nodiscard]] int put_in(Loose bitmap);
+
   // Writes what has changed; nothing if nothing has. Once, last. Errors: EINVAL (the image has
   // errors), EFBIG (tables or the file would be too large).
   blockdev::Task<int> save();

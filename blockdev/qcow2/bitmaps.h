@@ -72,13 +72,15 @@ blockdev::Task<int> read_bitmap_directory(blockdev::BlockNode& file, blockdev::I
 // What changes of an entry that stays, extra data and all.
 void update_bitmap_entry(const BitmapEntry& entry, std::span<std::byte> bytes);
 
+[[nodiscard]] inline std::uint64_t granules_of(std::uint64_t disk_bytes,
+                                               unsigned granularity_bits) {
+  return (disk_bytes >> granularity_bits) +
+         ((disk_bytes & ((std::uint64_t{1} << granularity_bits) - 1)) != 0 ? 1 : 0);
+}
 // Bytes of a bitmap of a disk: one bit for each granule, the first in bit 0 of the first byte.
 [[nodiscard]] inline std::uint64_t bitmap_bytes(std::uint64_t disk_bytes,
                                                 unsigned granularity_bits) {
-  const std::uint64_t granules =
-      (disk_bytes >> granularity_bits) +
-      ((disk_bytes & ((std::uint64_t{1} << granularity_bits) - 1)) != 0 ? 1 : 0);
-  return (granules + 7) / 8;
+  return (granules_of(disk_bytes, granularity_bits) + 7) / 8;
 }
 
 // The bits of a bitmap that is not in use, of a disk of this size ("Bitmap data"). Errors: EINVAL

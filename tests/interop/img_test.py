@@ -1669,6 +1669,40 @@ def keeps_bitmaps_alike(report, vblk, folder, rng):
         same(report, f"info tells of bitmaps {' '.join(options)}", vblk, ["info", "--output=json", paths[1]], as_json)
     report.check("bitmap does what qemu-img does, bit by bit", not wrong and orders >= 18, f"{orders}\n" + "\n".join(wrong[:2]))
 
+    # The disk gets another size: what is new is not set, what is behind the end is forgotten.
+    wrong = []
+    for options, sizes in ((["-o", "cluster_size=512"], ["7M", "9M", "1000k", "5M"]), ([], ["700M", "2G", "3M"])):
+        paths = [folder / "theirs.qcow2", folder / "ours.qcow2"]
+        QEMU.works("create", "-q", "-f", "qcow2", *options, paths[0], 5 * MIB + 3 * SECTOR)
+        for words in (["--add", "-g", "512"], ["--add", "-g", "64k", "--disable"], ["--add", "-g", "2G"]):
+            QEMU.works("bitmap", *words, paths[0], words[2])
+        qemu_io(paths[0], "write -P 1 70k 90k", "write -P 2 5M 1k")
+        shutil.copy(paths[0], paths[1])
+        for size in sizes:
+            ended = [tool("resize", "--shrink", path, size)[:2] for tool, path in zip((QEMU, vblk), paths)]
+            stored = [stored_bitmaps(path) for path in paths]
+            if ended[0] != ended[1] or stored[0] != stored[1] or len(stored[1]) != 3 or not is_clean(check(paths[1])) or \
+                    identical(paths[0], "qcow2", paths[1], "qcow2")[0] != 0:
+                wrong.append(f"{options} {size}: {ended} {stored} {check(paths[1])['text']}")
+    report.check("resize keeps bitmaps as qemu-img keeps them", not wrong, "\n".join(wrong))
+    # None of them may be there that does not know of a change, and a disk of either size is the same disk.
+    wrong, interrupted, sound, image = [], 0, folder / "theirs.qcow2", folder / "killed.qcow2"
+    QEMU.works("resize", "--shrink", sound, "3M")
+    before = stored_bitmaps(sound)
+    for when in (1, 3, 6, 10, 15, 21):
+        shutil.copy(sound, image)
+        interrupted += killed_at(vblk, "io_uring_enter,pwritev2", when, "resize", image, "4M") != 0
+        released(image)
+        found = stored_bitmaps(image)
+        if found not in ({}, before) and {name: bits for name, (_, _, bits) in found.items()} != \
+                {name: bits for name, (_, _, bits) in before.items()}:
+            wrong.append(f"killed at {when}: {found}")
+        # A comparison takes zeroes for what the smaller one does not have.
+        if identical(sound, "qcow2", image, "qcow2")[0] != 0 or not is_sound(check(image)):
+            wrong.append(f"killed at {when}: {check(image)['text']}")
+    report.check("resize with bitmaps killed on the way: the disk is there, its bitmaps are right or gone",
+                 not wrong and interrupted > 2, f"{interrupted} {wrong}")
+
     # Merging where granularities differ, both ways, chosen so that it happens in every run.
     wrong = []
     for coarse, fine in (("64k", "512"), ("1M", "32k")):
@@ -1709,6 +1743,7 @@ def keeps_bitmaps_alike(report, vblk, folder, rng):
         ["bitmap", "-b", small, "--merge", "b", image, "b"], ["bitmap", "-b", raw, "-F", "raw", "--merge", "b", image, "b"],
         ["bitmap", "-b", folder / "none", "--merge", "b", image, "b"], ["bitmap", "-U", "--clear", image, "b"],
         ["bitmap", "--clear", image, "lost"], ["bitmap", "--enable", image, "lost"], ["bitmap", "--merge", "lost", image, "b"],
+        ["resize", image, "5M"],
         ["bitmap", "--add", old, "b"], ["bitmap", "--add", "-f", "raw", raw, "b"], ["bitmap", "--remove", raw, "b"],
         ["bitmap", "--add", folder / "none", "b"]], folder)
     fresh = folder / "fresh.qcow2"
