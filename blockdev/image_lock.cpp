@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cstdint>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <thread>
+#include <unistd.h>
 
 #include <fmt/core.h>
 
@@ -103,6 +105,20 @@ void unlock_image(int fd) {
     set_byte(fd, F_UNLCK, kPermissionBase + permission);
     set_byte(fd, F_UNLCK, kUnsharedBase + permission);
   }
+}
+
+// open(2): O_EXCL without O_CREAT fails with EBUSY where a block device is in use by the system.
+Expected<void> check_is_not_mounted(const std::string& path) {
+  struct stat status{};
+  if (::stat(path.c_str(), &status) != 0 || !S_ISBLK(status.st_mode)) return {};
+  const int fd = ::open(path.c_str(), O_RDONLY | O_EXCL | O_NONBLOCK | O_CLOEXEC);
+  if (fd >= 0) ::close(fd);
+  if (fd >= 0 || errno != EBUSY) return {};
+  return make_error(
+      ErrorKind::kBusy,
+      fmt::format("'{}' is mounted or in use by the kernel; unmount it first, or name another",
+                  path),
+      EBUSY);
 }
 
 }  // namespace vblk::blockdev

@@ -37,4 +37,9 @@ Expected<void> lock_image(int fd, const std::string& path, bool read_only);
 // Gives back what lock_image() took for `fd`.
 void unlock_image(int fd);
 
+// For who destroys what is at `path`. Error: kBusy for a block device that the kernel itself uses,
+// mounted, as swap or as a part of another device, whole or a partition of it. Whatever else is
+// wrong with the path is left to its open.
+Expected<void> check_is_not_mounted(const std::string& path);
+
 }  // namespace vblk::blockdev

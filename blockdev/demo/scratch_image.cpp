@@ -15,6 +15,7 @@
 #include <fmt/core.h>
 
 #include "blockdev/bench/noise.h"
+#include "blockdev/image_lock.h"
 #include "blockdev/virtio/little_endian.h"
 
 namespace vblk::demo {
@@ -84,6 +85,8 @@ Expected<ScratchImage> ScratchImage::create_temporary(const std::string& directo
 
 Expected<ScratchImage> ScratchImage::create_at(const std::string& path, std::uint64_t size_bytes,
                                                bool overwrite) {
+  if (auto checked = blockdev::check_is_not_mounted(path); !checked)
+    return std::unexpected(std::move(checked.error()));
   UniqueFd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC | (overwrite ? 0 : O_CREAT | O_EXCL), 0600));
   if (!fd && errno == EEXIST) {
     return make_error(ErrorKind::kBusy,

@@ -10,6 +10,7 @@
 
 #include <fmt/core.h>
 
+#include "blockdev/image_lock.h"
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
 #include "blockdev/img/converter.h"
@@ -230,6 +231,7 @@ Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, NewImage& image,
 Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {
   if (auto checked = has_no_bitmaps(options.target, options.target_format); !checked)
     return checked;
+  if (auto checked = blockdev::check_is_not_mounted(options.target); !checked) return checked;
   auto target = open_source({.path = options.target,
                              .format = options.target_format,
                              .cache = file_cache(options.target_cache),

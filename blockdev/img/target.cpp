@@ -99,6 +99,8 @@ Expected<std::unique_ptr<Target>> Target::create(const std::string& path,
       return target;
     }
   }
+  if (auto checked = blockdev::check_is_not_mounted(path); !checked)
+    return std::unexpected(std::move(checked.error()));
   auto opened = target->open_in_place(cache);
   if (!opened) return std::unexpected(std::move(opened.error()));
   return target;

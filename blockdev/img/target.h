@@ -31,8 +31,8 @@ namespace vblk::img {
 
 class Target {
  public:
-  // Errors: kNotSupported (a directory, a pipe), kBusy (locked by another process), those of
-  // open(2) and of a full disk.
+  // Errors: kNotSupported (a directory, a pipe), kBusy (locked by another process, or mounted),
+  // those of open(2) and of a full disk.
   static Expected<std::unique_ptr<Target>> create(const std::string& path,
                                                   blockdev::CacheMode cache);
   ~Target();

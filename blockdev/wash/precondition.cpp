@@ -17,6 +17,7 @@
 #include "blockdev/bench/image_target.h"
 #include "blockdev/bench/measure.h"
 #include "blockdev/byte_size.h"
+#include "blockdev/image_lock.h"
 #include "blockdev/vhost_user/socket.h"
 
 namespace vblk::wash {
@@ -103,14 +104,10 @@ Expected<std::optional<bool>> is_all_written(const std::string& path, std::uint6
 
 namespace {
 
-// A device that is mounted, or part of another, is not to be written to.
-Expected<bool> is_free_device(const std::string& path) {
+Expected<bool> is_device(const std::string& path) {
   struct stat status{};
   if (::stat(path.c_str(), &status) != 0) return failed("look at", path, errno);
-  if (!S_ISBLK(status.st_mode)) return false;
-  const UniqueFd fd(::open(path.c_str(), O_RDWR | O_EXCL | O_CLOEXEC));
-  if (!fd) return failed("have for itself", path, errno);
-  return true;
+  return S_ISBLK(status.st_mode);
 }
 
 }  // namespace
@@ -118,8 +115,10 @@ Expected<bool> is_free_device(const std::string& path) {
 Expected<Preconditioned> precondition(const std::string& path, std::uint64_t region_bytes,
                                       const std::atomic<bool>& interrupted,
                                       const std::function<void(double fraction)>& show) {
-  const auto is_device = is_free_device(path);
-  if (!is_device) return std::unexpected(is_device.error());
+  const auto device = is_device(path);
+  if (!device) return std::unexpected(device.error());
+  if (auto checked = blockdev::check_is_not_mounted(path); !checked)
+    return std::unexpected(std::move(checked.error()));
   bench::ImageTargetOptions options;
   options.image.path = path;
   options.image.format = blockdev::ImageFormat::kByName;
@@ -147,7 +146,7 @@ Expected<Preconditioned> precondition(const std::string& path, std::uint64_t reg
       if (auto filled = fill(**target, outcome.region_bytes, interrupted, show); !filled)
         return std::unexpected(std::move(filled.error()));
     }
-    if (interrupted || *is_device || is_qcow2) return outcome;
+    if (interrupted || *device || is_qcow2) return outcome;
   }
   const UniqueFd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
   if (!fd) return failed("open", path, errno);

@@ -322,7 +322,7 @@ def test_devices(report, vblk):
         make_sparse(disk, 64 * MIB)
         subprocess.run(["mkfs.ext4", "-q", disk], check=True)
         place.mkdir()
-        for title, options, names in (("mounted", [], "busy"), ("read-only", ["--read-only"], "ead-only")):
+        for title, options, names in (("mounted", [], "is mounted"), ("read-only", ["--read-only"], "ead-only")):
             done = subprocess.run(["losetup", "--find", "--show", *options, disk], capture_output=True, text=True)
             device = done.stdout.strip()
             if done.returncode or (title == "mounted" and subprocess.run(["mount", device, place]).returncode):
