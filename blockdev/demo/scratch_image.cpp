@@ -97,6 +97,14 @@ Expected<ScratchImage> ScratchImage::create_at(const std::string& path, std::uin
   if (!fd) return failed("open the image", path, errno);
   struct stat status{};
   if (::fstat(fd.get(), &status) != 0) return failed("look at the image", path, errno);
+  // Before anything of it is changed, its size included.
+  if (const auto locked = blockdev::lock_image(fd.get(), path, false); !locked) {
+    return make_error(
+        ErrorKind::kBusy,
+        fmt::format("'{}' is in use by another process; stop that one first, or name another",
+                    path),
+        EAGAIN);
+  }
   if (S_ISBLK(status.st_mode)) {
     std::uint64_t device_bytes = 0;
     if (::ioctl(fd.get(), BLKGETSIZE64, &device_bytes) != 0)
@@ -136,6 +144,8 @@ Expected<void> ScratchImage::precondition(std::uint64_t seed, const Progress& pr
   if (::fsync(fd_.get()) != 0) return failed("make stable", name_, errno);
   // The engines bypass the page cache; what lies there only costs memory.
   ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_DONTNEED);
+  // The servers take their own locks.
+  blockdev::unlock_image(fd_.get());
   return {};
 }
 

@@ -39,11 +39,14 @@ class ScratchImage {
   static Expected<ScratchImage> create_temporary(const std::string& directory,
                                                  std::uint64_t size_bytes);
   // The file or block device at `path`. What does not exist is made and kept; what exists is taken
-  // only with `overwrite`. A block device keeps its own size if it is smaller.
+  // only with `overwrite`. A block device keeps its own size if it is smaller. Locked until
+  // precondition() is done. Errors: kBusy (it exists, is mounted, or another process has it),
+  // kPermission, kIo.
   static Expected<ScratchImage> create_at(const std::string& path, std::uint64_t size_bytes,
                                           bool overwrite);
 
-  // Writes every block, makes it stable, and drops it from the page cache. Errors: kExhausted, kIo.
+  // Writes every block, makes it stable, drops it from the page cache, and unlocks it. Errors:
+  // kExhausted, kIo.
   Expected<void> precondition(std::uint64_t seed, const Progress& progress);
 
   // Where a child process that inherits fd() as number `fd_there` finds the image.

@@ -138,6 +138,12 @@ def test_locks(report, vblk):
         with Server(vblk, [image], folder / "s", folder / "log"):
             other = [image, "--socket-path", folder / "t"]
             refused(report, vblk, "image that another vblk writes", folder, other, "disk.img")
+            for options in ([], ["--size", "2M"]):
+                done = subprocess.run(list(map(str, [vblk, "demo", "--image", image, "--overwrite", *options])), timeout=20,
+                                      stdin=subprocess.DEVNULL, capture_output=True, text=True)
+                report.check(f"demo, an image that another vblk writes, {options}: refused in one line, and nothing is written",
+                             done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1 and
+                             "is in use" in done.stderr and image.read_bytes() == bytes(MIB), f"{done.stdout}{done.stderr}")
             # `qemu-img info` asks for no lock that a writer refuses; reading the content does.
             status, output = run("qemu-img", "convert", "-f", "raw", "-O", "raw", image, folder / "copy.img")
             report.check("qemu-img is refused while vblk writes", status != 0 and "lock" in output, output)
