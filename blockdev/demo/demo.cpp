@@ -92,8 +92,8 @@ std::vector<aio::EngineName> usable_engines(const std::vector<aio::EngineName>& 
     }
     usable.push_back(name);
     for (const aio::EngineRoute& route : (*engines)->routes()) {
-      const bool measured =
-          route.kind != aio::IoKind::kDiscard && route.kind != aio::IoKind::kWriteZeroes;
+      const bool measured = route.kind == aio::IoKind::kRead || route.kind == aio::IoKind::kWrite ||
+                            route.kind == aio::IoKind::kFlush;
       if (measured && route.chosen != route.requested) {
         fmt::print("{}: {} goes to {}: {}\n", route.requested, aio::to_string(route.kind),
                    route.chosen, route.reason);
