@@ -65,13 +65,16 @@ Expected<void> fill(bench::Target& target, std::uint64_t region_bytes,
 
 }  // namespace
 
-Expected<void> make_image(const std::string& path, std::uint64_t size_bytes) {
+Expected<bool> make_image(const std::string& path, std::uint64_t size_bytes) {
   const UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!fd && errno == EEXIST) return {};
+  if (!fd && errno == EEXIST) return false;
   if (!fd) return failed("make", path, errno);
-  if (::ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0)
-    return failed("make", path, errno);
-  return {};
+  if (::ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0) {
+    const int error = errno;
+    ::unlink(path.c_str());
+    return failed("make", path, error);
+  }
+  return true;
 }
 
 Expected<std::optional<bool>> is_all_written(const std::string& path, std::uint64_t length_bytes) {

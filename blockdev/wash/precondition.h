@@ -11,8 +11,9 @@
 
 namespace vblk::wash {
 
-// Makes a raw image of this size, if nothing is there. Errors: as the system says.
-Expected<void> make_image(const std::string& path, std::uint64_t size_bytes);
+// Makes a raw image of this size, if nothing is there; whether it did. Errors: as the system says;
+// nothing is left behind then.
+Expected<bool> make_image(const std::string& path, std::uint64_t size_bytes);
 
 struct Preconditioned {
   std::uint64_t region_bytes{0};  // what is used: what was asked for, or all if that is less

@@ -117,13 +117,19 @@ Expected<void> take_images(const WashOptions& options, const Preset& preset,
                            Setting& setting) {
   for (std::size_t i = 0; i < options.image_paths.size(); ++i) {
     const std::string& path = options.image_paths[i];
+    bool is_new = false;
     if (options.size_bytes != 0) {
-      if (auto made = make_image(path, options.size_bytes); !made) return made;
+      const auto made = make_image(path, options.size_bytes);
+      if (!made) return std::unexpected(made.error());
+      is_new = *made;
     }
     const auto ready = precondition(path, preset.region_bytes, interrupted, [&](double fraction) {
       progress.show(fmt::format("writing {} once: {:.0f} %", path, fraction * 100));
     });
-    if (!ready) return std::unexpected(ready.error());
+    if (!ready) {
+      if (is_new) ::unlink(path.c_str());
+      return std::unexpected(ready.error());
+    }
     const std::string name = device_name(options, i);
     setting.devices.push_back({.name = name, .path = path, .region_bytes = ready->region_bytes});
     setting.device_facts[name] =

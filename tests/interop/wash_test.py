@@ -294,6 +294,7 @@ def test_bad_input(report, vblk):
                 ("odd seed", [*common, "--image", image, "--randseed", "x"], "randseed"),
                 ("odd size", [*common, "--image", image, "--size", "big"], "--size"),
                 ("image that is not there", [*common, "--image", folder / "none.img"], "none.img"),
+                ("image that it would make too small", [*common, "--image", folder / "new.img", "--size", "1k"], "too few"),
                 ("image that is a folder", [*common, "--image", folder], "irectory"),
                 ("image that is too small", [*common, "--image", small], "too few"),
                 ("output that holds something else", ["--image", image, "--output", folder / "taken", "--preset", "smoke"],
@@ -304,6 +305,7 @@ def test_bad_input(report, vblk):
         ):
             refused(report, vblk, f"wash, {title}", arguments, names)
         report.check("what is refused leaves no folder", not out.exists())
+        report.check("what is refused leaves no image", not (folder / "new.img").exists())
         report.check("what is refused leaves the image alone", image.read_bytes().count(0) == 32 * MIB)
         holder = subprocess.Popen([str(vblk), "serve", str(image), "--socket-path", str(folder / "s")],
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
