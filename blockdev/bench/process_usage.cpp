@@ -1,5 +1,7 @@
 #include "blockdev/bench/process_usage.h"
 
+#include <cerrno>
+#include <csignal>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
@@ -45,8 +47,11 @@ ProcessUsage usage_of(pid_t process) {
   ProcessUsage usage;
   clockid_t clock{};
   timespec time{};
-  if (::clock_getcpuclockid(process, &clock) == 0 && ::clock_gettime(clock, &time) == 0)
-    usage.cpu_time = std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+  // Process 0 would be this one.
+  usage.exists = process != 0 && ::clock_getcpuclockid(process, &clock) == 0 &&
+                 ::clock_gettime(clock, &time) == 0;
+  if (!usage.exists) return usage;
+  usage.cpu_time = std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
   add_ticks(process, usage);
   std::error_code ignored;  // a thread or process that ends meanwhile
   for (const auto& task :
@@ -67,6 +72,10 @@ ContextSwitches context_switches_between(const ProcessUsage& before, const Proce
     sum.involuntary += count.involuntary - earlier.involuntary;
   }
   return sum;
+}
+
+bool process_exists(pid_t process) {
+  return process > 0 && (::kill(process, 0) == 0 || errno == EPERM);
 }
 
 }  // namespace vblk::bench

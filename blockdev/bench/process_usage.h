@@ -17,6 +17,7 @@ struct ContextSwitches {
 // What a process has used since it started: its own threads, those that have ended, and the
 // kernel's workers that belong to it (io-wq). Not what the kernel does in threads of its own.
 struct ProcessUsage {
+  bool exists{false};
   std::chrono::nanoseconds cpu_time{0};
   // The same in the kernel's ticks, told apart; coarse.
   std::uint64_t user_ticks{0};
@@ -26,6 +27,8 @@ struct ProcessUsage {
 
 // Zero and empty for a process that does not exist or belongs to somebody else.
 [[nodiscard]] ProcessUsage usage_of(pid_t process);
+
+[[nodiscard]] bool process_exists(pid_t process);
 
 // Context switches from one usage to a later one. A thread that ended in between is left out.
 [[nodiscard]] ContextSwitches context_switches_between(const ProcessUsage& before,

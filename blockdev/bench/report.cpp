@@ -89,6 +89,8 @@ void print_usage(std::back_insert_iterator<std::string> out, const NamedRun& run
   if (usage.has_process) {
     fmt::format_to(out, "{} {:.2f}, ", run.in_process ? "this process, load included," : "backend",
                    us_per(usage.cpu_time, operations));
+  } else if (usage.process_has_gone) {
+    fmt::format_to(out, "backend n/a (it has gone), ");
   }
   if (!run.in_process)
     fmt::format_to(out, "load {:.2f}, ", us_per(generator_cpu_time(run.result), operations));

@@ -47,12 +47,15 @@ class Counters {
     const ProcessUsage after = usage_of(process_);
     const MachineUsage machine = machine_usage();
     RunUsage usage;
-    usage.has_process = process_ != 0;
-    usage.cpu_time = after.cpu_time - before_.cpu_time;
-    const auto system_ticks = static_cast<double>(after.system_ticks - before_.system_ticks);
-    const auto user_ticks = static_cast<double>(after.user_ticks - before_.user_ticks);
-    if (system_ticks > 0) usage.system_share = system_ticks / (system_ticks + user_ticks);
-    usage.context_switches = context_switches_between(before_, after);
+    usage.has_process = before_.exists && after.exists;
+    usage.process_has_gone = before_.exists && !after.exists;
+    if (usage.has_process) {
+      usage.cpu_time = after.cpu_time - before_.cpu_time;
+      const auto system_ticks = static_cast<double>(after.system_ticks - before_.system_ticks);
+      const auto user_ticks = static_cast<double>(after.user_ticks - before_.user_ticks);
+      if (system_ticks > 0) usage.system_share = system_ticks / (system_ticks + user_ticks);
+      usage.context_switches = context_switches_between(before_, after);
+    }
     if (system_calls_) usage.system_calls = system_calls_->count();
     usage.punts = punts_.count();
     usage.machine_busy = machine.busy - machine_before_.busy;

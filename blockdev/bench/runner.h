@@ -58,6 +58,7 @@ struct RunUsage {
   double system_share{0};                // of that, in the kernel; coarse
   ContextSwitches context_switches;
   bool has_process{false};
+  bool process_has_gone{false};  // meanwhile: nothing is known of it
   std::optional<std::uint64_t> system_calls;
   std::optional<std::uint64_t> punts;  // what io_uring handed to kernel workers
   std::chrono::nanoseconds machine_busy{0};

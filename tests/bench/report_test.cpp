@@ -56,6 +56,18 @@ TEST(TextReport, tells_no_latency_of_a_saturated_run) {
   EXPECT_EQ(text.find("mean us"), std::string::npos);
 }
 
+TEST(Report, tells_nothing_of_a_process_that_has_gone) {
+  NamedRun run = a_run();
+  run.result.usage.process_has_gone = true;
+  const std::string text = text_report(run);
+  EXPECT_NE(text.find("CPU us per I/O: backend n/a (it has gone), load"), std::string::npos)
+      << text;
+  EXPECT_EQ(text.find("wake-ups"), std::string::npos) << text;
+  const auto document = boost::json::parse(json_report(std::vector{run})).as_object();
+  const auto& job = document.at("jobs").as_array().at(0).as_object();
+  EXPECT_TRUE(job.at("vblk").at("usage").at("cpu_us_per_io").is_null());
+}
+
 TEST(JsonReport, tells_no_latency_of_a_saturated_run_and_the_log_neither) {
   NamedRun run = a_run();
   run.result.jobs[0].workload.arrival = Arrival::kFixed;

@@ -185,6 +185,8 @@ def test_end_of_backend(report, vblk):
         report.check("bench, a backend that dies: results so far, what was in flight, and status 1",
                      status == 1 and samples and int(samples[1]) > 0 and "in flight" in output and
                      time.monotonic() - begin < 20, f"status {status}\n{output}")
+        report.check("bench, a backend that dies: nothing is told of what it has used", "backend -" not in output and
+                     re.search(r"backend (n/a|\d)", output), output)
 
 
 class StalledRun:
