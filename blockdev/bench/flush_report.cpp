@@ -30,6 +30,7 @@ std::string notes_of(const FlushRow& row) {
   if (row.stream_bytes_per_second)
     note(fmt::format("stream {:.0f} MiB/s", *row.stream_bytes_per_second / (1 << 20)));
   if (row.device_flushes) note(fmt::format("{} reached the device", *row.device_flushes));
+  if (!row.note.empty()) note(row.note);
   return notes;
 }
 
@@ -48,7 +49,8 @@ std::array<std::string, kFlushColumns.size()> flush_cells(const FlushRow& row) {
           quantile(0.9),
           quantile(0.99),
           quantile(0.999),
-          microseconds(static_cast<double>(row.latencies.max_ns())),
+          row.latencies.total() == 0 ? "n/a"
+                                     : microseconds(static_cast<double>(row.latencies.max_ns())),
           std::to_string(row.latencies.total()),
           notes_of(row)};
 }
@@ -117,6 +119,7 @@ std::string flush_json(const FlushReport& report) {
           row.stream_bytes_per_second ? json::value(*row.stream_bytes_per_second) : json::value()},
          {"passed", row.passed ? json::value(*row.passed) : json::value()},
          {"saturated", row.saturated},
+         {"note", row.note.empty() ? json::value() : json::value(row.note)},
          {"intervals", std::move(intervals)}});
   }
   const json::object document{

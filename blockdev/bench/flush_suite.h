@@ -60,6 +60,7 @@ struct FlushRow {
   bool saturated{false};
   std::optional<double> stream_bytes_per_second;  // of the other writer
   std::vector<Interval> intervals;
+  std::string note;  // why nothing was measured
 };
 
 struct PowerCutCheck {
