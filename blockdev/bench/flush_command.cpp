@@ -1,5 +1,6 @@
 #include "blockdev/bench/flush_command.h"
 
+#include <chrono>
 #include <csignal>
 #include <random>
 #include <sstream>
@@ -202,12 +203,31 @@ int report_all(const FlushOptions& options, const FlushReport& report) {
     const auto page = flush_page(report, options.suite);
     check(page ? write_file(options.html_path, *page) : std::unexpected(page.error()));
   }
-  for (const FlushRow& row : report.rows) {
-    if (row.passed == false) status = kExitFailure;
-  }
-  if (!report.unjudged.empty()) status = kExitFailure;
-  if (report.power_cuts.lost != 0 || !report.power_cuts.canary_noticed) status = kExitFailure;
   return status;
+}
+
+// What makes the exit status 1 though all went well; empty: nothing.
+std::string verdict(const FlushOptions& options, const FlushReport& report) {
+  std::string text;
+  const auto say = [&text](const std::string& more) { text += (text.empty() ? "" : "; ") + more; };
+  std::string failed;
+  for (const FlushRow& row : report.rows) {
+    if (row.passed == false)
+      failed += fmt::format("{}'{}'", failed.empty() ? "" : ", ", row.target);
+  }
+  const double limit_ms =
+      std::chrono::duration<double, std::milli>(options.suite.p99_limit).count();
+  if (!failed.empty())
+    say(fmt::format("FAIL: the p99 of a write and its flush is above {:g} ms on {}", limit_ms,
+                    failed));
+  std::string unjudged;
+  for (const std::string& target : report.unjudged)
+    unjudged += fmt::format("{}'{}'", unjudged.empty() ? "" : ", ", target);
+  if (!unjudged.empty())
+    say(fmt::format("NO VERDICT: no write with a flush was measured on {}", unjudged));
+  if (report.power_cuts.lost != 0 || !report.power_cuts.canary_noticed)
+    say("FAIL: the power-cut model lost flushed writes, or did not notice a disk that does");
+  return text;
 }
 
 }  // namespace
@@ -241,6 +261,10 @@ int run_flush(std::span<char*> arguments) {
   if (report.interrupted) {
     fmt::print(stderr, "vblk: bench flush: interrupted; this is what was measured up to then\n");
     return 128 + SIGINT;
+  }
+  if (const std::string text = verdict(options, report); !text.empty()) {
+    if (status == 0) fmt::print(stderr, "vblk: bench flush: {}\n", text);
+    return kExitFailure;
   }
   return status;
 }
