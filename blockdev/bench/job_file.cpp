@@ -101,7 +101,9 @@ Expected<void> set_mix(Workload& workload, std::string_view key, std::string_vie
 Expected<void> set_block_bytes(Workload& workload, std::string_view key, std::string_view value) {
   const auto size = bytes(key, value);
   if (!size || *size == 0 || *size % blockdev::kSectorBytes != 0 || *size > kBlockBytesMax)
-    return wrong_value(key, value, "one size, a multiple of 512 up to 64M");
+    return wrong_value(key, value,
+                       value.contains(',') ? "one size, a multiple of 512 up to 64M"
+                                           : "a multiple of 512 up to 64M");
   workload.block_bytes = *size;
   return {};
 }

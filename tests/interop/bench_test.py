@@ -55,7 +55,7 @@ def test_bad_options(report, vblk):
                 ("two targets", [*at, "--socket-path", folder / "s"], "--socket-path"),
                 ("unknown kind", [*at, "--rw", "sideways"], "sideways"),
                 ("odd block", [*at, "--bs", "700"], "700"),
-                ("one bad block of a list", [*at, "--bs", "4k,9"], "9"),
+                ("one bad block of a list", [*at, "--bs", "4k,9"], "'9': use a multiple of 512"),
                 ("no depth", [*at, "--iodepth", "0"], "iodepth"),
                 ("flushes of reads", [*at, "--fsync", "1"], "fsync"),
                 ("verify of trims", [*at, "--rw", "trim", "--verify"], "verify"),
