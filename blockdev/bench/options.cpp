@@ -44,15 +44,15 @@ program_options::options_description describe_workload() {
   description.add_options()  //
       ("rw", text("KIND"),   //
        "read, write, rw, trim, writezeroes, the same with rand in front, or flush "
-       "(default: randread)")                                                              //
-      ("rwmixread", text("PERCENT"), "reads in rw and randrw (default: 50)")               //
-      ("bs", text("SIZE,..."), "bytes of a request, a multiple of 512 (default: 4k)")      //
-      ("iodepth", text("N,..."), "most requests in flight on each queue (default: 1)")     //
-      ("numjobs", text("N"), "queues, each with a thread of its own (default: 1)")         //
-      ("offset", text("SIZE"), "start of the part of the disk that is used (default: 0)")  //
-      ("size", text("SIZE"), "length of that part (default: up to the end)")               //
-      ("io_size", text("SIZE"), "end after so much in all, instead of by time")            //
-      ("random_distribution", text("NAME"), "uniform (default) or zipf:THETA")             //
+       "(default: randread)")                                                                  //
+      ("rwmixread", text("PERCENT"), "reads in rw and randrw (default: 50)")                   //
+      ("bs", text("SIZE,..."), "bytes of a request, a multiple of 512 (default: 4k)")          //
+      ("iodepth", text("N,..."), "most requests in flight on each queue (default: 1)")         //
+      ("numjobs", text("N"), "queues, each with a thread of its own (default: 1)")             //
+      ("offset", text("SIZE"), "start of the part of the disk that is used (default: 0)")      //
+      ("size", text("SIZE"), "length of that part (default: up to the end)")                   //
+      ("io_size", text("SIZE"), "end after so much in all, instead of by time")                //
+      ("random_distribution", text("NAME"), "uniform (default) or zipf:THETA (default: 1.2)")  //
       ("fsync", text("N"),
        "a flush after every N writes of each of the depth (default: 0, never)")                  //
       ("sync", text("MODE"), "none (default) or dsync: each write is stable when it completes")  //
