@@ -1,5 +1,6 @@
 #include "blockdev/bench/bench.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -8,6 +9,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -21,6 +23,7 @@
 #include "blockdev/bench/output.h"
 #include "blockdev/bench/progress.h"
 #include "blockdev/bench/report.h"
+#include "blockdev/bench/tracepoint_counter.h"
 
 namespace vblk::bench {
 
@@ -75,6 +78,23 @@ std::string text_of(std::span<const NamedRun> runs, bool as_json) {
   return text;
 }
 
+// All that can be known to go wrong before minutes are spent on measuring.
+Expected<void> check_before(const BenchOptions& options) {
+  const bool changes_disk = std::ranges::any_of(options.groups, [](const JobGroup& group) {
+    return std::ranges::any_of(group, &Workload::changes_disk);
+  });
+  if (auto checked = check_target(options.target, changes_disk); !checked) return checked;
+  for (const std::string& path : {options.output_path, options.hdr_log_path}) {
+    if (auto checked = check_can_write(path); !checked) return checked;
+  }
+  if (options.count_system_calls && !TracepointCounter(::getpid(), kSystemCalls).count()) {
+    fmt::print(stderr,
+               "vblk: bench: note: system calls cannot be counted here; that takes root, and "
+               "tracefs on /sys/kernel/tracing\n");
+  }
+  return {};
+}
+
 }  // namespace
 
 int run(int argc, char** argv) {
@@ -87,10 +107,12 @@ int run(int argc, char** argv) {
     return 0;
   }
   const auto& options = std::get<BenchOptions>(*parsed);
-  if (!options.target.image && !options.flush_device.empty()) {
+  if (options.flush_device_is_named) {
     if (const auto counter = FlushCounter::open(options.flush_device); !counter)
       return fail(counter.error(), kExitUsage);
   }
+  if (const auto checked = check_before(options); !checked)
+    return fail(checked.error(), kExitFailure);
   const auto& interrupted = interrupt_flag();
   const auto runs = run_groups(options, interrupted);
   if (!runs) return fail(runs.error(), kExitFailure);

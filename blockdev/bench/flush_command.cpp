@@ -14,6 +14,7 @@
 #include "blockdev/bench/flush_report.h"
 #include "blockdev/bench/flush_suite.h"
 #include "blockdev/bench/machine_usage.h"
+#include "blockdev/bench/measure.h"
 #include "blockdev/bench/output.h"
 #include "blockdev/bench/progress.h"
 
@@ -42,6 +43,7 @@ struct FlushOptions {
   std::string html_path;
   std::string output_path;
   bool json{false};
+  bool flush_device_is_named{false};
   ShowProgress show_progress{ShowProgress::kAuto};
 };
 
@@ -179,6 +181,7 @@ Expected<std::variant<FlushOptions, HelpText>> parse(std::span<char*> arguments)
   suite.seed = seeded.seed;
   suite.flush_device =
       text_of(*map, "flush-device", suite.target.image ? suite.target.image->image.path : "");
+  options.flush_device_is_named = map->contains("flush-device");
   options.html_path = text_of(*map, "html", "");
   options.output_path = text_of(*map, "output", "");
   const auto output = take_output_words(*map);
@@ -230,6 +233,19 @@ std::string verdict(const FlushOptions& options, const FlushReport& report) {
   return text;
 }
 
+// All that can be known to go wrong before minutes are spent on measuring.
+Expected<void> check_before(const FlushOptions& options) {
+  if (auto checked = check_target(options.suite.target, true); !checked) return checked;
+  for (const std::string& path : {options.output_path, options.html_path}) {
+    if (auto checked = check_can_write(path); !checked) return checked;
+  }
+  TargetOptions target = options.suite.target;
+  // A cache mode that is not to be had is told where its rows would be.
+  if (target.image) target.image->image.cache = blockdev::CacheMode::kWriteback;
+  const auto opened = open_target(target, {Workload{}});
+  return opened ? Expected<void>{} : std::unexpected(opened.error());
+}
+
 }  // namespace
 
 int run_flush(std::span<char*> arguments) {
@@ -243,10 +259,12 @@ int run_flush(std::span<char*> arguments) {
   if (!options.html_path.empty()) {
     if (const auto found = find_gnuplot(); !found) return fail(found.error(), kExitUsage);
   }
-  if (!options.suite.target.image && !options.suite.flush_device.empty()) {
+  if (options.flush_device_is_named) {
     if (const auto counter = FlushCounter::open(options.suite.flush_device); !counter)
       return fail(counter.error(), kExitUsage);
   }
+  if (const auto checked = check_before(options); !checked)
+    return fail(checked.error(), kExitFailure);
   FlushReport report;
   {
     ProgressLine line(options.show_progress);

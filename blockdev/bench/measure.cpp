@@ -5,7 +5,11 @@
 #include <utility>
 #include <vector>
 
+#include <fmt/core.h>
+
 #include "blockdev/bench/pattern.h"
+#include "blockdev/bench/process_usage.h"
+#include "blockdev/image_lock.h"
 
 namespace vblk::bench {
 
@@ -41,6 +45,15 @@ Expected<RunResult> read_back(Target& target, const Workload& job, Pattern& patt
 }
 
 }  // namespace
+
+Expected<void> check_target(const TargetOptions& options, bool changes_disk) {
+  if (!options.image && options.process != 0 && !process_exists(options.process)) {
+    return make_error(ErrorKind::kNotFound,
+                      fmt::format("--pid {}: there is no such process", options.process));
+  }
+  if (!options.image || !changes_disk || options.image->image.read_only) return {};
+  return blockdev::check_is_not_mounted(options.image->image.path);
+}
 
 Expected<std::unique_ptr<Target>> open_target(const TargetOptions& options, const JobGroup& group) {
   if (options.image) return open_image_target(*options.image);

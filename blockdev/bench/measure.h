@@ -27,6 +27,10 @@ Expected<NamedRun> measure(const TargetOptions& target, const JobGroup& group,
 Expected<NamedRun> measure_on(Target& target, const JobGroup& group, const MeasureOptions& options);
 
 // With queues and memory for all of these.
+// What can be told before anything is measured. Errors: kNotFound (the backend's process); kBusy (a
+// device that is mounted, and `changes_disk`).
+Expected<void> check_target(const TargetOptions& options, bool changes_disk);
+
 Expected<std::unique_ptr<Target>> open_target(const TargetOptions& options, const JobGroup& group);
 
 }  // namespace vblk::bench

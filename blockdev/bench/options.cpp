@@ -79,7 +79,7 @@ program_options::options_description describe_output() {
        "show progress: auto (default; a line each ten seconds where there is no terminal), always "
        "(each second) or never")  //
       ("count-syscalls", program_options::bool_switch(),
-       "count the target's system calls (root; makes each of them slower)")  //
+       "count the target's system calls (root and tracefs; makes each of them slower)")  //
       ("flush-device", text("PATH"),
        "count the flushes that reach this block device, or that of this file (default: the "
        "image's)")  //
@@ -318,6 +318,7 @@ Expected<std::variant<BenchOptions, HelpText>> parse_options(std::span<char*> ar
   options.count_system_calls = (*map)["count-syscalls"].as<bool>();
   options.flush_device =
       text_of(*map, "flush-device", options.target.image ? options.target.image->image.path : "");
+  options.flush_device_is_named = map->contains("flush-device");
   options.output_path = text_of(*map, "output", "");
   options.hdr_log_path = text_of(*map, "hdr-log", "");
   const auto output = take_output_words(*map);

@@ -34,6 +34,7 @@ struct BenchOptions {
   std::vector<JobGroup> groups;  // one after the other
   bool count_system_calls{false};
   std::string flush_device;  // empty: none
+  bool flush_device_is_named{false};
   bool json{false};
   std::string output_path;   // empty: standard output
   std::string hdr_log_path;  // empty: none

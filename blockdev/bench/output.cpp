@@ -3,7 +3,10 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <fmt/core.h>
 
@@ -35,6 +38,22 @@ Expected<void> write_file(const std::string& path, const std::string& text) {
                                                              std::fclose);
   if (!file) return cannot_write(name, errno);
   return write_stream(file.get(), text, name);
+}
+
+Expected<void> check_can_write(const std::string& path) {
+  if (path.empty()) return {};
+  const std::string name = fmt::format("'{}'", path);
+  struct stat status{};
+  if (::stat(path.c_str(), &status) == 0) {
+    if (S_ISDIR(status.st_mode)) return cannot_write(name, EISDIR);
+    if (::access(path.c_str(), W_OK) != 0) return cannot_write(name, errno);
+    return {};
+  }
+  if (errno != ENOENT) return cannot_write(name, errno);
+  const std::string folder = std::filesystem::path(path).parent_path().string();
+  if (::access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)
+    return cannot_write(name, errno);
+  return {};
 }
 
 Expected<void> write_output(const std::string& path, const std::string& text) {

@@ -36,7 +36,7 @@ class Counters {
         target_(target),
         target_before_(target.statistics()),
         machine_before_(machine_usage()) {
-    if (setup.count_system_calls) system_calls_.emplace(process_, "raw_syscalls/sys_enter");
+    if (setup.count_system_calls) system_calls_.emplace(process_, kSystemCalls);
     if (!setup.flush_device.empty()) {
       if (auto counter = FlushCounter::open(setup.flush_device)) flushes_ = *counter;
     }
@@ -394,8 +394,7 @@ Expected<Workload> fit_to(const Target& target, const Workload& workload) {
     return refuse(ErrorKind::kNotSupported,
                   fmt::format("the backend takes at most {} bytes in one request",
                               target.transfer_bytes_max()));
-  const bool changes = workload.read_percent < 100 && workload.other != Operation::kFlush;
-  if (changes && target.is_read_only())
+  if (workload.changes_disk() && target.is_read_only())
     return refuse(ErrorKind::kNotSupported, "the disk is read-only");
   if (workload.read_percent < 100 && !target.can(workload.other))
     return refuse(ErrorKind::kNotSupported,

@@ -10,6 +10,9 @@
 
 namespace vblk::bench {
 
+// The event of every system call.
+inline constexpr std::string_view kSystemCalls = "raw_syscalls/sys_enter";
+
 class TracepointCounter {
  public:
   // Counts from now on, in every thread that `process` has and in those that they start.

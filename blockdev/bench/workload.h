@@ -51,6 +51,10 @@ struct Workload {
   std::uint64_t seed{0};
 
   [[nodiscard]] bool reads() const { return read_percent > 0; }
+  // Whether something else is on the disk afterwards.
+  [[nodiscard]] bool changes_disk() const {
+    return read_percent < 100 && other != Operation::kFlush;
+  }
   [[nodiscard]] bool writes() const { return read_percent < 100 && other == Operation::kWrite; }
 };
 

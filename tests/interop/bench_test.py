@@ -83,6 +83,17 @@ def test_bad_options(report, vblk):
                 ("rings of an image", [*at, "--ring", "packed"], "--ring"),
                 ("rings that nobody knows", ["--socket-path", folder / "s", "--ring", "round"], "round"),
                 ("flushes of no device", ["--socket-path", folder / "s", "--flush-device", "/proc/version"], "/proc/version"),
+                ("flushes of a device that is not there", [*at, "--flush-device", folder / "none"], "none"),
+                ("process that is not there", ["--socket-path", folder / "s", "--pid", "4194999"], "4194999"),
+                ("report in a folder that is not there", [*at, "--output", folder / "none/report"], "none/report"),
+                ("report that is a folder", [*at, "--output", folder], "Is a directory"),
+                ("log in a folder that is not there", [*at, "--hdr-log", folder / "none/log"], "none/log"),
+                ("flush tests, page in a folder that is not there", ["flush", "--image", image, "--html", folder / "none/page"],
+                 "none/page"),
+                ("flush tests, a process that is not there", ["flush", "--socket-path", folder / "s", "--pid", "4194999"],
+                 "4194999"),
+                ("flush tests of an image that is not there", ["flush", "--image", folder / "none.img"], "none.img"),
+                ("flush tests of a folder", ["flush", "--image", folder], str(folder)),
                 ("flush tests without a target", ["flush"], "--socket-path"),
                 ("flush tests of an unknown engine", ["flush", "--image", image, "--aio", "warp"], "warp"),
                 ("flush tests of an engine for flushes alone", ["flush", "--image", image, "--aio", "flush=native"], "flush=native"),
@@ -90,9 +101,14 @@ def test_bad_options(report, vblk):
             refused(report, vblk, f"bench, {title}", arguments, names)
         with Server(vblk, [image], folder / "s", folder / "log"):
             refused(report, vblk, "bench, an image that a server has", [*at, "--rw", "write"], "disk.img")
+            refused(report, vblk, "bench flush, an image that a server has", ["flush", "--image", image], "disk.img")
             refused(report, vblk, "bench, more queues than the backend has",
                     ["--socket-path", folder / "s", "--numjobs", "4"], "queues")
         report.check("what is refused leaves the image alone", image.read_bytes() == bytes(MIB))
+        (folder / "report").write_text("an older one")
+        refused(report, vblk, "bench, an older report and no image",
+                ["--image", folder / "none.img", "--output", folder / "report"], "none.img")
+        report.check("what is refused leaves an older report alone", (folder / "report").read_text() == "an older one")
 
 
 class FakeBackend:
@@ -388,11 +404,13 @@ def test_counters(report, vblk):
               "--output-format", "json"]
         can_count = os.access("/sys/kernel/tracing/events/raw_syscalls/sys_enter/id", os.R_OK)
         for options, expected in (([], False), (["--count-syscalls"], can_count)):
-            _, output = run(vblk, "bench", *at, *options)
+            _, output, errors = run_apart(vblk, "bench", *at, *options)
             counted = json.loads(output)["jobs"][0]["vblk"]["usage"]["system_calls"]
             # A write and an fdatasync each, at least.
             report.check(f"system calls are counted where that is asked for and possible, {options}",
                          counted >= 2 * 256 if expected else counted is None, counted)
+            report.check(f"bench says in one line that it cannot count system calls, {options}",
+                         errors.count("\n") == ("tracefs" in errors) == bool(options and not expected), errors)
         usage = json.loads(output)["jobs"][0]["vblk"]["usage"]
         report.check("flushes are counted, those asked for and those issued",
                      usage["flushes"] == 256 and 0 < usage["flushes_issued"] <= 256, usage)

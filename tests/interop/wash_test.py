@@ -21,6 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 from harness import ENGINES, Folder, Report, Server, make_sparse, run, wait_until  # noqa: E402
 
 MIB = 1 << 20
+# What destroys the disk that it is given, as wash does.
+OTHERS_THAT_WRITE = (
+    ("bench", "--image", "DEVICE", "--rw", "randwrite", "--runtime", "0.1"),
+    ("bench", "flush", "--image", "DEVICE", "--runtime", "0.1"),
+    ("demo", "--image", "DEVICE", "--overwrite", "--size", "4M"),
+    ("img", "convert", "-n", "-f", "raw", "-O", "raw", "FILE", "DEVICE"),
+    ("img", "convert", "-f", "raw", "-O", "raw", "FILE", "DEVICE"),
+)
 PEER = ("qemu-storage-daemon --blockdev driver=file,node-name=f,filename={image},cache.direct=on,aio={aio} "
         "--blockdev driver=raw,node-name=d,file=f "
         "--export type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on")
@@ -323,6 +331,7 @@ def test_devices(report, vblk):
         disk, place, arguments = folder / "disk", folder / "mnt", ["--output", folder / "out", "--preset", "smoke"]
         make_sparse(disk, 64 * MIB)
         subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+        make_sparse(folder / "source", MIB)
         place.mkdir()
         for title, options, names in (("mounted", [], "is mounted"), ("read-only", ["--read-only"], "ead-only")):
             done = subprocess.run(["losetup", "--find", "--show", *options, disk], capture_output=True, text=True)
@@ -335,6 +344,11 @@ def test_devices(report, vblk):
                 status, output = wash(vblk, "--image", device, *arguments)
                 report.check(f"wash, a {title} device is refused in one line",
                              status == 1 and names in output and output.count("\n") == 1, f"status {status}\n{output}")
+                for words in OTHERS_THAT_WRITE if title == "mounted" else ():
+                    command = [{"DEVICE": device, "FILE": folder / "source"}.get(word, word) for word in words]
+                    status, output = run(vblk, *command)
+                    report.check(f"{' '.join(words)}: a mounted device is refused in one line",
+                                 status == 1 and names in output and output.count("\n") == 1, f"status {status}\n{output}")
                 report.check(f"a {title} device is left alone", title == "mounted" or disk.read_bytes() == before)
             finally:
                 subprocess.run(["umount", place], stderr=subprocess.DEVNULL, check=False)
