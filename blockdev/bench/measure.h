@@ -26,11 +26,11 @@ Expected<NamedRun> measure(const TargetOptions& target, const JobGroup& group,
 // As measure() does it, on a target that is open. All jobs of a group agree on write_through.
 Expected<NamedRun> measure_on(Target& target, const JobGroup& group, const MeasureOptions& options);
 
-// With queues and memory for all of these.
 // What can be told before anything is measured. Errors: kNotFound (the backend's process); kBusy (a
 // device that is mounted, and `changes_disk`).
 Expected<void> check_target(const TargetOptions& options, bool changes_disk);
 
+// With queues and memory for all of these.
 Expected<std::unique_ptr<Target>> open_target(const TargetOptions& options, const JobGroup& group);
 
 }  // namespace vblk::bench
