@@ -75,7 +75,7 @@ TEST_F(ImageLock, keeps_readers_and_writers_apart) {
   }
   const auto reader = open_reader();
   ASSERT_TRUE(reader);
-  EXPECT_NE(refusal(open_writer()).find("--read-only"), std::string::npos);
+  EXPECT_NE(refusal(open_writer()).find("in use by another process"), std::string::npos);
 }
 
 // A refused open must not leave locks behind that refuse the next one.

@@ -154,6 +154,7 @@ def test_locks(report, vblk):
         with Server(vblk, [image, "--read-only"], folder / "s", folder / "log"), \
                 Server(vblk, [image, "--read-only"], folder / "t", folder / "log2"):
             report.check("two read-only servers share an image", True)
+            refused(report, vblk, "image that others read", folder, [image, "--socket-path", folder / "u"], "add --read-only")
             status, output = run("qemu-img", "convert", "-f", "raw", "-O", "raw", image, folder / "copy.img")
             report.check("qemu-img reads beside read-only servers", status == 0, output)
 
