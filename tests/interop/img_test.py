@@ -2242,6 +2242,8 @@ def repairs(report, vblk, folder, images, rng):
         ranks = {0: 0, 3: 1, 2: 2, 1: 3}
         # With -r leaks, qemu-img happens to write bitmaps anew, and with them what was wrong there.
         is_comparable = mode == "all" or before in (0, 3)
+        # Too much extra data goes where nothing else is wrong; until then the rest cannot be looked at.
+        is_comparable = is_comparable and not (len(done) > 1 and any("too much extra data" in name for name in done))
         if is_comparable and ranks[status] > ranks[qemu_status] or judged != status or ranks[judged] > ranks[before]:
             wrong.append(f"{number} {image.name} {done} -r {mode}: before {before}, qemu-img {qemu_status}, vblk img {status}, then {judged}\n"
                          f"{output}\n{errors[:800]}\n{QEMU('check', ours)}\n{QEMU('check', theirs)}")

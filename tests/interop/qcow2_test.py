@@ -328,7 +328,7 @@ def test_refusals_by_content(report, options):
                 ("AES encryption", set_field("crypt_method", 1), "AES"),
                 ("LUKS encryption", set_field("crypt_method", 2), "LUKS"),
                 ("an unknown encryption", set_field("crypt_method", 9), "encryption method 9"),
-                ("a corrupt image", set_field("incompatible_features", qcow2.INCOMPAT_CORRUPT), "qemu-img check -r"),
+                ("a corrupt image", set_field("incompatible_features", qcow2.INCOMPAT_CORRUPT), "vblk img check -r"),
                 ("version 4", lambda path: qcow2.write_number(path, 4, 4, ">I"), "version 4"),
                 ("clusters that are too large", set_field("cluster_bits", 22), "2^22"),
                 ("an L1 table that is too small", set_field("l1_size", 0), "L1 table"),
@@ -379,7 +379,7 @@ def test_refusals_by_surroundings(report, options):
         qemu_img("create", "-f", "qcow2", "-b", base, "-F", "qcow2", no_format)
         # An extension of a kind that nobody knows is skipped.
         qcow2.write_number(no_format, qcow2.extension_offset(no_format, qcow2.EXTENSION_BACKING_FORMAT), 0x12345678, ">I")
-        refused(report, options.vblk, "a backing file without a format", folder, [no_format, *at], "qemu-img rebase -u -F")
+        refused(report, options.vblk, "a backing file without a format", folder, [no_format, *at], "vblk img rebase -u -F")
         vmdk = folder / "vmdk.qcow2"
         qemu_img("create", "-f", "vmdk", folder / "base.vmdk", MIB)
         qemu_img("create", "-f", "qcow2", "-b", folder / "base.vmdk", "-F", "vmdk", vmdk)
