@@ -105,10 +105,9 @@ Expected<void> edit(const BitmapOptions& options) {
   if (source) source->file->attach(file.context());
   qcow2::BitmapEditor editor(file.file(), file.context(), file.header());
   const auto failed = [&](const std::string& what, int error) {
-    return make_error(kind_of_errno(error),
-                      fmt::format("cannot {} of '{}': {}", what, options.path,
-                                  editor.why().empty() ? describe_errno(error) : editor.why()),
-                      error);
+    return make_error(
+        kind_of_errno(error),
+        fmt::format("cannot {} of '{}': {}", what, options.path, editor.reason(error)), error);
   };
   Expected<void> result;
   if (const int error = file.run(editor.load()); error != 0) {

@@ -135,17 +135,15 @@ Expected<void> commit(const CommitOptions& options) {
   // What forbids that it is emptied in the end is known before anything is written.
   int error = (*edited)->run(editor.load());
   if (error != 0) {
-    return make_error(kind_of_errno(error),
-                      editor.why().empty() ? describe_errno(error) : editor.why(), error);
+    return make_error(kind_of_errno(error), editor.reason(error), error);
   }
   if (auto written = write_into_base(options, *base); !written) return written;
   error = (*edited)->run(editor.empty());
   if (error == 0) return {};
-  return make_error(
-      kind_of_errno(error),
-      fmt::format("everything is in '{}', but the image cannot be emptied: {}", base->path,
-                  editor.why().empty() ? describe_errno(error) : editor.why()),
-      error);
+  return make_error(kind_of_errno(error),
+                    fmt::format("everything is in '{}', but the image cannot be emptied: {}",
+                                base->path, editor.reason(error)),
+                    error);
 }
 
 }  // namespace

@@ -223,9 +223,7 @@ Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, NewImage& image,
   bitmaps.file->detach(context.context());
   if (error == 0) return {};
   return make_error(kind_of_errno(error),
-                    fmt::format("cannot copy bitmaps: {}",
-                                editor.why().empty() ? describe_errno(error) : editor.why()),
-                    error);
+                    fmt::format("cannot copy bitmaps: {}", editor.reason(error)), error);
 }
 
 Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {

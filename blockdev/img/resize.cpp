@@ -222,10 +222,9 @@ class MovedBitmaps {
     if (error == 0) error = change(**file, editor);
     if (error == 0) error = (*file)->run(editor.save());
     if (error == 0) return {};
-    return make_error(kind_of_errno(error),
-                      fmt::format("cannot {} the bitmaps of '{}': {}", what, path_,
-                                  editor.why().empty() ? describe_errno(error) : editor.why()),
-                      error);
+    return make_error(
+        kind_of_errno(error),
+        fmt::format("cannot {} the bitmaps of '{}': {}", what, path_, editor.reason(error)), error);
   }
 
   const std::string path_;

@@ -62,7 +62,7 @@ Expected<void> change(const std::string& path, Action action, const std::string&
   return make_error(
       kind_of_errno(error),
       fmt::format("cannot {} snapshot '{}' of '{}': {}", kVerbs[static_cast<std::size_t>(action)],
-                  name, path, editor.why().empty() ? describe_errno(error) : editor.why()),
+                  name, path, editor.reason(error)),
       error);
 }
 

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "aio/error.h"
 #include "blockdev/qcow2/check.h"
 #include "blockdev/qcow2/header.h"
 #include "blockdev/qcow2/snapshots.h"
@@ -36,6 +37,10 @@ class ImageEditor {
  public:
   // Of an errno value that an editor has returned; empty: the file failed.
   [[nodiscard]] const std::string& why() const { return why_; }
+  // That, or what the value itself says.
+  [[nodiscard]] std::string reason(int error) const {
+    return why_.empty() ? describe_errno(error) : why_;
+  }
   // As the image has it, once an edit has succeeded.
   [[nodiscard]] const Header& header() const { return header_; }
 
