@@ -7,6 +7,7 @@
 //   waiting_                   meaning
 //   nullptr                    idle
 //   flush > ... > bottom_      a leader is chosen and has not begun: these will share its call
+//   the same, gathering_       it waits a moment for others (group_commit_policy.h)
 //   bottom_                    a call is under way (members_ share it), nobody waits
 //   flush > ... > bottom_      a call is under way, these wait for the next
 //
@@ -14,6 +15,11 @@
 // kernel, so that whatever else is in the rings by then comes along. When its call ends, one of
 // those that wait leads the next: one of the same thread if there is any, otherwise the leadership
 // goes to another thread. What belongs to other threads is handed over to them to be completed.
+//
+// Where calls take their time, the leader may wait until as many are there as came lately. Either
+// its thread ends that when the time is over, or whoever makes the number full: the one that takes
+// gathering_ away. Who comes counts itself first and then looks for gathering_; the leader sets
+// gathering_ first and then looks at the count.
 //
 // Whether there is anything to flush is one flag. A change sets it when it has completed, before
 // anybody is told; a leader clears it before its call begins. Either the leader saw the flag set,
@@ -28,9 +34,11 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 
 #include "blockdev/block_request.h"
+#include "blockdev/group_commit_policy.h"
 
 namespace vblk::blockdev {
 
@@ -41,13 +49,15 @@ struct FlushStatistics {
   std::uint64_t submitted{0};  // by the guest
   std::uint64_t begun{0};      // calls to the kernel that these became
   std::uint64_t elided{0};     // of the submitted: answered without a call
+  std::uint64_t gathered{0};   // of the begun: put off a moment, for others to share
 };
 
 class FlushGroup {
  public:
   // Begins the flush of what lies below, on the leader's thread, and ends in finished(), later.
   using Begin = void (*)(BlockRequest& leader);
-  explicit FlushGroup(Begin begin) : begin_(begin) {}
+  explicit FlushGroup(Begin begin, GroupCommitPolicy policy = GroupCommitPolicy::never())
+      : begin_(begin), gathers_(policy.is_used()), policy_(policy), expected_(policy.expected()) {}
   FlushGroup(const FlushGroup&) = delete;
   FlushGroup& operator=(const FlushGroup&) = delete;
 
@@ -71,10 +81,18 @@ class FlushGroup {
   [[nodiscard]] FlushStatistics statistics() const;
 
  private:
+  using Clock = std::chrono::steady_clock;
+
+  void become_leader(BlockRequest& leader);
+  void gather(BlockRequest& leader, std::chrono::nanoseconds window, std::uint32_t here);
   void lead(BlockRequest& leader);
   [[nodiscard]] BlockRequest* choose_leader(const IoContext& context);
+  void count_members();
+  void all_are_there(IoContext& context);
+  static void time_is_over(void* group);
 
   const Begin begin_;
+  const bool gathers_;
   std::atomic<bool> changed_{true};  // nobody knows what was written before
   std::atomic<BlockRequest*> waiting_{nullptr};
   BlockRequest bottom_;             // never a request: ends the list, and says that there is one
@@ -82,6 +100,19 @@ class FlushGroup {
   std::atomic<std::uint64_t> submitted_{0};
   std::atomic<std::uint64_t> begun_{0};
   std::atomic<std::uint64_t> elided_{0};
+  std::atomic<std::uint64_t> gathered_{0};
+
+  // ---- Only if it gathers. The leader's:
+  GroupCommitPolicy policy_;
+  Clock::time_point call_begin_;
+  bool call_is_timed_{false};
+  std::uint32_t member_count_{0};
+  Clock::time_point gather_begin_;
+  std::uint32_t here_before_{0};  // when it began to wait; 0: it did not
+  // Any thread's:
+  std::atomic<std::uint32_t> waiting_count_{0};  // never fewer than are in waiting_
+  std::atomic<std::uint32_t> expected_;
+  std::atomic<BlockRequest*> gathering_{nullptr};  // the leader, while it waits for others
 };
 
 }  // namespace vblk::blockdev

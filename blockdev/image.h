@@ -39,7 +39,7 @@ struct ImageOptions {
   ImageFormat format{ImageFormat::kByName};
   CacheMode cache{CacheMode::kNone};
   bool read_only{false};
-  bool share_flushes{true};             // as RawNodeOptions
+  bool share_flushes{true};             // as RawNodeOptions; they wait for each other, too
   std::uint64_t write_behind_bytes{0};  // kWriteback only; as RawNodeOptions
   bool discard{true};                   // discard and unmapping write zeroes reach the file
   std::uint64_t null_size_bytes{0};     // kNull only
@@ -49,6 +49,7 @@ struct ImageOptions {
   // kQcow2, read_only only: the disk as it was in this internal snapshot
   // (qcow2/snapshots.h, header_of_snapshot()).
   std::string snapshot;
+  bool may_be_empty{false};  // kQcow2 only: a disk of no bytes is opened too, to be given some
   // Without it others may write the image meanwhile, and what is read may be anything.
   bool lock{true};
 };

@@ -25,7 +25,7 @@ void IoContext::RequestList::push_back(BlockRequest& request) {
 }
 
 IoContext::IoContext(IoLoop& loop, std::unique_ptr<aio::EngineSet> engines)
-    : loop_(loop), engines_(std::move(engines)) {
+    : loop_(loop), engines_(std::move(engines)), call_timer_(loop.make_timer([] {})) {
   const auto arrival_fd = aio::make_event_fd("an I/O thread");
   if (!arrival_fd) {
     throw std::system_error(arrival_fd.error().errno_value, std::generic_category(),
@@ -119,6 +119,38 @@ void IoContext::hand_over(BlockRequest& request) noexcept {
   if (arrivals_.push(request.io)) aio::signal_event_fd(arrival_fd_);
 }
 
+void IoContext::call_after(std::chrono::nanoseconds delay, Call function, void* argument) {
+  calls_.push_back({std::chrono::steady_clock::now() + delay, function, argument});
+}
+
+void IoContext::cancel_call(void* argument) {
+  std::erase_if(calls_, [argument](const LaterCall& call) { return call.argument == argument; });
+}
+
+std::chrono::steady_clock::time_point IoContext::first_call() const {
+  return std::ranges::min_element(calls_, {}, &LaterCall::when)->when;
+}
+
+std::size_t IoContext::run_calls() {
+  return calls_.empty() ? 0 : run_calls_until(std::chrono::steady_clock::now());
+}
+
+// What is called may ask for another call.
+std::size_t IoContext::run_calls_until(std::chrono::steady_clock::time_point time) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < calls_.size();) {
+    const LaterCall call = calls_[i];
+    if (call.when > time) {
+      ++i;
+      continue;
+    }
+    calls_.erase(calls_.begin() + static_cast<std::ptrdiff_t>(i));
+    call.function(call.argument);
+    ++count;
+  }
+  return count;
+}
+
 // Takes the list whole first: completions may defer new requests, which wait for the next cycle.
 std::size_t IoContext::run_deferred() {
   BlockRequest* request = std::exchange(deferred_, {}).head;
@@ -153,11 +185,17 @@ bool IoContext::has_work() const { return deferred_.head != nullptr || resumed_.
 
 void IoContext::drain() {
   while (!is_idle()) {
-    if (poll() == 0) wait(kForEver);
+    const std::size_t called = run_calls_until(std::chrono::steady_clock::time_point::max());
+    if (poll() + called == 0) wait(kForEver);
   }
 }
 
 void IoContext::wait(std::chrono::nanoseconds timeout) {
+  if (!calls_.empty()) {
+    const std::chrono::nanoseconds left =
+        std::max<std::chrono::nanoseconds>(first_call() - std::chrono::steady_clock::now(), {});
+    timeout = timeout == kForEver ? left : std::min(timeout, left);
+  }
   // Nobody hands over anything while nothing is away.
   if (away_ == 0 && !has_work() && engines_->sleep(timeout)) return;
   if (prepare_to_sleep()) {
@@ -170,7 +208,7 @@ void IoContext::wait(std::chrono::nanoseconds timeout) {
 }
 
 std::size_t IoContext::poll() {
-  const std::size_t done = run_deferred() + run_resumed();
+  const std::size_t done = run_calls() + run_deferred() + run_resumed();
   engines_->submit();
   const std::size_t reaped = engines_->reap();
   if (engines_->has_retired()) part_with_retired();
@@ -179,7 +217,16 @@ std::size_t IoContext::poll() {
 }
 
 bool IoContext::prepare_to_sleep() {
-  return !has_work() && arrivals_.arm() && engines_->prepare_to_sleep();
+  if (has_work()) return false;
+  if (!calls_.empty()) {
+    const auto end = first_call();
+    const auto left = end - std::chrono::steady_clock::now();
+    if (left.count() <= 0) return false;
+    // A sleep that another has ended finds its timer running.
+    if (!call_timer_->is_running() || call_timer_end_ != end) call_timer_->start(left);
+    call_timer_end_ = end;
+  }
+  return arrivals_.arm() && engines_->prepare_to_sleep();
 }
 
 void IoContext::wake_up() {

@@ -82,6 +82,13 @@ class IoContext final : public Poller {
   // returned: contexts that share a node are destroyed when none of them has a request of it left.
   void hand_over(BlockRequest& request) noexcept;
 
+  // Calls `function(argument)` from the loop when `delay` has passed; drain() does not wait that
+  // long. One call at a time for each argument. Loop thread.
+  using Call = void (*)(void* argument);
+  void call_after(std::chrono::nanoseconds delay, Call function, void* argument);
+  // It does not come any more; nothing if there is none. Loop thread.
+  void cancel_call(void* argument);
+
   // A request waits for another thread, and comes back by hand_over() or otherwise. For drain().
   void goes_away() { ++away_; }
   void is_back() { --away_; }
@@ -113,6 +120,9 @@ class IoContext final : public Poller {
   };
   std::size_t run_deferred();
   std::size_t run_resumed();
+  std::size_t run_calls();
+  std::size_t run_calls_until(std::chrono::steady_clock::time_point time);
+  [[nodiscard]] std::chrono::steady_clock::time_point first_call() const;
   [[nodiscard]] bool has_work() const;
   [[nodiscard]] Expected<void> wake_by(int fd);
   void stop_waking_by(int fd);
@@ -127,6 +137,15 @@ class IoContext final : public Poller {
   threadpool::CompletionQueue arrivals_;  // from other threads; `io` of the requests
   int arrival_fd_{-1};
   std::size_t away_{0};
+  // Few: one for each node.
+  struct LaterCall {
+    std::chrono::steady_clock::time_point when;
+    Call function;
+    void* argument;
+  };
+  std::vector<LaterCall> calls_;
+  std::unique_ptr<IoLoop::Timer> call_timer_;  // ends a sleep
+  std::chrono::steady_clock::time_point call_timer_end_;
   // What ends a sleep, for wait(), and the same for the loop, in the same order.
   std::vector<pollfd> descriptors_;
   std::vector<std::unique_ptr<IoLoop::Watch>> watches_;

@@ -53,7 +53,8 @@ RawNode::RawNode(std::unique_ptr<ImageFile> file, RawNodeOptions options)
     : file_(std::move(file)),
       options_(std::move(options)),
       data_bytes_(file_->size_bytes()),
-      flushes_([](BlockRequest& leader) { node_of(leader).queue_flush(leader); }) {
+      flushes_([](BlockRequest& leader) { node_of(leader).queue_flush(leader); },
+               options_.group_commit) {
   const std::uint64_t bytes = file_->size_bytes();
   size_bytes_.store(
       options_.holds_format ? kNoEnd : (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes,

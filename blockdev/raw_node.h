@@ -22,6 +22,7 @@
 #include "blockdev/alignment.h"
 #include "blockdev/block_node.h"
 #include "blockdev/flush_group.h"
+#include "blockdev/group_commit_policy.h"
 #include "blockdev/image_file.h"
 #include "blockdev/task.h"
 
@@ -32,6 +33,8 @@ struct RawNodeOptions {
   bool discard{true};        // discards and unmapping write zeroes reach the file
   bool ignore_flush{false};  // cache=unsafe
   bool share_flushes{true};  // flush_group.h; otherwise each flush is a call of its own
+  // With share_flushes: whether they wait for each other.
+  GroupCommitPolicy group_commit{GroupCommitPolicy::never()};
   // Not under O_DIRECT: the window of write_behind.h, on each I/O thread that is attached. 0: none.
   std::uint64_t write_behind_bytes{0};
   // The file holds an image of a format that grows: the node has no end, beyond the file's it reads

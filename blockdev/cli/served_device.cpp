@@ -357,25 +357,27 @@ ServedDevice::Answer ServedDevice::query_status() {
   }
   const auto flushes = node.flush_statistics();
   const virtio::InterruptOptions& interrupts = options_.device.interrupts;
-  return json::object{
-      {"image", node.name()},
-      {"size", node.size_bytes()},
-      {"read-only", node.limits().read_only},
-      {"writeback", !device_->write_through()},
-      {"state", device_->gate().is_paused() ? "paused" : "running"},
-      {"paused", pause_of(device_->gate().status())},
-      {"limits", device_->gate().limiter().limits().to_string()},
-      {"rerror", virtio::to_string(options_.device.on_error.read)},
-      {"werror", virtio::to_string(options_.device.on_error.write)},
-      {"holds-image", handover_ == nullptr || handover_->is_taken()},
-      {"connected", status->connected},
-      {"features", status->features},
-      {"device-status", status->device_status},
-      {"interrupt-max-us", interrupts.hold_max.count()},
-      {"interrupt-max-batch", interrupts.batch_max},
-      {"flushes",
-       {{"requested", flushes.submitted}, {"issued", flushes.begun}, {"elided", flushes.elided}}},
-      {"queues", std::move(rings)}};
+  return json::object{{"image", node.name()},
+                      {"size", node.size_bytes()},
+                      {"read-only", node.limits().read_only},
+                      {"writeback", !device_->write_through()},
+                      {"state", device_->gate().is_paused() ? "paused" : "running"},
+                      {"paused", pause_of(device_->gate().status())},
+                      {"limits", device_->gate().limiter().limits().to_string()},
+                      {"rerror", virtio::to_string(options_.device.on_error.read)},
+                      {"werror", virtio::to_string(options_.device.on_error.write)},
+                      {"holds-image", handover_ == nullptr || handover_->is_taken()},
+                      {"connected", status->connected},
+                      {"features", status->features},
+                      {"device-status", status->device_status},
+                      {"interrupt-max-us", interrupts.hold_max.count()},
+                      {"interrupt-max-batch", interrupts.batch_max},
+                      {"flushes",
+                       {{"requested", flushes.submitted},
+                        {"issued", flushes.begun},
+                        {"elided", flushes.elided},
+                        {"gathered", flushes.gathered}}},
+                      {"queues", std::move(rings)}};
 }
 
 }  // namespace vblk::cli

@@ -43,6 +43,15 @@ FileIdentity identity_of(const std::string& path) {
   return {.device = status.st_dev, .inode = status.st_ino};
 }
 
+GroupCommitPolicy group_commit(const ImageOptions& options) {
+  return options.share_flushes ? GroupCommitPolicy::adaptive() : GroupCommitPolicy::never();
+}
+
+bool is_empty_file(const std::string& path) {
+  struct stat status{};
+  return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode) && status.st_size == 0;
+}
+
 class Opener {
  public:
   Expected<std::unique_ptr<BlockNode>> open(const ImageOptions& options);
@@ -96,6 +105,7 @@ Expected<std::unique_ptr<RawNode>> Opener::open_raw(const ImageOptions& options,
                                        .discard = options.discard,
                                        .ignore_flush = options.cache == CacheMode::kUnsafe,
                                        .share_flushes = options.share_flushes,
+                                       .group_commit = group_commit(options),
                                        .write_behind_bytes = options.write_behind_bytes,
                                        .holds_format = holds_format});
 }
@@ -117,6 +127,7 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
   backing.read_only = true;
   backing.write_behind_bytes = 0;
   backing.snapshot.clear();
+  backing.may_be_empty = true;  // then it backs nothing
   if (header.backing_format == "raw") {
     backing.format = ImageFormat::kRaw;
   } else if (header.backing_format == "qcow2") {
@@ -128,6 +139,7 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
                                   "qcow2 are supported",
                                   header.backing_file, options.path, format));
   }
+  if (backing.format == ImageFormat::kRaw && is_empty_file(backing.path)) return nullptr;
   auto node = open(backing);
   // Of a long chain the message names the last link, and not all that lead there.
   if (node || std::exchange(error_names_link_, true)) return node;
@@ -203,6 +215,8 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_qcow2(const ImageOptions& opti
                                       .header = std::move(*header)},
                                      {.read_only = options.read_only,
                                       .discard = options.discard,
+                                      .group_commit = group_commit(options),
+                                      .may_be_empty = options.may_be_empty,
                                       .l2_cache_bytes = options.l2_cache_bytes,
                                       .refcount_cache_bytes = options.refcount_cache_bytes},
                                      make_private_context);

@@ -92,9 +92,11 @@ Qcow2Node::Qcow2Node(Qcow2Parts parts, const Qcow2Options& options,
              l2_cache_bytes(parts_.header, options), refcount_cache_bytes(parts_.header, options)),
       write_back_(state_),
       allocator_(state_, write_back_),
-      flushes_([](BlockRequest& leader) {
-        static_cast<Qcow2Node&>(*leader.node).flush_as_leader(leader);
-      }) {
+      flushes_(
+          [](BlockRequest& leader) {
+            static_cast<Qcow2Node&>(*leader.node).flush_as_leader(leader);
+          },
+          options.group_commit) {
   name_ = parts_.file->name();
   size_bytes_.store(parts_.header.size_bytes, std::memory_order_relaxed);
   limits_.optimal_alignment_bytes =

@@ -25,6 +25,7 @@
 #include "aio/error.h"
 #include "blockdev/block_node.h"
 #include "blockdev/flush_group.h"
+#include "blockdev/group_commit_policy.h"
 #include "blockdev/private_context.h"
 #include "blockdev/qcow2/cluster_allocator.h"
 #include "blockdev/qcow2/header.h"
@@ -38,6 +39,9 @@ namespace vblk::qcow2 {
 struct Qcow2Options {
   bool read_only{false};
   bool discard{true};  // discards free clusters, and punch holes for them
+  // Whether flushes wait for each other (flush_group.h).
+  blockdev::GroupCommitPolicy group_commit{blockdev::GroupCommitPolicy::never()};
+  bool may_be_empty{false};  // a disk of no bytes is opened too: to be given some
   // 0: the whole disk's L2 tables, from kL2CacheBytesMin (the disk may grow) to kL2CacheBytesMax.
   std::uint64_t l2_cache_bytes{0};
   // 0: a quarter of what the L2 cache takes, kRefcountCacheBytesMin at least.

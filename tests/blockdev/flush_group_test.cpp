@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -56,10 +57,13 @@ struct Threads {
 // had been changed when it began.
 class World {
  public:
-  explicit World(Threads& threads)
-      : threads_(threads), group_([](BlockRequest& leader) {
-          static_cast<Flush&>(leader).world->call_begins(static_cast<Flush&>(leader));
-        }) {
+  explicit World(Threads& threads, GroupCommitPolicy policy = GroupCommitPolicy::never())
+      : threads_(threads),
+        group_(
+            [](BlockRequest& leader) {
+              static_cast<Flush&>(leader).world->call_begins(static_cast<Flush&>(leader));
+            },
+            policy) {
     for (Flush& flush : flushes_) {
       flush.operation = BlockOperation::kFlush;
       flush.world = this;
@@ -187,10 +191,24 @@ TEST(FlushGroup, keeps_its_promise_in_every_order_of_seven_events) {
   EXPECT_GT(orders.explore(7), 100'000U);
 }
 
+// A wait has passed by the next poll: whether that or the number ends it first is up to the order.
+TEST(FlushGroup, keeps_its_promise_in_every_order_where_flushes_wait_for_each_other) {
+  Threads threads;
+  for (const unsigned expected : {2U, 3U}) {
+    const auto policy = GroupCommitPolicy::always(std::chrono::nanoseconds(1), expected);
+    test::EveryOrder orders(
+        kEvents, [&threads, policy] { return std::make_unique<World>(threads, policy); });
+    EXPECT_GT(orders.explore(7), 100'000U);
+  }
+}
+
 // A world after the events that the letters stand for.
 class Story {
  public:
-  explicit Story(std::string_view events) : world_(threads_) { test::tell(world_, events); }
+  explicit Story(std::string_view events, GroupCommitPolicy policy = GroupCommitPolicy::never())
+      : world_(threads_, policy) {
+    test::tell(world_, events);
+  }
   World* operator->() { return &world_; }
 
  private:
@@ -228,13 +246,46 @@ TEST(FlushGroup, always_begins_a_first_call) { EXPECT_EQ(Story("aA")->calls(), 1
 
 TEST(FlushGroup, begins_a_call_after_one_that_failed) { EXPECT_EQ(Story("aAxaA")->calls(), 2U); }
 
+// ---- That wait for each other.
+
+constexpr auto kLong = std::chrono::hours(1);
+
+TEST(FlushGroup, that_waits_begins_when_as_many_are_there_as_are_expected) {
+  const auto policy = GroupCommitPolicy::always(kLong, 3);
+  // The last one comes on the leader's thread, or on another.
+  for (const std::string_view events : {"WaAba", "WaAab", "WaAAAbBAb"}) {
+    Story story(events, policy);
+    EXPECT_EQ(story->calls(), 1U) << events;
+    EXPECT_EQ(story->statistics().gathered, 1U) << events;
+  }
+}
+
+TEST(FlushGroup, that_waits_begins_at_once_where_all_are_there) {
+  Story story("WabbA", GroupCommitPolicy::always(kLong, 3));
+  EXPECT_EQ(story->calls(), 1U);
+  EXPECT_EQ(story->statistics().gathered, 0U);
+}
+
+TEST(FlushGroup, that_waits_begins_when_its_time_is_over) {
+  Story story("WaAA", GroupCommitPolicy::always(std::chrono::nanoseconds(1), 3));
+  EXPECT_EQ(story->calls(), 1U);
+  EXPECT_EQ(story->statistics().gathered, 1U);
+}
+
+TEST(FlushGroup, that_has_nothing_to_flush_does_not_wait) {
+  Story story("WaAbbAeaA", GroupCommitPolicy::always(kLong, 3));
+  EXPECT_EQ(story->calls(), 1U);
+  EXPECT_EQ(story->statistics().elided, 1U);
+}
+
 // Real threads: each writes, flushes and looks at what a power cut would leave, again and again.
 struct Outcome {
   int lost;
   FlushStatistics statistics;
 };
 
-Outcome run_writers(bool disk_loses_flushes) {
+Outcome run_writers(bool disk_loses_flushes,
+                    GroupCommitPolicy policy = GroupCommitPolicy::never()) {
   constexpr std::size_t kIoThreads = 3;
   constexpr std::size_t kWritersPerThread = 4;
   constexpr std::uint64_t kRounds = 200;
@@ -243,7 +294,7 @@ Outcome run_writers(bool disk_loses_flushes) {
                            .loses_flushes = disk_loses_flushes});
   RawNode node(ImageFile::wrap(aio::SimulatedDisk::kDirectFd, aio::SimulatedDisk::kBufferedFd,
                                std::size_t{16} << 10, kSectorBytes, false),
-               {.name = "simulated"});
+               {.name = "simulated", .group_commit = policy});
   std::vector<std::unique_ptr<IoThread>> threads;
   std::vector<std::unique_ptr<FlushingWriter>> writers;
   for (std::size_t i = 0; i < kIoThreads; ++i) {
@@ -273,6 +324,17 @@ TEST(FlushGroupThreads, lose_nothing_that_was_written_before_a_flush) {
   EXPECT_EQ(outcome.lost, 0);
   EXPECT_EQ(outcome.statistics.submitted, 2400U);
   EXPECT_LT(outcome.statistics.begun, outcome.statistics.submitted);
+}
+
+TEST(FlushGroupThreads, lose_nothing_where_flushes_wait_for_each_other) {
+  for (const unsigned expected : {3U, 12U, 50U}) {
+    const auto outcome =
+        run_writers(false, GroupCommitPolicy::always(std::chrono::microseconds(200), expected));
+    EXPECT_EQ(outcome.lost, 0);
+    EXPECT_EQ(outcome.statistics.submitted, 2400U);
+    EXPECT_GT(outcome.statistics.gathered, 0U);
+    EXPECT_LT(outcome.statistics.begun, outcome.statistics.submitted / 2);
+  }
 }
 
 TEST(FlushGroupThreads, notice_a_disk_that_loses_flushes) { EXPECT_GT(run_writers(true).lost, 0); }
