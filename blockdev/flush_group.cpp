@@ -20,7 +20,8 @@ void FlushGroup::submit(BlockRequest& flush) {
   } while (!waiting_.compare_exchange_weak(others, &flush, std::memory_order_seq_cst,
                                            std::memory_order_relaxed));
   if (others != nullptr) {
-    // `flush` may be over by now.
+    // Its call may be over by now, but not `flush`, which completes on this thread: so the group is
+    // there, and the leader's context.
     if (gathers_ && here >= expected_.load(std::memory_order_relaxed)) all_are_there(context);
     return;
   }

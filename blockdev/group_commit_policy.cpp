@@ -9,6 +9,9 @@ namespace {
 // Means change by an eighth of the difference.
 constexpr int kMeanWeight = 8;
 constexpr unsigned kCallsBetweenMax = 1024;
+// A call counts as that many times the mean at most: a disk that has become slower is followed all
+// the same, by three eighths with each call.
+constexpr int kSlowdownMax = 4;
 
 }  // namespace
 
@@ -40,6 +43,8 @@ void GroupCommitPolicy::has_waited(std::chrono::nanoseconds wait, unsigned here,
 void GroupCommitPolicy::call_ended(std::chrono::nanoseconds duration, unsigned members,
                                    unsigned waiting) {
   if (mode_ != kAdaptive) return;
+  // A stall is no speed.
+  if (call_mean_.count() > 0) duration = std::min(duration, kSlowdownMax * call_mean_);
   call_mean_ =
       call_mean_.count() == 0 ? duration : call_mean_ + (duration - call_mean_) / kMeanWeight;
   expected_ = members + waiting;

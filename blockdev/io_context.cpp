@@ -222,9 +222,12 @@ bool IoContext::prepare_to_sleep() {
     const auto end = first_call();
     const auto left = end - std::chrono::steady_clock::now();
     if (left.count() <= 0) return false;
-    // A sleep that another has ended finds its timer running.
-    if (!call_timer_->is_running() || call_timer_end_ != end) call_timer_->start(left);
-    call_timer_end_ = end;
+    // One that runs for an earlier call ends this sleep early, and is set anew then: to set it
+    // while it runs would take memory.
+    if (!call_timer_->is_running() || call_timer_end_ > end) {
+      call_timer_->start(left);
+      call_timer_end_ = end;
+    }
   }
   return arrivals_.arm() && engines_->prepare_to_sleep();
 }

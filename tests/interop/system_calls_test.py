@@ -53,16 +53,16 @@ def calls_per_request(options, folder, engine, cache, depth):
 
 
 def flushes_per_call(options, folder, kind, depth):
-    """Of guests that write and flush in turn, on a disk whose flush takes 3 ms: strace has it take that long."""
+    """Of guests that write and flush in turn, on a disk whose flush takes 20 ms: strace has it take that long."""
     image, counts = folder / f"disk.{kind}", folder / "counts"
     status, output = run("qemu-img", "create", "-q", "-f", kind, "-o", "preallocation=full", image, "4M")
     if status != 0:
         raise RuntimeError(output)
     wrapper = ["strace", "-f", "-qq", "--seccomp-bpf", "-c", "-o", str(counts), "-e", "trace=fdatasync",
-               "-e", "inject=fdatasync:delay_exit=3000"]
+               "-e", "inject=fdatasync:delay_exit=20000"]
     with Server(options.vblk, [image, "--aio", "threads", "--format", kind], folder / "s", folder / "log", wrapper) as server:
         status, output = run(options.vblk, "bench", "--socket-path", server.socket, "--rw", "randwrite", "--bs", "4k", "--fsync", "1",
-                             "--iodepth", depth, "--runtime", 1.5, "--ramp_time", 0, "--output-format", "json")
+                             "--iodepth", depth, "--runtime", 3, "--ramp_time", 0, "--output-format", "json")
         server.stop()
     if status != 0:
         raise RuntimeError(output)
