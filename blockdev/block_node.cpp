@@ -63,6 +63,16 @@ Task<int> BlockNode::range_status(IoContext& /*context*/, std::uint64_t /*offset
   co_return 0;
 }
 
+Task<int> BlockNode::allocate(IoContext& /*context*/, std::uint64_t /*offset_bytes*/,
+                              std::uint64_t /*length_bytes*/, bool /*takes_space*/) {
+  co_return EOPNOTSUPP;
+}
+
+Task<int> BlockNode::write_compressed(IoContext& /*context*/, std::uint64_t /*offset_bytes*/,
+                                      std::span<std::byte> /*unit*/) {
+  co_return EOPNOTSUPP;
+}
+
 void BlockNode::resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done) {
   if (size_bytes == 0 || size_bytes % kSectorBytes != 0) {
     return done(make_error(

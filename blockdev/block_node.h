@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "aio/error.h"
@@ -45,6 +46,7 @@ struct RangeStatus {
   // compressed data.
   std::optional<std::uint64_t> file_offset;
   const std::string* file{nullptr};  // the node's own
+  int fd{-1};                        // of that file, through the page cache; the node's own
 };
 
 class BlockNode {
@@ -87,6 +89,21 @@ class BlockNode {
                                                std::uint64_t length_bytes, RangeStatus& status);
   // What is read where range_status() says kBacking; nullptr: zeroes.
   [[nodiscard]] virtual BlockNode* backing_node() const { return nullptr; }
+
+  // Gives [offset_bytes, +length_bytes), which lies within the disk and reads as zeroes, clusters
+  // of its own, as preallocation does; what has some already keeps them. `takes_space`: the file
+  // below gets its space as well, where it can without writing. Not for the data path. Loop thread
+  // of `context`. 0, or an errno value: EOPNOTSUPP where nothing is mapped.
+  [[nodiscard]] virtual Task<int> allocate(IoContext& context, std::uint64_t offset_bytes,
+                                           std::uint64_t length_bytes, bool takes_space);
+
+  // What write_compressed() takes at a time; 0: the disk stores nothing compressed. Any thread.
+  [[nodiscard]] virtual std::uint64_t compressed_unit_bytes() const { return 0; }
+  // Writes one unit, at a multiple of its size and not behind the disk's end, compressed, or as it
+  // is where that takes less. `unit` is what the guest is to read, and zeroes behind the disk's
+  // end. It compresses on the calling thread, the loop thread of `context`. 0, or an errno value.
+  [[nodiscard]] virtual Task<int> write_compressed(IoContext& context, std::uint64_t offset_bytes,
+                                                   std::span<std::byte> unit);
 
   // Makes the disk `size_bytes` long while requests run, on the loop thread of `context`. `done` is
   // called there, at once or later; the new size is stable on the disk by then, and new space reads

@@ -49,9 +49,10 @@ struct ImageOptions {
   // kQcow2, read_only only: the disk as it was in this internal snapshot
   // (qcow2/snapshots.h, header_of_snapshot()).
   std::string snapshot;
-  bool may_be_empty{false};  // kQcow2 only: a disk of no bytes is opened too, to be given some
+  bool may_be_empty{false};  // kQcow2: a disk of no bytes is opened too, to be given some
   // Without it others may write the image meanwhile, and what is read may be anything.
   bool lock{true};
+  bool is_locked{false};  // by the caller, the image itself: what it is based on is locked here
 };
 
 }  // namespace vblk::blockdev

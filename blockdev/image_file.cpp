@@ -120,7 +120,7 @@ Expected<std::unique_ptr<ImageFile>> ImageFile::open(const ImageOptions& options
   file->buffered_fd_ = open_path(options, 0);
   if (file->buffered_fd_ < 0) return open_error(options, errno);
   file->fd_ = file->buffered_fd_;
-  if (auto measured = file->measure(options.path); !measured)
+  if (auto measured = file->measure(options.path, options.may_be_empty); !measured)
     return std::unexpected(std::move(measured.error()));
   if (uses_direct_io(options.cache)) {
     const int direct_fd = open_path(options, O_DIRECT);
@@ -213,7 +213,7 @@ int ImageFile::resize(std::uint64_t size_bytes) {
   return result == 0 ? 0 : errno;
 }
 
-Expected<void> ImageFile::measure(const std::string& path) {
+Expected<void> ImageFile::measure(const std::string& path, bool may_be_empty) {
   struct stat status{};
   if (::fstat(fd_, &status) != 0) {
     const int error = errno;
@@ -227,7 +227,7 @@ Expected<void> ImageFile::measure(const std::string& path) {
   if (is_block_device_) {
     if (auto measured = measure_device(path); !measured) return measured;
   }
-  if (size_bytes_ == 0) {
+  if (size_bytes_ == 0 && !may_be_empty) {
     return make_error(
         ErrorKind::kInvalidArgument,
         fmt::format(

@@ -48,7 +48,7 @@ class ImageFile {
 
  private:
   ImageFile() = default;
-  Expected<void> measure(const std::string& path);
+  Expected<void> measure(const std::string& path, bool may_be_empty);
   Expected<void> measure_device(const std::string& path);
   void probe_alignment();
   [[nodiscard]] int fill_last_page(std::uint64_t old_bytes, std::uint64_t end_bytes);

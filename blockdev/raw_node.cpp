@@ -81,9 +81,12 @@ void RawNode::set_data_bytes(std::uint64_t size_bytes) {
 
 Task<int> RawNode::range_status(IoContext& /*context*/, std::uint64_t offset_bytes,
                                 std::uint64_t length_bytes, RangeStatus& status) {
-  status = {.length_bytes = length_bytes, .file_offset = offset_bytes, .file = &name_};
+  status = {.length_bytes = length_bytes,
+            .file_offset = offset_bytes,
+            .file = &name_,
+            .fd = buffered_fd()};
   const auto at = static_cast<off_t>(offset_bytes);
-  const int fd = file_->buffered_fd();
+  const int fd = buffered_fd();
   const off_t data = ::lseek(fd, at, SEEK_DATA);
   if (data < 0) {
     // Beyond the last data; what a file system without holes says means data.

@@ -64,6 +64,8 @@ class RawNode final : public BlockNode {
     return data_bytes_.load(std::memory_order_relaxed);
   }
   [[nodiscard]] bool is_block_device() const { return file_->is_block_device(); }
+  // Through the page cache; the node's own.
+  [[nodiscard]] int buffered_fd() const { return file_->buffered_fd(); }
   // Of a file that holds a format: makes it end at `size_bytes`, and what is new read as zeroes.
   // The next flush makes that stable. 0, or an errno value. One at a time; system calls. shrink():
   // no request beyond the new end is in flight. For other disks there is resize(), which makes them

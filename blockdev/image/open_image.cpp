@@ -98,14 +98,18 @@ Expected<std::string> resolve(const std::string& image, const std::string& name,
 
 Expected<std::unique_ptr<RawNode>> Opener::open_raw(const ImageOptions& options,
                                                     bool holds_format) {
-  auto file = ImageFile::open(options);
+  ImageOptions file_options = options;
+  file_options.lock = options.lock && !options.is_locked;
+  auto file = ImageFile::open(file_options);
   if (!file) return std::unexpected(std::move(file.error()));
   return std::make_unique<RawNode>(
       std::move(*file), RawNodeOptions{.name = printable(options.path),
                                        .discard = options.discard,
                                        .ignore_flush = options.cache == CacheMode::kUnsafe,
                                        .share_flushes = options.share_flushes,
-                                       .group_commit = group_commit(options),
+                                       // Of a format, its own flushes wait, and once is enough.
+                                       .group_commit = holds_format ? GroupCommitPolicy::never()
+                                                                    : group_commit(options),
                                        .write_behind_bytes = options.write_behind_bytes,
                                        .holds_format = holds_format});
 }
@@ -128,6 +132,7 @@ Expected<std::unique_ptr<BlockNode>> Opener::open_backing(const ImageOptions& op
   backing.write_behind_bytes = 0;
   backing.snapshot.clear();
   backing.may_be_empty = true;  // then it backs nothing
+  backing.is_locked = false;
   if (header.backing_format == "raw") {
     backing.format = ImageFormat::kRaw;
   } else if (header.backing_format == "qcow2") {
@@ -168,6 +173,7 @@ Expected<std::unique_ptr<RawNode>> Opener::open_data_file(const ImageOptions& op
   ImageOptions data = options;
   data.path = *path;
   data.format = ImageFormat::kRaw;
+  data.is_locked = false;
   auto node = open_raw(data, true);
   if (!node) {
     Error error = std::move(node.error());

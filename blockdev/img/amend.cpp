@@ -16,6 +16,7 @@
 #include "blockdev/img/command.h"
 #include "blockdev/img/create_options.h"
 #include "blockdev/img/edited_file.h"
+#include "blockdev/img/kept_bitmaps.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/output.h"
 #include "blockdev/img/progress.h"
@@ -134,6 +135,10 @@ Expected<void> check_steps(const AmendOptions& options, EditedFile& edited,
   if (all.version == 3U) resized.version = 3;
   if (auto possible = can_resize_qcow2(options.path, resized, size_bytes); !possible)
     return possible;
+  if (resized.bitmap_directory) {
+    if (auto possible = can_take_out_bitmaps(edited, options.path, size_bytes); !possible)
+      return possible;
+  }
   // It will be opened with all that it is based on; with the name that its data file is to have.
   if (!all.data_file) {
     const auto source = open_source({.path = options.path, .format = "qcow2", .lock = false});

@@ -37,11 +37,12 @@ class Arguments {
   // The same, where they are descriptions as they are.
   [[nodiscard]] const std::vector<std::string>& names_as_given() const { return names_as_given_; }
 
- private:
   // A description, "driver=qcow2,file.filename=x", becomes the name of its file; force-share is -U.
   // Returns its driver, which is what an option for the format would say; empty: it has none.
   Expected<std::string> take_description(std::string& name,
                                          std::span<const std::string_view> options);
+
+ private:
   Expected<void> take_descriptions(std::span<const std::string_view> options);
 
   std::vector<std::pair<std::string, std::string>> given_;

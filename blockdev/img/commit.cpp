@@ -2,6 +2,7 @@
 //
 // Until all of it is stable there, the image keeps what it has, and so stays the same disk whatever
 // interrupts the work; then it is emptied by one write of its header.
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <memory>
@@ -16,9 +17,11 @@
 #include "blockdev/img/converter.h"
 #include "blockdev/img/edited_file.h"
 #include "blockdev/img/engines.h"
+#include "blockdev/img/kept_bitmaps.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/output.h"
 #include "blockdev/img/progress.h"
+#include "blockdev/img/resize.h"
 #include "blockdev/img/source.h"
 #include "blockdev/qcow2/snapshot_editor.h"
 
@@ -80,25 +83,21 @@ Expected<void> grow(BlockNode& node, std::uint64_t size_bytes) {
   return resized;
 }
 
-Expected<void> write_into_base(const CommitOptions& options, const Base& base) {
-  // The image is locked by the caller. It comes first: where its chain does not end it says so, and
-  // not that the base is in use, by this process.
-  auto source = open_source({.path = options.path, .format = "qcow2", .lock = false});
-  if (!source) return std::unexpected(std::move(source.error()));
-  auto target = open_source(
-      {.path = base.path, .format = base.format, .cache = options.cache, .read_only = false});
+Expected<void> copy(Source& source, const CommitOptions& options, const Base& base,
+                    KeptBitmaps& bitmaps) {
+  auto target = open_source({.path = base.path,
+                             .format = base.format,
+                             .cache = options.cache,
+                             .read_only = false,
+                             .is_locked = bitmaps.has_locked()});
   if (!target) return std::unexpected(std::move(target.error()));
-  if (!source->node) return {};
-  if (!target->node) {
-    return make_error(ErrorKind::kNotSupported,
-                      fmt::format("'{}' is a disk of no bytes", base.path));
-  }
-  if (auto grown = grow(*target->node, source->size_bytes()); !grown) return grown;
-  const ConvertPlan plan{.sources = {&*source},
-                         .size_bytes = source->size_bytes(),
+  if (auto grown = grow(*target->node, source.size_bytes()); !grown) return grown;
+  const ConvertPlan plan{.sources = {&source},
+                         .size_bytes = source.size_bytes(),
                          .target = target->node.get(),
                          .depth_max = base.depth - 1,
-                         .rate_bytes = options.rate_bytes};
+                         .rate_bytes = options.rate_bytes,
+                         .written = bitmaps.marker()};
   Progress progress(options.show_progress, plan.size_bytes);
   if (auto copied = Converter(plan, progress).run(); !copied) return copied;
   const auto context = make_context();
@@ -115,13 +114,31 @@ Expected<void> write_into_base(const CommitOptions& options, const Base& base) {
   return {};
 }
 
+Expected<void> write_into_base(const CommitOptions& options, const Base& base) {
+  // The image is locked by the caller. It comes first: where its chain does not end it says so, and
+  // not that the base is in use, by this process.
+  auto source = open_source({.path = options.path, .format = "qcow2", .lock = false});
+  if (!source) return std::unexpected(std::move(source.error()));
+  std::uint64_t base_bytes = 0;
+  {
+    const auto target = open_source({.path = base.path, .format = base.format});
+    if (!target) return std::unexpected(target.error());
+    base_bytes = target->size_bytes();
+  }
+  if (!source->node) return {};
+  if (base_bytes == 0) {
+    auto grown = grow_empty_disk(base.path, base.format, source->size_bytes());
+    if (!grown) return grown;
+  }
+  KeptBitmaps bitmaps(base.path);
+  auto taken = bitmaps.take_out(base.format, std::max(base_bytes, source->size_bytes()), true);
+  if (!taken) return taken;
+  return bitmaps.put_in(copy(*source, options, base, bitmaps));
+}
+
 Expected<void> commit(const CommitOptions& options) {
   const auto base = find_base(options);
   if (!base) return std::unexpected(base.error());
-  for (const auto& [path, format] :
-       {std::pair(options.path, std::string("qcow2")), std::pair(base->path, base->format)}) {
-    if (auto checked = has_no_bitmaps(path, format); !checked) return checked;
-  }
   // It is closed cleanly before anything is read from it, as opening it for writing would do.
   const auto edited = EditedFile::open(options.path, options.cache);
   if (!edited) return std::unexpected(edited.error());

@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <fcntl.h>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -15,7 +17,9 @@
 #include "blockdev/img/command.h"
 #include "blockdev/img/converter.h"
 #include "blockdev/img/create_options.h"
+#include "blockdev/img/edited_file.h"
 #include "blockdev/img/engines.h"
+#include "blockdev/img/kept_bitmaps.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/new_image.h"
 #include "blockdev/img/output.h"
@@ -45,6 +49,7 @@ struct ConvertOptions {
   bool show_progress{false};
   bool copies_bitmaps{false};
   bool skips_broken_bitmaps{false};
+  bool kernel_copies{false};
   std::string target_format;
   CreateOptions create;
   ConvertPlan plan;
@@ -87,9 +92,8 @@ Expected<void> check_combination(const ConvertOptions& options) {
     return wrong("-c: what is in a data file is not compressed");
   if (options.compress && create.preallocation != Preallocation::kOff)
     return wrong("-c and preallocation exclude each other");
-  if (options.into_existing && options.compress)
-    return make_error(ErrorKind::kNotSupported,
-                      "-n with -c: compressed clusters are only written into a new image here");
+  if (options.kernel_copies && options.compress)
+    return wrong("-C and -c exclude each other: what the kernel copies is not compressed");
   if (options.target_is_zero && !options.into_existing)
     return wrong("--target-is-zero goes with -n");
   if (options.skips_broken_bitmaps && !options.copies_bitmaps)
@@ -98,10 +102,6 @@ Expected<void> check_combination(const ConvertOptions& options) {
     return wrong("--bitmaps: the bitmaps of several images do not become one");
   if (options.copies_bitmaps && (!is_qcow2 || create.version < 3))
     return wrong("--bitmaps: only qcow2 images of version 3 have bitmaps");
-  if (options.copies_bitmaps && options.into_existing)
-    return make_error(ErrorKind::kNotSupported,
-                      "--bitmaps with -n: bitmaps are copied into a new image here; 'vblk img "
-                      "bitmap --merge' brings them into another");
   if (options.into_existing && !create.backing_file.empty())
     return wrong("-n with -B: the target has the backing file that it has");
   return {};
@@ -124,6 +124,9 @@ Expected<ConvertOptions> parse_options(const Arguments& arguments) {
   options.target_is_zero = arguments.has("target-is-zero");
   options.compress = arguments.has("c");
   options.show_progress = arguments.has("p") && !arguments.has("q");
+  options.kernel_copies = arguments.has("C");
+  if (options.kernel_copies && arguments.has("S"))
+    return wrong("-C and -S exclude each other: the kernel does not look for zeroes");
   options.copies_bitmaps = arguments.has("bitmaps");
   options.skips_broken_bitmaps = arguments.has("skip-broken-bitmaps");
   auto source_cache = parse_cache(arguments.value_or("T", ""), options.source_cache);
@@ -173,6 +176,28 @@ Expected<std::vector<Source>> open_sources(const ConvertOptions& options) {
   return sources;
 }
 
+// Not beside writes that go around the page cache.
+bool copies_in_kernel(const ConvertOptions& options) {
+  return options.kernel_copies && options.target_format == "raw" &&
+         !blockdev::uses_direct_io(options.target_cache);
+}
+
+// The file of a raw target that there is, for the kernel to copy into; none if it is not to.
+class CopyTarget {
+ public:
+  CopyTarget(const ConvertOptions& options, const std::string& path)
+      : fd_(copies_in_kernel(options) ? ::open(path.c_str(), O_WRONLY | O_CLOEXEC) : -1) {}
+  ~CopyTarget() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  CopyTarget(const CopyTarget&) = delete;
+  CopyTarget& operator=(const CopyTarget&) = delete;
+  [[nodiscard]] int fd() const { return fd_; }
+
+ private:
+  const int fd_;
+};
+
 Task<int> flush(BlockNode& node, IoContext& context) {
   const int error =
       co_await blockdev::BlockIo(node, context, blockdev::BlockOperation::kFlush, 0, 0);
@@ -214,11 +239,11 @@ Task<int> add_bitmaps(qcow2::BitmapEditor& editor, const StoredBitmaps& bitmaps)
   co_return error;
 }
 
-// Into the new image, which is whole but for what says that it is one.
-Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, NewImage& image,
-                            blockdev::PrivateContext& context) {
+// Into an image of `header` that is in `file`, which `context` has attached.
+Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, blockdev::RawNode& file,
+                            const qcow2::Header& header, blockdev::PrivateContext& context) {
   bitmaps.file->attach(context.context());
-  qcow2::BitmapEditor editor(image.target().file(), context.context(), image.writer()->header());
+  qcow2::BitmapEditor editor(file, context.context(), header);
   const int error = context.run(add_bitmaps(editor, bitmaps));
   bitmaps.file->detach(context.context());
   if (error == 0) return {};
@@ -226,33 +251,39 @@ Expected<void> copy_bitmaps(const StoredBitmaps& bitmaps, NewImage& image,
                     fmt::format("cannot copy bitmaps: {}", editor.reason(error)), error);
 }
 
-Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {
-  if (auto checked = has_no_bitmaps(options.target, options.target_format); !checked)
-    return checked;
-  if (auto checked = blockdev::check_is_not_mounted(options.target); !checked) return checked;
-  auto target = open_source({.path = options.target,
-                             .format = options.target_format,
-                             .cache = file_cache(options.target_cache),
-                             .read_only = false});
-  if (!target) return std::unexpected(std::move(target.error()));
-  if (target->size_bytes() < plan.size_bytes) {
-    return make_error(ErrorKind::kExhausted,
-                      fmt::format("the target '{}' has {} bytes, too few for {}", options.target,
-                                  target->size_bytes(), plan.size_bytes));
+// What would forbid it, known before anything is written.
+Expected<void> can_add_bitmaps(const StoredBitmaps& bitmaps, const std::string& target) {
+  const auto there = open_stored_bitmaps(target, "qcow2", false);
+  if (!there) return std::unexpected(there.error());
+  if (there->header.version < 3) return wrong("--bitmaps: images of version 2 have no bitmaps");
+  if (there->header.size_bytes != bitmaps.header.size_bytes)
+    return wrong("--bitmaps: source and target are disks of different sizes");
+  for (const qcow2::Bitmap& bitmap : bitmaps.list) {
+    if (std::ranges::find(there->list, bitmap.name, &qcow2::Bitmap::name) != there->list.end())
+      return wrong(fmt::format("the target has a bitmap '{}' already", printable(bitmap.name)));
   }
+  return {};
+}
+
+Expected<void> copy_into(const ConvertOptions& options, ConvertPlan& plan, BlockNode* target) {
   Progress progress(options.show_progress, plan.size_bytes);
-  plan.target = target->node.get();
+  plan.target = target;
   plan.target_reads_zero = options.target_is_zero;
-  if (plan.target != nullptr) {
+  if (target != nullptr) {
+    if (options.compress && target->compressed_unit_bytes() == 0)
+      return wrong("-c: what is in a data file is not compressed");
     auto converted = Converter(plan, progress).run();
     if (!converted) return converted;
   }
-  if (plan.target != nullptr && options.target_cache != blockdev::CacheMode::kUnsafe) {
+  // Of a qcow2 image that is what writes its tables, and says if it cannot.
+  const bool must_flush =
+      options.target_format == "qcow2" || options.target_cache != blockdev::CacheMode::kUnsafe;
+  if (target != nullptr && must_flush) {
     const auto context = make_context();
     if (!context) return std::unexpected(context.error());
-    plan.target->attach((*context)->context());
-    const int error = (*context)->run(flush(*plan.target, (*context)->context()));
-    plan.target->detach((*context)->context());
+    target->attach((*context)->context());
+    const int error = (*context)->run(flush(*target, (*context)->context()));
+    target->detach((*context)->context());
     if (error != 0) {
       return make_error(kind_of_errno(error),
                         fmt::format("cannot flush '{}': {}", options.target, describe_errno(error)),
@@ -261,6 +292,54 @@ Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& p
   }
   progress.finish();
   return {};
+}
+
+Expected<Source> open_target(const ConvertOptions& options, bool read_only, bool is_locked) {
+  return open_source({.path = options.target,
+                      .format = options.target_format,
+                      .cache = file_cache(options.target_cache),
+                      .read_only = read_only,
+                      .is_locked = is_locked});
+}
+
+Expected<void> write_into_existing(const ConvertOptions& options, ConvertPlan& plan) {
+  if (auto checked = blockdev::check_is_not_mounted(options.target); !checked) return checked;
+  std::uint64_t target_bytes = 0;
+  {
+    const auto target = open_target(options, true, false);
+    if (!target) return std::unexpected(target.error());
+    target_bytes = target->size_bytes();
+  }
+  if (target_bytes < plan.size_bytes) {
+    return make_error(ErrorKind::kExhausted,
+                      fmt::format("the target '{}' has {} bytes, too few for {}", options.target,
+                                  target_bytes, plan.size_bytes));
+  }
+  std::optional<StoredBitmaps> new_bitmaps;
+  if (options.copies_bitmaps) {
+    auto found = bitmaps_to_copy(options);
+    if (!found) return std::unexpected(std::move(found.error()));
+    new_bitmaps = std::move(*found);
+    if (auto possible = can_add_bitmaps(*new_bitmaps, options.target); !possible) return possible;
+  }
+  KeptBitmaps bitmaps(options.target);
+  auto taken = bitmaps.take_out(options.target_format, target_bytes, true);
+  if (!taken) return taken;
+  plan.written = bitmaps.marker();
+  Expected<void> copied;
+  if (auto target = open_target(options, false, bitmaps.has_locked()); !target) {
+    copied = std::unexpected(std::move(target.error()));
+  } else {
+    const CopyTarget copy_target(options, options.target);
+    plan.copy_fd = copy_target.fd();
+    copied = copy_into(options, plan, target->node.get());
+  }
+  copied = bitmaps.put_in(std::move(copied));
+  if (!copied || !new_bitmaps) return copied;
+  const auto edited = EditedFile::open(options.target, blockdev::CacheMode::kWriteback);
+  if (!edited) return std::unexpected(edited.error());
+  return copy_bitmaps(*new_bitmaps, (*edited)->file(), (*edited)->header(),
+                      (*edited)->own_context());
 }
 
 Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan) {
@@ -300,11 +379,17 @@ Expected<void> write_new_image(const ConvertOptions& options, ConvertPlan& plan)
   if (plan.writer == nullptr) {
     plan.target = &(*image)->target().file();
     plan.target_reads_zero = (*image)->reads_zero();
+    if (copies_in_kernel(options)) plan.copy_fd = (*image)->target().fd();
   }
   auto converted = Converter(plan, progress).run();
   if (!converted) return converted;
   std::function<Expected<void>()> last;
-  if (bitmaps) last = [&] { return copy_bitmaps(*bitmaps, **image, **context); };
+  if (bitmaps) {
+    last = [&] {
+      return copy_bitmaps(*bitmaps, (*image)->target().file(), (*image)->writer()->header(),
+                          **context);
+    };
+  }
   if (auto finished = (*image)->finish(**context, last); !finished) return finished;
   progress.finish();
   return {};
@@ -330,7 +415,7 @@ int convert_command(std::span<const std::string> words) {
                                                       "m:",
                                                       "W",
                                                       "U",
-                                                      "C!",
+                                                      "C",
                                                       "force-share",
                                                       "target-is-zero",
                                                       "salvage",

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cerrno>
 #include <thread>
+#include <unistd.h>
 #include <utility>
 
 #include <fmt/core.h>
@@ -39,10 +40,12 @@ struct Converter::Buffers {
 Converter::Converter(const ConvertPlan& plan, Progress& progress)
     : plan_(plan),
       progress_(progress),
-      chunk_bytes_(plan.writer == nullptr
-                       ? kChunkBytes
-                       : std::max(kChunkBytes, plan.writer->header().geometry.cluster_bytes())),
+      cluster_bytes_(plan.writer != nullptr ? plan.writer->header().geometry.cluster_bytes()
+                     : fills_clusters()     ? plan.target->compressed_unit_bytes()
+                                            : 0),
+      chunk_bytes_(std::max(kChunkBytes, cluster_bytes_)),
       on_one_thread_(plan.one_write_at_a_time && !plan.compression),
+      kernel_copies_(plan.copy_fd >= 0),
       next_write_(std::chrono::steady_clock::now()) {
   std::uint64_t begin = 0;
   for (Source* const source : plan_.sources) {
@@ -120,7 +123,8 @@ void Converter::note_error(const char* what, std::uint64_t offset, int error) {
 
 Task<int> Converter::work(IoContext& context) {
   Buffers buffers{.data = AlignedBuffer(chunk_bytes_), .compressed = {}, .clusters = {}};
-  if (plan_.compression) buffers.compressed = AlignedBuffer(chunk_bytes_);
+  if (plan_.compression && plan_.writer != nullptr)
+    buffers.compressed = AlignedBuffer(chunk_bytes_);
   Chunk chunk;
   while (take(chunk)) {
     [[maybe_unused]] const int ignored = co_await convert(context, chunk, buffers);
@@ -303,17 +307,16 @@ void Converter::pace(std::uint64_t bytes) {
 
 void Converter::plan_clusters(const Chunk& chunk, const std::vector<Piece>& pieces,
                               Buffers& buffers) const {
-  const std::uint64_t cluster_bytes = plan_.writer->header().geometry.cluster_bytes();
   buffers.clusters.clear();
   std::uint64_t compressed_at = 0;
   std::size_t next = 0;
-  for (std::uint64_t at = chunk.begin; at < chunk.end; at += cluster_bytes) {
-    const std::uint64_t end = std::min(at + cluster_bytes, chunk.end);
+  for (std::uint64_t at = chunk.begin; at < chunk.end; at += cluster_bytes_) {
+    const std::uint64_t end = std::min(at + cluster_bytes_, chunk.end);
     while (pieces[next].end <= at) ++next;
     bool has_data = pieces[next].content == Content::kData;
     for (std::size_t i = next + 1; i < pieces.size() && pieces[i].begin < end; ++i)
       has_data = has_data || pieces[i].content == Content::kData;
-    const auto bytes = buffers.data.bytes().subspan(at - chunk.begin, cluster_bytes);
+    const auto bytes = buffers.data.bytes().subspan(at - chunk.begin, cluster_bytes_);
     NewCluster cluster;
     if (plan_.sparse_bytes == 0 && pieces[next].content == Content::kZero) has_data = true;
     if (has_data && (plan_.sparse_bytes == 0 || !is_zero(bytes))) {
@@ -321,13 +324,14 @@ void Converter::plan_clusters(const Chunk& chunk, const std::vector<Piece>& piec
     } else if (has_data || pieces[next].content == Content::kZero) {
       cluster.content = NewCluster::Content::kZero;
     }
-    if (plan_.compression && cluster.content == NewCluster::Content::kData) {
+    const bool compresses = plan_.writer != nullptr && plan_.compression;
+    if (compresses && cluster.content == NewCluster::Content::kData) {
       // One byte less than a cluster: otherwise it is better off as it is.
-      const auto place = buffers.compressed.bytes().subspan(compressed_at, cluster_bytes - 1);
+      const auto place = buffers.compressed.bytes().subspan(compressed_at, cluster_bytes_ - 1);
       const std::size_t length = qcow2::compress(*plan_.compression, bytes, place);
       if (length > 0)
         cluster = {.content = NewCluster::Content::kCompressed, .bytes = place.first(length)};
-      compressed_at += cluster_bytes;
+      compressed_at += cluster_bytes_;
     }
     buffers.clusters.push_back(cluster);
   }
@@ -386,6 +390,7 @@ Task<int> Converter::write_disk(IoContext& context, const Chunk& chunk,
   for (const Piece& piece : pieces) {
     const std::uint64_t length = piece.end - piece.begin;
     if (piece.content == Content::kData) {
+      if (plan_.written) plan_.written(piece.begin, length);
       group.start(*plan_.target, BlockOperation::kWrite, piece.begin,
                   {{buffers.data.data() + (piece.begin - chunk.begin), length}});
     }
@@ -393,13 +398,96 @@ Task<int> Converter::write_disk(IoContext& context, const Chunk& chunk,
   if (plan_.in_order) turns_.pass(context);
   int error = co_await group;
   for (const Piece& piece : pieces) {
-    if (error != 0 || piece.content != Content::kZero || zeroes_need_nothing()) continue;
-    BlockIo zeroes(*plan_.target, context, BlockOperation::kWriteZeroes, piece.begin,
-                   piece.end - piece.begin);
-    zeroes.may_unmap = true;
-    error = co_await zeroes;
+    if (error == 0 && piece.content == Content::kZero)
+      error = co_await write_zeroes(context, piece.begin, piece.end);
   }
   if (error != 0) note_error("write", chunk.begin, error);
+  co_return error;
+}
+
+Task<int> Converter::write_zeroes(IoContext& context, std::uint64_t begin, std::uint64_t end) {
+  if (zeroes_need_nothing()) co_return 0;
+  if (plan_.written) plan_.written(begin, end - begin);
+  BlockIo zeroes(*plan_.target, context, BlockOperation::kWriteZeroes, begin, end - begin);
+  zeroes.may_unmap = true;
+  const int error = co_await zeroes;
+  co_return error;
+}
+
+// Others compress beside it.
+Task<int> Converter::write_compressed(IoContext& context, const Chunk& chunk, Buffers& buffers) {
+  if (plan_.in_order) turns_.pass(context);
+  int error = 0;
+  std::uint64_t at = chunk.begin;
+  for (const NewCluster& cluster : buffers.clusters) {
+    const std::uint64_t end = std::min(at + cluster_bytes_, chunk.end);
+    if (error != 0) break;
+    const auto bytes = buffers.data.bytes().subspan(at - chunk.begin, cluster_bytes_);
+    if (cluster.content != NewCluster::Content::kData) {
+      error = co_await write_zeroes(context, at, end);
+    } else if (end - at < cluster_bytes_ && end < plan_.target->size_bytes()) {
+      // What the target has behind the source's end stays.
+      if (plan_.written) plan_.written(at, end - at);
+      error = co_await BlockIo(*plan_.target, context, BlockOperation::kWrite, at,
+                               bytes.first(end - at));
+    } else {
+      if (plan_.written) plan_.written(at, end - at);
+      error = co_await plan_.target->write_compressed(context, at, bytes);
+    }
+    at = end;
+  }
+  if (error != 0) note_error("write", chunk.begin, error);
+  co_return error;
+}
+
+// ---- By the kernel, from file to file.
+
+// As much of the beginning of a piece as lies in a file as it is. What the kernel refuses to copy
+// is read and written; so is the last sector of a file that ends within it.
+Task<int> Converter::copy_piece(IoContext& context, const Piece& piece,
+                                std::uint64_t& copied_until) {
+  std::uint64_t at = piece.begin;
+  while (at < piece.end && kernel_copies_.load(std::memory_order_relaxed)) {
+    const Part* const part = part_at(at);
+    if (part == nullptr) break;
+    const std::uint64_t in_part = at - part->begin;
+    const std::uint64_t length = std::min(piece.end - at, part->source->size_bytes() - in_part);
+    ChainStatus status;
+    const int error = co_await chain_status(*part->source->node, context, in_part, length,
+                                            plan_.depth_max, status);
+    if (error != 0 && !plan_.salvage) co_return error;
+    if (error != 0 || !status.is_data || !status.file_offset) break;
+    if (plan_.written) plan_.written(at, status.length_bytes);
+    pace(status.length_bytes);
+    auto from = static_cast<off64_t>(*status.file_offset);
+    auto to = static_cast<off64_t>(at);
+    const auto end = static_cast<off64_t>(at + status.length_bytes);
+    ssize_t count = 0;
+    while (to < end) {
+      count = ::copy_file_range(status.fd, &from, plan_.copy_fd, &to,
+                                static_cast<std::size_t>(end - to), 0);
+      if (count <= 0 && !(count < 0 && errno == EINTR)) break;
+    }
+    // Whatever it is: who reads and writes will be told.
+    if (count < 0) kernel_copies_.store(false, std::memory_order_relaxed);
+    at = static_cast<std::uint64_t>(to);
+    if (to < end) break;
+  }
+  copied_until = std::max(piece.begin, at / blockdev::kSectorBytes * blockdev::kSectorBytes);
+  co_return 0;
+}
+
+Task<int> Converter::copy_in_kernel(IoContext& context, std::vector<Piece>& pieces) {
+  std::vector<Piece> left;
+  int error = 0;
+  for (const Piece& piece : pieces) {
+    std::uint64_t copied_until = piece.begin;
+    if (error == 0 && piece.content == Content::kData)
+      error = co_await copy_piece(context, piece, copied_until);
+    if (copied_until > piece.begin) left.push_back({piece.begin, copied_until, Content::kCopied});
+    if (copied_until < piece.end) left.push_back({copied_until, piece.end, piece.content});
+  }
+  pieces = std::move(left);
   co_return error;
 }
 
@@ -410,9 +498,11 @@ Task<int> Converter::convert(IoContext& context, const Chunk& chunk, Buffers& bu
   if (error != 0) note_error("find out what there is", chunk.begin, error);
   if (error == 0) {
     widen_to_clusters(chunk, pieces);
-    error = co_await read(context, chunk, pieces, buffers);
+    if (plan_.copy_fd >= 0) error = co_await copy_in_kernel(context, pieces);
+    if (error != 0) note_error("copy", chunk.begin, error);
   }
-  if (error == 0 && plan_.writer != nullptr) {
+  if (error == 0) error = co_await read(context, chunk, pieces, buffers);
+  if (error == 0 && fills_clusters()) {
     // The rest of the disk's last cluster.
     std::ranges::fill(buffers.data.bytes().subspan(chunk.end - chunk.begin), std::byte{0});
     plan_clusters(chunk, pieces, buffers);
@@ -435,6 +525,8 @@ Task<int> Converter::convert(IoContext& context, const Chunk& chunk, Buffers& bu
   }
   if (plan_.writer != nullptr) {
     error = co_await write_clusters(context, chunk, buffers);
+  } else if (fills_clusters()) {
+    error = co_await write_compressed(context, chunk, buffers);
   } else {
     error = co_await write_disk(context, chunk, pieces, buffers);
   }

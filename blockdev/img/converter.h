@@ -10,6 +10,9 @@
 // the workers: writes of several threads would wait for each other, spinning, while those of one
 // ring are lined up by the kernel. Data that turns out to be compressed brings the others in.
 //
+// With `compression` and a disk to be written to, it is the disk that compresses, whole units of
+// its own (BlockNode::write_compressed()).
+//
 // Memory: a chunk for each worker, 1 MiB or a cluster of the target if that is larger; twice that
 // where data is compressed.
 #pragma once
@@ -17,6 +20,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -57,6 +61,11 @@ struct ConvertPlan {
   bool one_write_at_a_time{false};
   unsigned workers_max{8};
   std::uint64_t rate_bytes{0};  // per second; 0: no limit
+  // Told of each range of `target` before it is written, by any thread; may be empty.
+  std::function<void(std::uint64_t offset, std::uint64_t length)> written{};
+  // The file of a raw `target`, if the kernel is to copy into it what is data (copy_file_range(2)),
+  // zeroes and all, as far as it can; -1: it is not.
+  int copy_fd{-1};
   // What cannot be read becomes zeroes, and is told of.
   bool salvage{false};
   bool quiet{false};
@@ -69,7 +78,7 @@ class Converter {
   Expected<void> run();
 
  private:
-  enum class Content : std::uint8_t { kData, kZero, kBacking };
+  enum class Content : std::uint8_t { kData, kZero, kBacking, kCopied };
   struct Piece {
     std::uint64_t begin;
     std::uint64_t end;
@@ -98,6 +107,10 @@ class Converter {
   void split_at_zeroes(const Chunk& chunk, std::vector<Piece>& pieces, Buffers& buffers) const;
   Task<int> write_disk(IoContext& context, const Chunk& chunk, const std::vector<Piece>& pieces,
                        Buffers& buffers);
+  Task<int> write_zeroes(IoContext& context, std::uint64_t begin, std::uint64_t end);
+  Task<int> write_compressed(IoContext& context, const Chunk& chunk, Buffers& buffers);
+  Task<int> copy_in_kernel(IoContext& context, std::vector<Piece>& pieces);
+  Task<int> copy_piece(IoContext& context, const Piece& piece, std::uint64_t& copied_until);
   void pace(std::uint64_t bytes);
   void note_error(const char* what, std::uint64_t offset, int error);
   // Whether a range that reads as zeroes needs nothing to be done.
@@ -113,15 +126,21 @@ class Converter {
   };
   [[nodiscard]] const Part* part_at(std::uint64_t offset) const;
 
+  [[nodiscard]] bool fills_clusters() const {
+    return plan_.writer != nullptr || (plan_.target != nullptr && plan_.compression);
+  }
+
   const ConvertPlan& plan_;
   Progress& progress_;
   std::vector<Part> parts_;
+  std::uint64_t cluster_bytes_{0};  // of what fills_clusters()
   std::uint64_t chunk_bytes_;
   bool may_skip_;
   Turns turns_;
   std::atomic<bool> failed_{false};
   std::atomic<bool> has_compressed_{false};  // the source, as far as it was looked at
   bool on_one_thread_;                       // changes while no worker runs
+  std::atomic<bool> kernel_copies_;          // as long as it has not refused to
 
   std::mutex mutex_;  // over what follows
   std::uint64_t next_{0};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <limits>
 #include <string_view>
 
 #include <fmt/core.h>
@@ -29,14 +30,16 @@ Expected<bool> parse_switch(const std::string& name, const std::string& text) {
 }
 
 // What qemu-img takes, and we do not.
-constexpr std::array<std::string_view, 4> kRefused{"encryption", "encrypt.format", "nocow",
-                                                   "extent_size_hint"};
+constexpr std::array<std::string_view, 2> kRefused{"encryption", "encrypt.format"};
 
 struct OptionHelp {
   std::string_view name;
   std::string_view meaning;
 };
 constexpr std::array kRawHelp{
+    OptionHelp{"extent_size_hint=<size>",
+               "Size of the file's extents, for file systems that heed it"},
+    OptionHelp{"nocow=<bool (on/off)>", "No copy on write below, for file systems that heed it"},
     OptionHelp{"preallocation=<str>", "Space in advance: off, falloc (reserved), full (written)"},
     OptionHelp{"size=<size>", "Size of the virtual disk"}};
 constexpr std::array kQcow2Help{
@@ -48,7 +51,10 @@ constexpr std::array kQcow2Help{
     OptionHelp{"data_file=<str>", "File beside the image that holds the data"},
     OptionHelp{"data_file_raw=<bool (on/off)>", "The data file must stay valid as a raw image"},
     OptionHelp{"extended_l2=<bool (on/off)>", "L2 tables with subclusters"},
+    OptionHelp{"extent_size_hint=<size>",
+               "Size of the file's extents, for file systems that heed it"},
     OptionHelp{"lazy_refcounts=<bool (on/off)>", "Refcounts may be written late"},
+    OptionHelp{"nocow=<bool (on/off)>", "No copy on write below, for file systems that heed it"},
     OptionHelp{"preallocation=<str>",
                "Space in advance: off, metadata, falloc (reserved), full (written)"},
     OptionHelp{"refcount_bits=<num>", "Width of a refcount, a power of two up to 64"},
@@ -192,6 +198,18 @@ Expected<CreateOptions> parse_create_options(
       if (!mode) return std::unexpected(mode.error());
       options.preallocation = *mode;
       options.preallocation_given = true;
+    } else if (name == "nocow") {
+      const auto nocow = parse_switch(name, value);
+      if (!nocow) return std::unexpected(nocow.error());
+      options.hints.nocow = *nocow;
+      options.nocow_given = true;
+    } else if (name == "extent_size_hint") {
+      const auto bytes = parse_size(value, name);
+      if (!bytes) return std::unexpected(bytes.error());
+      if (*bytes > std::numeric_limits<std::uint32_t>::max())
+        return wrong("extent_size_hint is a size below 4G");
+      options.hints.extent_size_bytes = static_cast<std::uint32_t>(*bytes);
+      options.extent_size_given = true;
     } else if (format == "qcow2") {
       if (auto taken = take_qcow2_option(name, value, options); !taken)
         return std::unexpected(std::move(taken.error()));
@@ -252,8 +270,14 @@ std::string describe_creation(const std::string& path, const CreateOptions& opti
     add("compression_type", options.compression == qcow2::Compression::kZstd ? "zstd" : "zlib");
   }
   add("size", std::to_string(size_bytes));
+  const auto add_hints = [&] {
+    if (options.nocow_given) add("nocow", on_off(options.hints.nocow));
+    if (!is_qcow2 && options.preallocation_given) add("preallocation", mode);
+    if (options.extent_size_given)
+      add("extent_size_hint", std::to_string(options.hints.extent_size_bytes));
+  };
   if (!is_qcow2) {
-    if (options.preallocation_given) add("preallocation", mode);
+    add_hints();
     return text;
   }
   if (!options.compat.empty()) add("compat", options.compat);
@@ -265,6 +289,7 @@ std::string describe_creation(const std::string& path, const CreateOptions& opti
   if (options.data_file_raw) add("data_file_raw", "on");
   add("lazy_refcounts", on_off(options.lazy_refcounts));
   add("refcount_bits", std::to_string(options.refcount_bits));
+  add_hints();
   return text;
 }
 

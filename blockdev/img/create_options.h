@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "aio/error.h"
+#include "blockdev/img/target.h"
 #include "blockdev/qcow2/header.h"
 
 namespace vblk::img {
@@ -21,6 +22,9 @@ struct CreateOptions {
   std::optional<std::uint64_t> size_bytes;
   Preallocation preallocation{Preallocation::kOff};
   bool preallocation_given{false};
+  FileHints hints;
+  bool nocow_given{false};
+  bool extent_size_given{false};
   // qcow2 alone.
   std::string compat;  // as given; empty: not given
   unsigned version{3};

@@ -107,15 +107,23 @@ Expected<void> copy(Source& source, const Operands& operands, const CreateOption
 
 int dd_command(std::span<const std::string> words) {
   constexpr std::array<std::string_view, 6> kOptions{"f:",          "O:",       "U",
-                                                     "force-share", "object:!", "image-opts!"};
-  const auto arguments = Arguments::parse(words, kOptions);
+                                                     "force-share", "object:!", "image-opts"};
+  auto arguments = Arguments::parse(words, kOptions);
   if (!arguments) return fail(arguments.error().message);
-  const auto operands = parse_operands(arguments->names());
+  auto operands = parse_operands(arguments->names());
   if (!operands) return fail(operands.error().message);
+  std::string format = arguments->value_or("f", "");
+  if (arguments->has("image-opts")) {
+    if (!format.empty())
+      return fail("--image-opts tells the format by itself, and -f has no place");
+    auto driver = arguments->take_description(*operands->input, kOptions);
+    if (!driver) return fail(driver.error().message);
+    format = std::move(*driver);
+  }
   const auto create = parse_create_options(arguments->value_or("O", "raw"), {});
   if (!create) return fail(create.error().message);
   auto source = open_source({.path = *operands->input,
-                             .format = arguments->value_or("f", ""),
+                             .format = format,
                              .lock = !arguments->has("U") && !arguments->has("force-share")});
   if (!source) return fail(source.error().message);
   if (auto checked = check_target_is_apart(*source, *operands->output); !checked)

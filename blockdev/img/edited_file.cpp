@@ -36,9 +36,9 @@ EditedFile::EditedFile(std::unique_ptr<blockdev::RawNode> file, qcow2::Header he
 EditedFile::~EditedFile() { file_->detach(context_->context()); }
 
 Expected<std::unique_ptr<EditedFile>> EditedFile::open(const std::string& path,
-                                                       blockdev::CacheMode cache) {
+                                                       blockdev::CacheMode cache, bool lock) {
   auto file = open_file(
-      {.path = path, .format = "qcow2", .cache = cache, .read_only = false, .lock = true});
+      {.path = path, .format = "qcow2", .cache = cache, .read_only = false, .lock = lock});
   if (!file) return std::unexpected(std::move(file.error()));
   if (!*file) {
     return make_error(ErrorKind::kInvalidArgument,

@@ -20,8 +20,9 @@ class EditedFile {
   // What was not closed (marked dirty) has its refcounts set right first, as opening it would.
   // Errors: as open_file() and read_header(), kInvalidArgument (empty), kCorrupt (marked so, or not
   // to be repaired).
+  // Without `lock` the caller has it locked.
   static Expected<std::unique_ptr<EditedFile>> open(const std::string& path,
-                                                    blockdev::CacheMode cache);
+                                                    blockdev::CacheMode cache, bool lock = true);
   ~EditedFile();
   EditedFile(const EditedFile&) = delete;
   EditedFile& operator=(const EditedFile&) = delete;
@@ -29,6 +30,7 @@ class EditedFile {
   [[nodiscard]] blockdev::RawNode& file() { return *file_; }
   [[nodiscard]] const qcow2::Header& header() const { return header_; }
   [[nodiscard]] blockdev::IoContext& context() { return context_->context(); }
+  [[nodiscard]] blockdev::PrivateContext& own_context() { return *context_; }
   // Carries `task` to its end.
   int run(blockdev::Task<int> task) { return context_->run(std::move(task)); }
 

@@ -37,7 +37,7 @@ constexpr std::array kCommands{
             "[-f FORMAT] [-F FORMAT] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2"},
     Command{
         "convert", convert_command,
-        "[-U] [-c] [-p] [-q] [-n] [-f FORMAT] [-t CACHE] [-T CACHE] [-O FORMAT]\n"
+        "[-U] [-C | -c] [-p] [-q] [-n] [-f FORMAT] [-t CACHE] [-T CACHE] [-O FORMAT]\n"
         "          [-B BACKING -F FORMAT] [-o OPTIONS] [-l SNAPSHOT] [-S SIZE] [-r RATE] [-m N]\n"
         "          [-W] [--target-is-zero] [--salvage] [--bitmaps [--skip-broken-bitmaps]]\n"
         "          FILE [FILE2 ...] OUTPUT"},

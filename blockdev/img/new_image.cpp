@@ -60,7 +60,7 @@ Expected<std::unique_ptr<NewImage>> NewImage::begin(const std::string& path,
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("'{}' cannot be its own data file", path));
   }
-  auto target = Target::create(path, file_cache(options.cache));
+  auto target = Target::create(path, file_cache(options.cache), options.create.hints);
   if (!target) return std::unexpected(std::move(target.error()));
   std::unique_ptr<NewImage> image(new NewImage(options, std::move(*target)));
   if (image->target_->is_block_device() && options.create.preallocation != Preallocation::kOff) {
@@ -92,7 +92,7 @@ Expected<void> NewImage::begin_qcow2(const std::string& path, blockdev::PrivateC
   blockdev::RawNode* data_file = nullptr;
   if (!create.data_file.empty()) {
     const std::string data_path = resolve_name(path, create.data_file);
-    auto target = Target::create(data_path, file_cache(options_.cache));
+    auto target = Target::create(data_path, file_cache(options_.cache), create.hints);
     if (!target) return std::unexpected(std::move(target.error()));
     data_target_ = std::move(*target);
     data_file = &data_target_->file();

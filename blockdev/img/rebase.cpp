@@ -21,6 +21,7 @@
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
 #include "blockdev/img/engines.h"
+#include "blockdev/img/kept_bitmaps.h"
 #include "blockdev/img/names.h"
 #include "blockdev/img/progress.h"
 #include "blockdev/img/source.h"
@@ -44,8 +45,8 @@ constexpr unsigned kWorkers = 8;
 class Rebaser {
  public:
   // `new_backing`: nullptr is none.
-  Rebaser(BlockNode& image, BlockNode* new_backing, Progress& progress)
-      : image_(image), new_backing_(new_backing), progress_(progress) {}
+  Rebaser(BlockNode& image, BlockNode* new_backing, KeptBitmaps& bitmaps, Progress& progress)
+      : image_(image), new_backing_(new_backing), bitmaps_(bitmaps), progress_(progress) {}
 
   Expected<void> run();
 
@@ -61,6 +62,7 @@ class Rebaser {
 
   BlockNode& image_;
   BlockNode* const new_backing_;
+  KeptBitmaps& bitmaps_;
   Progress& progress_;
   std::atomic<std::uint64_t> next_{0};
   std::atomic<bool> failed_{false};
@@ -87,6 +89,7 @@ Task<int> Rebaser::keep_range(IoContext& context, std::uint64_t at, std::uint64_
         std::min(length, (at + done) / kBlockBytes * kBlockBytes + kBlockBytes - at) - done;
     const auto content = old_content.subspan(done, block);
     if (std::memcmp(content.data(), new_content.data() + done, block) != 0) {
+      bitmaps_.mark(at + done, block);
       // Where the old backing file does not reach, zeroes are what there is, and asking for them
       // would do nothing: they have to be written to be there under the new one.
       const BlockNode* const old_backing = image_.backing_node();
@@ -161,9 +164,12 @@ struct RebaseOptions {
   bool show_progress{false};
 };
 
-Expected<void> keep_content(const RebaseOptions& options) {
-  auto image = open_source(
-      {.path = options.path, .format = "qcow2", .cache = options.cache, .read_only = false});
+Expected<void> keep_content(const RebaseOptions& options, KeptBitmaps& bitmaps) {
+  auto image = open_source({.path = options.path,
+                            .format = "qcow2",
+                            .cache = options.cache,
+                            .read_only = false,
+                            .is_locked = bitmaps.has_locked()});
   if (!image) return std::unexpected(std::move(image.error()));
   Source backing;
   if (!options.backing_file.empty()) {
@@ -178,7 +184,7 @@ Expected<void> keep_content(const RebaseOptions& options) {
   }
   Progress progress(options.show_progress, image->size_bytes());
   if (image->node) {
-    auto kept = Rebaser(*image->node, backing.node.get(), progress).run();
+    auto kept = Rebaser(*image->node, backing.node.get(), bitmaps, progress).run();
     if (!kept) return kept;
     const auto context = make_context();
     if (!context) return std::unexpected(context.error());
@@ -228,10 +234,6 @@ Expected<void> check_image(const RebaseOptions& options) {
     return make_error(ErrorKind::kNotSupported,
                       "an image with a raw data file cannot have a backing file");
   }
-  if (header->bitmap_directory && !options.only_the_name) {
-    return make_error(ErrorKind::kNotSupported,
-                      "it has persistent bitmaps, which are not kept up to date here");
-  }
   return {};
 }
 
@@ -243,7 +245,11 @@ Expected<void> rebase(const RebaseOptions& options) {
     if (renamed) progress.finish();
     return renamed;
   }
-  if (auto kept = keep_content(options); !kept) return kept;
+  const auto header = header_of(options.path, true);
+  if (!header) return std::unexpected(header.error());
+  KeptBitmaps bitmaps(options.path);
+  if (auto taken = bitmaps.take_out("qcow2", header->size_bytes, true); !taken) return taken;
+  if (auto kept = bitmaps.put_in(keep_content(options, bitmaps)); !kept) return kept;
   return rename_backing_file(options);
 }
 

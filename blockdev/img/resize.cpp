@@ -5,7 +5,6 @@
 #include <array>
 #include <cerrno>
 #include <fcntl.h>
-#include <functional>
 #include <optional>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -19,12 +18,10 @@
 #include "blockdev/img/arguments.h"
 #include "blockdev/img/command.h"
 #include "blockdev/img/create_options.h"
-#include "blockdev/img/edited_file.h"
 #include "blockdev/img/engines.h"
+#include "blockdev/img/kept_bitmaps.h"
 #include "blockdev/img/output.h"
 #include "blockdev/img/source.h"
-#include "blockdev/qcow2/bitmap_editor.h"
-#include "blockdev/qcow2/bitmaps.h"
 
 namespace vblk::img {
 
@@ -170,66 +167,60 @@ Task<int> write_zeroes(BlockNode& node, IoContext& context, std::uint64_t at, st
     if (error != 0) co_return error;
     at += length;
   }
-  const int error =
-      co_await blockdev::BlockIo(node, context, blockdev::BlockOperation::kFlush, 0, 0);
-  co_return error;
+  co_return 0;
 }
 
-// What is refused of an image by its header.
-Expected<void> has_growable_disk(const std::string& path, const qcow2::Header& header) {
-  if (header.size_bytes == 0) {
-    return make_error(ErrorKind::kNotSupported,
-                      fmt::format("'{}' is a disk of no bytes, which cannot grow here; make a "
-                                  "new one with 'vblk img create'",
-                                  path));
-  }
-  return {};
+Expected<void> resize_to(BlockNode& node, IoContext& context, std::uint64_t bytes) {
+  Expected<void> resized;
+  node.resize(bytes, context, [&resized](Expected<void> result) { resized = std::move(result); });
+  context.drain();
+  return resized;
 }
 
-// The persistent bitmaps of an image whose disk gets another size: out of it, and in again. What
-// writes the disk does not keep them, and they have to fit its size.
-class MovedBitmaps {
+// Space for what a file has become longer by: nobody else is told where there is none
+// (BlockNode::allocate()).
+class FileSpace {
  public:
-  explicit MovedBitmaps(std::string path) : path_(std::move(path)) {}
-
-  // For a disk that will have so many bytes.
-  Expected<void> take_out(std::uint64_t new_bytes) {
-    return edit("keep", [this, new_bytes](EditedFile& file, qcow2::BitmapEditor& editor) {
-      const int error = file.run(editor.take_out(bitmaps_));
-      const bool fit = std::ranges::all_of(bitmaps_, [new_bytes](const auto& bitmap) {
-        return qcow2::bitmap_bytes(new_bytes, bitmap.granularity_bits) <= qcow2::kBitmapBytesMax;
-      });
-      return error == 0 && !fit ? EFBIG : error;
-    });
+  explicit FileSpace(const std::string& path) : fd_(::open(path.c_str(), O_RDWR | O_CLOEXEC)) {
+    if (fd_ >= 0) begin_ = end();
   }
-  Expected<void> put_in() {
-    return edit("put back", [this](EditedFile&, qcow2::BitmapEditor& editor) {
-      int error = 0;
-      for (auto& bitmap : bitmaps_) {
-        if (error == 0) error = editor.put_in(std::move(bitmap));
-      }
-      return error;
-    });
+  ~FileSpace() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  FileSpace(const FileSpace&) = delete;
+  FileSpace& operator=(const FileSpace&) = delete;
+
+  // 0, or an errno value.
+  [[nodiscard]] int take() const {
+    const off_t now = end();
+    if (now <= begin_) return 0;
+    return ::fallocate(fd_, 0, begin_, now - begin_) == 0 ? 0 : errno;
   }
 
  private:
-  Expected<void> edit(const char* what,
-                      const std::function<int(EditedFile&, qcow2::BitmapEditor&)>& change) {
-    const auto file = EditedFile::open(path_, blockdev::CacheMode::kWriteback);
-    if (!file) return std::unexpected(file.error());
-    qcow2::BitmapEditor editor((*file)->file(), (*file)->context(), (*file)->header());
-    int error = (*file)->run(editor.load());
-    if (error == 0) error = change(**file, editor);
-    if (error == 0) error = (*file)->run(editor.save());
-    if (error == 0) return {};
-    return make_error(
-        kind_of_errno(error),
-        fmt::format("cannot {} the bitmaps of '{}': {}", what, path_, editor.reason(error)), error);
+  // 0: of a block device, which has its space.
+  [[nodiscard]] off_t end() const {
+    struct stat status{};
+    return ::fstat(fd_, &status) == 0 && S_ISREG(status.st_mode) ? status.st_size : 0;
   }
 
-  const std::string path_;
-  std::vector<qcow2::BitmapEditor::Loose> bitmaps_;
+  const int fd_;
+  off_t begin_{0};
 };
+
+// What a disk has got gets its space, too.
+Task<int> preallocate(BlockNode& node, IoContext& context, Preallocation mode, std::uint64_t at) {
+  const std::uint64_t end = node.size_bytes();
+  int error = 0;
+  if (mode == Preallocation::kFull) {
+    error = co_await write_zeroes(node, context, at, end);
+  } else if (mode != Preallocation::kOff) {
+    error = co_await node.allocate(context, at, end - at, mode == Preallocation::kFalloc);
+  }
+  if (error == 0)
+    error = co_await blockdev::BlockIo(node, context, blockdev::BlockOperation::kFlush, 0, 0);
+  co_return error;
+}
 
 Expected<void> resize_disk(const SourceOptions& source_options, const ResizeOptions& options) {
   auto source = open_source(source_options);
@@ -241,28 +232,26 @@ Expected<void> resize_disk(const SourceOptions& source_options, const ResizeOpti
   const auto own = make_context();
   if (!own) return std::unexpected(own.error());
   IoContext& context = (*own)->context();
+  const FileSpace file_space(source_options.path);
   node.attach(context);
-  Expected<void> resized;
-  node.resize(*bytes, context, [&resized](Expected<void> result) { resized = std::move(result); });
-  context.drain();
-  int error = 0;
-  // Clusters that are to have their space get it by being written.
-  if (resized && options.preallocation != Preallocation::kOff)
-    error = (*own)->run(write_zeroes(node, context, old_bytes, *bytes));
+  auto resized = resize_to(node, context, *bytes);
+  if (resized && options.preallocation != Preallocation::kOff) {
+    int error = (*own)->run(preallocate(node, context, options.preallocation, old_bytes));
+    if (error == 0 && options.preallocation == Preallocation::kFalloc) error = file_space.take();
+    if (error != 0) {
+      resized = failed(source_options.path, error);
+      // As it was: what has been promised is not there.
+      if (old_bytes > 0) static_cast<void>(resize_to(node, context, old_bytes));
+    }
+  }
   node.detach(context);
-  if (!resized) return resized;
-  if (error != 0) return failed(source_options.path, error);
-  return {};
+  return resized;
 }
 
 Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& options) {
-  if (options.preallocation == Preallocation::kMetadata) {
-    return make_error(ErrorKind::kNotSupported,
-                      "a qcow2 image is resized with preallocation off, falloc or full here");
-  }
-  const SourceOptions source_options{.path = path, .format = "qcow2", .read_only = false};
-  bool has_bitmaps = false;
-  std::uint64_t new_bytes = 0;
+  SourceOptions source_options{
+      .path = path, .format = "qcow2", .read_only = false, .may_be_empty = true};
+  std::uint64_t old_bytes = 0;
   {
     const auto file = open_file(source_options);
     if (!file) return std::unexpected(file.error());
@@ -272,19 +261,17 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
     }
     const auto header = read_header(**file);
     if (!header) return std::unexpected(header.error());
-    if (auto possible = has_growable_disk(path, *header); !possible) return possible;
-    const auto bytes = decide_size(options, header->size_bytes);
-    if (!bytes) return std::unexpected(bytes.error());
-    new_bytes = *bytes;
-    has_bitmaps = header->bitmap_directory && new_bytes != header->size_bytes;
+    old_bytes = header->size_bytes;
   }
-  if (!has_bitmaps) return resize_disk(source_options, options);
-  MovedBitmaps bitmaps(path);
-  if (auto taken = bitmaps.take_out(new_bytes); !taken) return taken;
-  auto resized = resize_disk(source_options, options);
+  const auto bytes = decide_size(options, old_bytes);
+  if (!bytes) return std::unexpected(bytes.error());
+  KeptBitmaps bitmaps(path);
+  if (*bytes != old_bytes) {
+    if (auto taken = bitmaps.take_out("qcow2", *bytes, false); !taken) return taken;
+  }
+  source_options.is_locked = bitmaps.has_locked();
   // As they were, where the disk could not be resized.
-  auto back = bitmaps.put_in();
-  return resized ? back : resized;
+  return bitmaps.put_in(resize_disk(source_options, options));
 }
 
 }  // namespace
@@ -293,14 +280,14 @@ Expected<void> resize_qcow2(const std::string& path, std::uint64_t size_bytes) {
   return resize_qcow2(path, ResizeOptions{.size = {.bytes = size_bytes}, .may_shrink = true});
 }
 
+Expected<void> grow_empty_disk(const std::string& path, const std::string& format,
+                               std::uint64_t size_bytes) {
+  const ResizeOptions options{.size = {.bytes = size_bytes}};
+  return format == "raw" ? resize_raw(path, options) : resize_qcow2(path, options);
+}
+
 Expected<void> can_resize_qcow2(const std::string& path, const qcow2::Header& header,
                                 std::uint64_t size_bytes) {
-  if (auto possible = has_growable_disk(path, header); !possible) return possible;
-  if (header.bitmap_directory) {
-    return make_error(
-        ErrorKind::kNotSupported,
-        fmt::format("'{}' has persistent bitmaps, which only 'vblk img resize' keeps", path));
-  }
   if (size_bytes % blockdev::kSectorBytes != 0) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("a disk cannot have {} bytes; give a multiple of {}", size_bytes,

@@ -19,11 +19,12 @@ namespace vblk::img {
 
 namespace {
 
-enum class Action : std::uint8_t { kList, kApply, kCreate, kRemove };
+enum class Action : std::uint8_t { kList, kApply, kCreate, kRemove, kNone };
 
 constexpr std::array<std::string_view, 4> kVerbs{"list", "apply", "create", "delete"};
 
-Expected<void> list(const std::string& path, bool lock) {
+// `prints`: otherwise it is only looked whether they can be read.
+Expected<void> list(const std::string& path, bool lock, bool prints) {
   const auto file = open_file({.path = path, .format = "qcow2", .lock = lock});
   if (!file) return std::unexpected(file.error());
   if (!*file) {
@@ -34,7 +35,7 @@ Expected<void> list(const std::string& path, bool lock) {
   if (!header) return std::unexpected(header.error());
   const auto snapshots = qcow2::read_snapshots(**file, *header, make_context);
   if (!snapshots) return std::unexpected(snapshots.error());
-  print_snapshots(*snapshots);
+  if (prints) print_snapshots(*snapshots);
   return {};
 }
 
@@ -70,9 +71,11 @@ Expected<void> carry_out(const std::string& path, Action action, const std::stri
                          bool lock) {
   const auto format = decide_format(path, "");
   if (!format) return std::unexpected(format.error());
-  const bool is_list = action == Action::kList;
-  if (*format != "raw") return is_list ? list(path, lock) : change(path, action, name);
-  if (is_list) return {};
+  const bool only_looks = action == Action::kList || action == Action::kNone;
+  if (*format != "raw") {
+    return only_looks ? list(path, lock, action == Action::kList) : change(path, action, name);
+  }
+  if (only_looks) return {};
   return make_error(ErrorKind::kNotSupported,
                     fmt::format("'{}' is raw and has no snapshots", path));
 }
@@ -86,23 +89,24 @@ int snapshot_command(std::span<const std::string> words) {
   if (!arguments) return fail(arguments.error().message);
   constexpr std::array<std::string_view, 4> kLetters{"l", "a", "c", "d"};
   std::size_t asked = 0;
-  std::size_t action = 0;
+  auto action = Action::kNone;
+  std::string name;
   for (std::size_t i = 0; i < kLetters.size(); ++i) {
     if (!arguments->has(kLetters[i])) continue;
     ++asked;
-    action = i;
+    action = static_cast<Action>(i);
+    name = arguments->value_or(kLetters[i], "");
   }
   if (asked > 1) return fail("give one of -l, -a, -c and -d");
   if (arguments->names().size() != 1) return fail("give one image; see vblk img --help");
   // Only a description says it.
   if (arguments->value_or("f", "qcow2") != "qcow2") return fail("a raw image has no snapshots");
-  const std::string name = arguments->value_or(kLetters[action], "");
   if (name.size() > std::numeric_limits<std::uint16_t>::max())
     return fail("the name of a snapshot has 65535 bytes at most");
   const bool lock = !arguments->has("U") && !arguments->has("force-share");
-  if (!lock && static_cast<Action>(action) != Action::kList)
+  if (!lock && action != Action::kList && action != Action::kNone)
     return fail("-U is for looking: with -a, -c and -d nobody else may use the image");
-  auto done = carry_out(arguments->names()[0], static_cast<Action>(action), name, lock);
+  auto done = carry_out(arguments->names()[0], action, name, lock);
   return done ? 0 : fail(done.error().message);
 }
 

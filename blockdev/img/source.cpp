@@ -34,7 +34,9 @@ blockdev::ImageOptions image_options(const SourceOptions& options) {
           .cache = options.cache,
           .read_only = options.read_only,
           .snapshot = options.snapshot,
-          .lock = options.lock};
+          .may_be_empty = options.may_be_empty,
+          .lock = options.lock,
+          .is_locked = options.is_locked};
 }
 
 }  // namespace
@@ -79,16 +81,6 @@ Expected<qcow2::Header> header_of(const std::string& path, bool lock) {
   return read_header(**file);
 }
 
-Expected<void> has_no_bitmaps(const std::string& path, const std::string& format) {
-  if (format != "qcow2") return {};
-  const auto header = header_of(path, false);
-  if (!header) return std::unexpected(header.error());
-  if (!header->bitmap_directory) return {};
-  return make_error(
-      ErrorKind::kNotSupported,
-      fmt::format("'{}' has persistent bitmaps, which are not kept up to date here", path));
-}
-
 Expected<Source> open_source(const SourceOptions& options) {
   const auto format = decide_format(options.path, options.format);
   if (!format) return std::unexpected(format.error());
@@ -104,7 +96,7 @@ Expected<Source> open_source(const SourceOptions& options) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("'{}' is not a qcow2 image: it is empty", options.path));
   }
-  if (*format == "qcow2" && options.snapshot.empty()) {
+  if (*format == "qcow2" && options.snapshot.empty() && !options.may_be_empty) {
     // A disk of no bytes has a header and nothing else.
     SourceOptions looking = decided;
     looking.read_only = true;
@@ -179,6 +171,7 @@ Task<int> chain_status(BlockNode& top, IoContext& context, std::uint64_t offset,
     status.depth = depth;
     status.file_offset = found.file_offset;
     status.file = found.file;
+    status.fd = found.fd;
     if (found.kind != Kind::kBacking) {
       status.is_present = true;
       status.is_data = found.kind == Kind::kData;

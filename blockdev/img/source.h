@@ -28,6 +28,8 @@ struct SourceOptions {
   blockdev::CacheMode cache{blockdev::CacheMode::kWriteback};
   bool read_only{true};
   bool lock{true};
+  bool may_be_empty{false};  // a qcow2 disk of no bytes has a node too
+  bool is_locked{false};     // by the caller: the image itself, not what it is based on
 };
 
 struct Source {
@@ -52,8 +54,6 @@ Expected<std::unique_ptr<blockdev::RawNode>> open_file(const SourceOptions& opti
 // Its header. Errors: as qcow2::read_header().
 Expected<qcow2::Header> read_header(blockdev::RawNode& file);
 Expected<qcow2::Header> header_of(const std::string& path, bool lock);
-// For commands that do not keep bitmaps up to date. Error: kNotSupported, and as header_of().
-Expected<void> has_no_bitmaps(const std::string& path, const std::string& format);
 
 // Whether two names are of one file.
 [[nodiscard]] bool is_same_file(const std::string& one, const std::string& other);
@@ -74,6 +74,7 @@ struct ChainStatus {
   std::uint64_t length_bytes{0};
   std::optional<std::uint64_t> file_offset;
   const std::string* file{nullptr};
+  int fd{-1};
 };
 
 // [offset, +length), which is not empty, as far as it is alike. `depth_max`: images below that are

@@ -3,6 +3,8 @@
 #include <cerrno>
 #include <fcntl.h>
 #include <filesystem>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <utility>
@@ -29,6 +31,25 @@ std::string folder_of(const std::string& path) {
 // What a file system answers that has no files without names.
 bool has_no_unnamed_files(int error) {
   return error == EOPNOTSUPP || error == EISDIR || error == ENOENT || error == EINVAL;
+}
+
+// Of an empty file: ioctl_iflags(2), ioctl_xfs_fssetxattr(2).
+void give_hints(int fd, const FileHints& hints) {
+  if (hints.nocow) {
+    int flags = 0;
+    if (::ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0) {
+      flags |= FS_NOCOW_FL;
+      [[maybe_unused]] const int ignored = ::ioctl(fd, FS_IOC_SETFLAGS, &flags);
+    }
+  }
+  if (hints.extent_size_bytes > 0) {
+    struct fsxattr attributes{};
+    if (::ioctl(fd, FS_IOC_FSGETXATTR, &attributes) == 0) {
+      attributes.fsx_xflags |= FS_XFLAG_EXTSIZE;
+      attributes.fsx_extsize = hints.extent_size_bytes;
+      [[maybe_unused]] const int ignored = ::ioctl(fd, FS_IOC_FSSETXATTR, &attributes);
+    }
+  }
 }
 
 // A file that is mounted over another keeps its name, as containers have it.
@@ -62,9 +83,9 @@ std::string Target::temporary_name() const {
   return fmt::format("{}/.{}.vblk-{}", folder_of(real_path_), path.filename().string(), ::getpid());
 }
 
-Expected<std::unique_ptr<Target>> Target::create(const std::string& path,
-                                                 blockdev::CacheMode cache) {
-  std::unique_ptr<Target> target(new Target);
+Expected<std::unique_ptr<Target>> Target::create(const std::string& path, blockdev::CacheMode cache,
+                                                 FileHints hints) {
+  std::unique_ptr<Target> target(new Target(hints));
   target->path_ = path;
   std::error_code ignored;
   const auto real_path = std::filesystem::weakly_canonical(path, ignored);
@@ -114,6 +135,7 @@ Expected<void> Target::make_unnamed(blockdev::CacheMode cache) {
     if (fd_ < 0) temporary_.clear();
   }
   if (fd_ < 0) return error("create", errno);
+  give_hints(fd_, hints_);
   // An image file has a size; whoever writes this one makes it longer.
   if (::ftruncate(fd_, blockdev::kSectorBytes) != 0) return error("write", errno);
   auto file = blockdev::ImageFile::open(
@@ -128,8 +150,9 @@ Expected<void> Target::open_in_place(blockdev::CacheMode cache) {
   in_place_ = true;
   if (old_fd_ >= 0) {
     // What was there must not look like the new image.
-    if (::ftruncate(old_fd_, 0) != 0 || ::ftruncate(old_fd_, blockdev::kSectorBytes) != 0)
-      return error("write", errno);
+    if (::ftruncate(old_fd_, 0) != 0) return error("write", errno);
+    give_hints(old_fd_, hints_);
+    if (::ftruncate(old_fd_, blockdev::kSectorBytes) != 0) return error("write", errno);
   }
   auto file = blockdev::ImageFile::open(
       {.path = path_, .format = blockdev::ImageFormat::kRaw, .cache = cache, .lock = old_fd_ < 0});

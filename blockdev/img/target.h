@@ -29,12 +29,18 @@
 
 namespace vblk::img {
 
+// Wishes that some file systems heed; others do not, and nobody is told.
+struct FileHints {
+  bool nocow{false};                   // no copy on write (btrfs)
+  std::uint32_t extent_size_bytes{0};  // of extents (XFS); 0: as the file system likes
+};
+
 class Target {
  public:
   // Errors: kNotSupported (a directory, a pipe), kBusy (locked by another process, or mounted),
   // those of open(2) and of a full disk.
   static Expected<std::unique_ptr<Target>> create(const std::string& path,
-                                                  blockdev::CacheMode cache);
+                                                  blockdev::CacheMode cache, FileHints hints);
   ~Target();
   Target(const Target&) = delete;
   Target& operator=(const Target&) = delete;
@@ -68,13 +74,14 @@ class Target {
   void take_name_back();
 
  private:
-  Target() = default;
+  explicit Target(FileHints hints) : hints_(hints) {}
   Expected<void> make_unnamed(blockdev::CacheMode cache);
   Expected<void> open_in_place(blockdev::CacheMode cache);
   [[nodiscard]] std::string temporary_name() const;
   Expected<void> flush_folder() const;
   [[nodiscard]] std::unexpected<Error> error(const char* what, int errno_value) const;
 
+  const FileHints hints_;
   std::string path_;       // as the user says
   std::string real_path_;  // without symbolic links
   std::string temporary_;  // the file's name for now; empty: none

@@ -214,16 +214,20 @@ Task<int> BitmapEditor::merge(std::string_view name, std::string_view source, co
   co_return error;
 }
 
-Task<int> BitmapEditor::take_out(std::vector<Loose>& bitmaps) {
+Task<int> BitmapEditor::take_out(bool may_be_inconsistent, std::vector<Loose>& bitmaps) {
   std::vector<Loose> taken;
   for (const Kept& kept : bitmaps_) {
-    int error = check_usable(kept.entry, kept.name);
+    const bool is_inconsistent = (kept.entry.flags & kBitmapInUse) != 0;
+    BitmapEntry entry = kept.entry;
+    if (may_be_inconsistent) entry.flags &= ~kBitmapInUse;
+    int error = check_usable(entry, kept.name);
     Loose loose{.name = kept.name,
                 .granularity_bits = kept.entry.granularity_bits,
                 .enabled = (kept.entry.flags & kBitmapAuto) != 0,
+                .inconsistent = is_inconsistent,
                 .bits = {}};
     if (error == 0 && kept.bits) loose.bits = *kept.bits;
-    if (error == 0 && !kept.bits)
+    if (error == 0 && !kept.bits && !is_inconsistent)
       error = co_await read_bits(file_, geometry_, kept.entry, loose.bits);
     if (error != 0) co_return error;
     taken.push_back(std::move(loose));
@@ -241,7 +245,9 @@ int BitmapEditor::put_in(Loose bitmap) {
   bits = std::move(bitmap.bits);
   const std::uint64_t granules = granules_of(header_.size_bytes, bitmap.granularity_bits);
   if (granules % 8 != 0) bits.back() &= std::byte((1U << (granules % 8)) - 1);
-  return bitmap.enabled ? 0 : enable(bitmap.name, false);
+  if (!bitmap.enabled) bitmaps_.back().entry.flags &= ~kBitmapAuto;
+  if (bitmap.inconsistent) bitmaps_.back().entry.flags |= kBitmapInUse;
+  return 0;
 }
 
 // Zeroes need no cluster.

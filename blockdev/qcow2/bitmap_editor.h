@@ -61,10 +61,12 @@ class BitmapEditor final : public ImageEditor {
     std::string name;
     unsigned granularity_bits;
     bool enabled;
+    bool inconsistent;  // without bits then
     std::vector<std::byte> bits;
   };
-  // Takes all bitmaps out of the image, with their bits. Errors besides those above: of reading.
-  blockdev::Task<int> take_out(std::vector<Loose>& bitmaps);
+  // Takes all bitmaps out of the image, with their bits; inconsistent ones if they may be there.
+  // Errors besides those above: of reading.
+  blockdev::Task<int> take_out(bool may_be_inconsistent, std::vector<Loose>& bitmaps);
   // Puts one back, into an image whose disk may have another size by now: bits behind its end are
   // forgotten, those of what is new are not set.
   [[nodiscard]] int put_in(Loose bitmap);

@@ -111,7 +111,10 @@ Task<int> ClusterAllocator::grow_file_with_space(IoContext& context, std::uint64
   const std::uint64_t begin = state_.file_end.load(std::memory_order_relaxed);
   const int error = grow_file(end_cluster);
   const std::uint64_t end = state_.file_end.load(std::memory_order_relaxed);
-  if (error != 0 || begin == end) co_return error;
+  {
+    const std::lock_guard lock(state_.mutex);
+    if (error != 0 || begin == end || !takes_space_) co_return error;
+  }
   BlockIo space(state_.file, context, blockdev::BlockOperation::kWriteZeroes, begin, end - begin);
   space.only_takes_space = true;
   const int space_error = co_await space;
@@ -305,12 +308,7 @@ Task<int> ClusterAllocator::grow_refcount_table(IoContext& context, BlockRequest
     for (std::uint64_t i = 0; i < block_count; ++i)
       table[first_block + i] = (first + table_clusters + i) << geometry.cluster_bits;
     for (std::size_t i = 0; i < table.size(); ++i) store_be(bytes.data() + i * 8, table[i]);
-    std::byte* const blocks = bytes.data() + table_clusters * cluster_bytes;
-    for (std::uint64_t i = 0; i < used; ++i) {
-      const RefcountPlace place = refcount_place(geometry.refcount_order, i);
-      std::byte* const word = blocks + place.word * 8;
-      store_be(word, load_be<std::uint64_t>(word) | (std::uint64_t{1} << place.shift));
-    }
+    fill_with_ones(bytes.bytes().subspan(table_clusters * cluster_bytes), used);
     error = co_await BlockIo(state_.file, context, blockdev::BlockOperation::kWrite,
                              first << geometry.cluster_bits, bytes.bytes());
   }
@@ -336,6 +334,73 @@ Task<int> ClusterAllocator::grow_refcount_table(IoContext& context, BlockRequest
   co_return error;
 }
 
+// For a table that no range of a refcount block has room for: at the end of the file, with the
+// blocks that count it behind it, which are on the disk before the refcount table names them.
+Task<int> ClusterAllocator::allocate_with_blocks(IoContext& context, BlockRequest& token,
+                                                 std::uint64_t count, HostClusters& clusters) {
+  const Geometry& geometry = state_.geometry;
+  const unsigned block_bits = geometry.refcount_block_bits();
+  const std::uint64_t range = std::uint64_t{1} << block_bits;
+  std::uint64_t block_count = 1;
+  while (block_count * range < count + block_count)
+    block_count = (count + block_count + range - 1) / range;
+  const std::uint64_t used = count + block_count;
+  std::uint64_t first = 0;
+  int error = 0;
+  for (;;) {
+    const std::uint64_t file_clusters = geometry.clusters_of(state_.file_end.load());
+    first = (file_clusters + range - 1) / range * range;
+    bool has_room = false;
+    {
+      const std::lock_guard lock(state_.mutex);
+      const std::vector<std::uint64_t>& table = state_.refcount_table;
+      // What is counted behind the end of the file already is left alone.
+      std::uint64_t block = first >> block_bits;
+      for (std::uint64_t at = block;
+           at < std::min<std::uint64_t>(block + block_count, table.size()); ++at) {
+        if (table[at] != 0) block = at + 1;
+      }
+      first = block << block_bits;
+      has_room = block + block_count <= table.size();
+    }
+    if (has_room) break;
+    error = co_await grow_refcount_table(context, token, first + used);
+    if (error != 0) co_return error;
+  }
+  if ((first + used) << geometry.cluster_bits > kHostOffsetMax) co_return EFBIG;
+  error = grow_file(first + used);
+  if (error != 0) co_return error;
+  AlignedBuffer blocks(block_count << geometry.cluster_bits);
+  fill_with_ones(blocks.bytes(), used);
+  error = co_await BlockIo(state_.file, context, blockdev::BlockOperation::kWrite,
+                           (first + count) << geometry.cluster_bits, blocks.bytes());
+  if (error != 0) co_return error;
+  const std::lock_guard lock(state_.mutex);
+  for (std::uint64_t i = 0; i < block_count; ++i) {
+    const std::uint64_t block = (first >> block_bits) + i;
+    state_.refcount_table[block] = (first + count + i) << geometry.cluster_bits;
+    state_.refcount_table_dirty.mark(block, state_.next_change(), {});
+    state_.metadata_map.add(first + count + i);
+  }
+  ++state_.refcount_changes;
+  clusters = {.first = first,
+              .count = count,
+              .reads_zero = first >= zero_from_,
+              .refcount_change = state_.refcount_changes};
+  if (first >= zero_from_) zero_from_ = first + used;
+  co_return 0;
+}
+
+// Refcounts of 1 for the first `count` clusters that `blocks` count.
+void ClusterAllocator::fill_with_ones(std::span<std::byte> blocks, std::uint64_t count) const {
+  std::ranges::fill(blocks, std::byte{0});
+  for (std::uint64_t i = 0; i < count; ++i) {
+    const RefcountPlace place = refcount_place(state_.geometry.refcount_order, i);
+    std::byte* const word = blocks.data() + place.word * 8;
+    store_be(word, load_be<std::uint64_t>(word) | (std::uint64_t{1} << place.shift));
+  }
+}
+
 Task<int> ClusterAllocator::refcount(IoContext& context, BlockRequest& token, std::uint64_t cluster,
                                      std::uint64_t& count) {
   for (;;) {
@@ -349,6 +414,26 @@ Task<int> ClusterAllocator::refcount(IoContext& context, BlockRequest& token, st
       const TableCache::Slot* const slot = state_.refcount_cache.find(slice_of(cluster));
       if (slot != nullptr && slot->valid) {
         count = refcount_in(*slot, cluster);
+        co_return 0;
+      }
+    }
+    const int error =
+        co_await load_refcount_slice(state_, write_back_, context, token, slice_of(cluster));
+    if (error != 0) co_return error;
+  }
+}
+
+Task<int> ClusterAllocator::raise(IoContext& context, BlockRequest& token, std::uint64_t cluster,
+                                  std::uint64_t& change) {
+  for (;;) {
+    {
+      const std::lock_guard lock(state_.mutex);
+      TableCache::Slot* const slot = state_.refcount_cache.find(slice_of(cluster));
+      if (slot != nullptr && slot->valid) {
+        const std::uint64_t count = refcount_in(*slot, cluster);
+        if (count >= state_.geometry.refcount_max()) co_return EFBIG;
+        set_refcount(*slot, cluster, count + 1);
+        change = state_.refcount_changes;
         co_return 0;
       }
     }
@@ -372,6 +457,7 @@ Task<int> ClusterAllocator::lower_refcount(IoContext& context, BlockRequest& tok
     const std::lock_guard lock(state_.mutex);
     TableCache::Slot* const slot = state_.refcount_cache.find(slice_of(cluster));
     if (slot == nullptr || !slot->valid) continue;
+    count = refcount_in(*slot, cluster);  // it may have been raised since
     set_refcount(*slot, cluster, count - 1);
     if (count == 1) search_from_ = std::min(search_from_, cluster);
     co_return 0;
@@ -430,6 +516,12 @@ Task<int> ClusterAllocator::allocate_table(IoContext& context, BlockRequest& tok
   int error = 0;
   HostClusters run;
   std::deque<HostClusters> reserve = std::exchange(reserve_, {});
+  // The first cluster of each range is its refcount block.
+  if (count >= std::uint64_t{1} << state_.geometry.refcount_block_bits()) {
+    lock.unlock();
+    error = co_await allocate_with_blocks(context, token, count, run);
+    lock.lock();
+  }
   while (error == 0 && run.count < count) {
     lock.unlock();
     std::uint64_t found = 0;

@@ -16,12 +16,13 @@
 //
 // Threads: take() and others said so under the mutex. One refill() at a time, one release() at a
 // time; only refill() raises refcounts from 0, only release() lowers them, so that neither has to
-// look twice.
+// look twice. raise() is for clusters that the caller keeps a reference to.
 #pragma once
 
 #include <cstdint>
 #include <deque>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "blockdev/qcow2/image_state.h"
@@ -52,6 +53,9 @@ class ClusterAllocator {
   // empty, or if `must_read_zero` and the next ones do not. give_back(): what has not been used.
   std::optional<HostClusters> take(std::uint64_t count_max, bool must_read_zero);
   void give_back(const HostClusters& clusters);
+  [[nodiscard]] bool is_empty() const { return reserve_.empty(); }
+  // Under the mutex: whether new clusters at the file's end get their space at once.
+  void set_takes_space(bool takes_space) { takes_space_ = takes_space; }
   // Under the mutex: whether it is time to refill, before it is empty.
   [[nodiscard]] bool runs_low() const { return reserved_ < batch_ / 2 && !refilling_; }
 
@@ -62,6 +66,11 @@ class ClusterAllocator {
   // `count` clusters side by side that nobody else has, for a table. Error as refill().
   Task<int> allocate_table(IoContext& context, BlockRequest& token, std::uint64_t count,
                            HostClusters& clusters);
+
+  // One more reference to a cluster that has some, and fewer than the format can count; `change` is
+  // that of write_order.h. Errors as refcount().
+  Task<int> raise(IoContext& context, BlockRequest& token, std::uint64_t cluster,
+                  std::uint64_t& change);
 
   // Lowers the refcounts of clusters that have left quarantine; punches holes first where that is
   // asked for.
@@ -83,6 +92,9 @@ class ClusterAllocator {
   Task<int> create_refcount_block(IoContext& context, BlockRequest& token, std::uint64_t cluster);
   Task<int> grow_refcount_table(IoContext& context, BlockRequest& token, std::uint64_t cluster);
   Task<int> lower_refcount(IoContext& context, BlockRequest& token, std::uint64_t cluster);
+  Task<int> allocate_with_blocks(IoContext& context, BlockRequest& token, std::uint64_t count,
+                                 HostClusters& clusters);
+  void fill_with_ones(std::span<std::byte> blocks, std::uint64_t count) const;
   int grow_file(std::uint64_t end_cluster);
   Task<int> grow_file_with_space(IoContext& context, std::uint64_t end_cluster);
   void add_to_reserve(std::uint64_t first, std::uint64_t count);
@@ -100,6 +112,7 @@ class ClusterAllocator {
   std::uint64_t batch_;
   std::uint64_t search_from_{0};  // no free cluster before this
   std::uint64_t zero_from_{0};    // clusters from here on read as zeroes
+  bool takes_space_{true};        // grow_file_with_space()
   bool refilling_{false};
   int refill_error_{0};
   blockdev::WaitList refilled_;

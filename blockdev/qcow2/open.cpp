@@ -58,7 +58,7 @@ Expected<Header> read_header(blockdev::RawNode& file, const blockdev::MakePrivat
 Expected<std::unique_ptr<Qcow2Node>> Qcow2Node::open(Qcow2Parts parts, const Qcow2Options& options,
                                                      blockdev::MakePrivateContext make_context) {
   const std::string path = parts.file->name();
-  if (parts.header.size_bytes == 0 && parts.header.l1_entries == 0) {
+  if (parts.header.size_bytes == 0 && parts.header.l1_entries == 0 && !options.may_be_empty) {
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("qcow2 image '{}' has a size of 0; give it one with "
                                   "'vblk img resize'",
@@ -254,6 +254,11 @@ Task<int> Qcow2Node::close(IoContext& context) {
   BlockRequest token;
   token.context = &context;
   if (state_.is_corrupt.load()) co_return 0;
+  if (compressed_stream_.cluster != 0) {
+    const std::lock_guard lock(state_.mutex);
+    state_.free_clusters(compressed_stream_.cluster, 1);
+    flushes_.note_change();
+  }
   int error = co_await write_back_.flush(context, token);
   // No request is left: whatever is in quarantine may leave it.
   while (error == 0) {

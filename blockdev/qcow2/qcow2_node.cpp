@@ -351,17 +351,19 @@ Detached Qcow2Node::run_request(BlockRequest& request, ThreadState& thread) {
              !state_.is_written(state_.changes.load(std::memory_order_acquire))) {
     error = co_await write_back_.run(thread.context(), request);
   }
-  bool must_flush = false;
-  {
-    const std::lock_guard lock(state_.mutex);
-    must_flush = state_.freed.size() > kFreedExtentsMax;
-  }
-  if (error == 0 && must_flush) {
-    flushes_.note_change();
-    error = co_await BlockIo(*this, thread.context(), BlockOperation::kFlush, 0, 0);
-  }
+  if (error == 0) error = co_await flush_if_much_is_freed(thread.context());
   thread.leave(epoch);
   finish(request, thread, error);
+}
+
+Task<int> Qcow2Node::flush_if_much_is_freed(IoContext& context) {
+  {
+    const std::lock_guard lock(state_.mutex);
+    if (state_.freed.size() <= kFreedExtentsMax) co_return 0;
+  }
+  flushes_.note_change();
+  const int error = co_await BlockIo(*this, context, BlockOperation::kFlush, 0, 0);
+  co_return error;
 }
 
 void Qcow2Node::flush_as_leader(BlockRequest& leader) { run_flush(leader); }

@@ -102,6 +102,13 @@ class Qcow2Node final : public blockdev::BlockNode {
                                        std::uint64_t length_bytes,
                                        blockdev::RangeStatus& status) override;
   [[nodiscard]] BlockNode* backing_node() const override { return parts_.backing.get(); }
+  [[nodiscard]] Task<int> allocate(IoContext& context, std::uint64_t offset_bytes,
+                                   std::uint64_t length_bytes, bool takes_space) override;
+  [[nodiscard]] std::uint64_t compressed_unit_bytes() const override {
+    return state_.data_file == nullptr ? state_.geometry.cluster_bytes() : 0;
+  }
+  [[nodiscard]] Task<int> write_compressed(IoContext& context, std::uint64_t offset_bytes,
+                                           std::span<std::byte> unit) override;
 
  protected:
   void do_submit(BlockRequest& request, IoContext& context) override;
@@ -147,6 +154,7 @@ class Qcow2Node final : public blockdev::BlockNode {
   // ---- Coroutines. `token` as for WaitList: the guest's request.
   blockdev::Detached run_request(BlockRequest& request, ThreadState& thread);
   blockdev::Detached run_flush(BlockRequest& leader);
+  Task<int> flush_if_much_is_freed(IoContext& context);
   blockdev::Detached run_refill(IoContext& context);
   blockdev::Detached run_release(IoContext& context);
   // read_path.cpp
@@ -177,6 +185,17 @@ class Qcow2Node final : public blockdev::BlockNode {
   [[nodiscard]] std::uint64_t space_in_data_file(std::uint64_t guest_offset, std::uint64_t end);
   enum class ZeroStep : std::uint8_t;
   [[nodiscard]] ZeroStep zero_in_entry(std::uint64_t guest_offset, std::uint64_t end, bool unmap);
+  // compressed_path.cpp
+  Task<int> write_compressed_cluster(BlockRequest& token, std::uint64_t guest_offset,
+                                     std::span<const std::byte> compressed);
+  Task<int> place_compressed(BlockRequest& token, std::uint64_t length, std::uint64_t& offset,
+                             std::uint64_t& refcount_change);
+  Task<int> place_compressed_alone(BlockRequest& token, std::uint64_t length, std::uint64_t& offset,
+                                   std::uint64_t& refcount_change);
+  // preallocation.cpp
+  Task<int> allocate_clusters(BlockRequest& token, std::uint64_t guest_offset, std::uint64_t end);
+  Task<int> allocate_in_data_file(BlockRequest& token, std::uint64_t guest_offset,
+                                  std::uint64_t end, bool takes_space);
   // resize.cpp
   blockdev::Detached run_resize(std::uint64_t size_bytes, IoContext& context, ResizeDone done);
   [[nodiscard]] Expected<void> can_resize(std::uint64_t size_bytes);
@@ -206,6 +225,16 @@ class Qcow2Node final : public blockdev::BlockNode {
   blockdev::FlushGroup flushes_;
   std::vector<Extent> snapshot_l1_tables_;
   Extent snapshot_table_;
+  // Where compressed data goes next: a cluster, with a reference of its own, and what is used of
+  // it. Under the mutex.
+  struct CompressedStream {
+    std::uint64_t cluster{0};  // 0: none
+    std::uint64_t used_bytes{0};
+    std::uint64_t references{0};  // its own included
+  };
+  CompressedStream compressed_stream_;
+  bool placing_compressed_{false};  // under the mutex
+  blockdev::WaitList compressed_placed_;
   bool is_open_{false};
   bool resizing_{false};           // under the mutex
   bool releasing_{false};          // under the mutex

@@ -132,7 +132,9 @@ Task<int> Qcow2Node::range_status(IoContext& context, std::uint64_t offset_bytes
   }
   if (has_space(run.mapping)) {
     status.file_offset = run.host_offset;
-    status.file = &state_.data().name();
+    const blockdev::RawNode& file = parts_.data_file ? *parts_.data_file : *parts_.file;
+    status.file = &file.name();
+    status.fd = file.buffered_fd();
   }
   co_return 0;
 }

@@ -163,7 +163,8 @@ Task<int> Qcow2Node::grow_l1_table(BlockRequest& token, std::uint64_t entries) {
       const std::uint64_t old_first = state_.cluster_of(old_table.offset);
       const std::uint64_t old_clusters = geometry.clusters_of(old_table.length);
       for (std::uint64_t i = 0; i < old_clusters; ++i) state_.metadata_map.remove(old_first + i);
-      state_.free_clusters(old_first, old_clusters);
+      // A disk of no bytes has none.
+      if (old_clusters > 0) state_.free_clusters(old_first, old_clusters);
     }
   }
   write_back_.end_turn(context);

@@ -102,6 +102,7 @@ class Run {
   void start(Rig& rig, std::unique_ptr<TestRequest> request);
   void wait(Rig& rig);
   void resize(Rig& rig);
+  void fill(Rig& rig, std::uint64_t offset);
   void write_and_read_back(Rig& rig, std::uint64_t offset, bool write_through);
   std::uint64_t take_offset(std::uint64_t disk_bytes);
   void check_tables(const Bytes& left);
@@ -201,6 +202,27 @@ void Run::resize(Rig& rig) {
   if (!is_done) fail("a change of size does not end");
 }
 
+// As who fills an image does, and no guest: a unit that is stored compressed, or space for
+// clusters.
+void Run::fill(Rig& rig, std::uint64_t offset) {
+  wait(rig);
+  const std::uint64_t unit = rig.node->compressed_unit_bytes();
+  Bytes content;
+  std::optional<int> error;
+  blockdev::IoContext& context = **rig.contexts.front();
+  if (input_.byte() % 2 == 0 && unit > 0) {
+    content = qcow2::testing::bytes_of(Tags(unit / kSectorBytes, kGuestMark << 32));
+    qcow2::testing::begin(rig.node->write_compressed(context, offset / unit * unit, content),
+                          error);
+  } else {
+    const std::uint64_t length = std::min(rig.node->size_bytes() - offset, kUnmapBytesMax);
+    qcow2::testing::begin(
+        rig.node->allocate(context, offset, length / kSectorBytes * kSectorBytes, false), error);
+  }
+  rig.settle();
+  if (!error) fail("what fills the image does not end");
+}
+
 void Run::request(Rig& rig, bool read_only) {
   const std::uint8_t kind = input_.byte();
   if (kind % 16 == 15 && !read_only) return resize(rig);
@@ -211,6 +233,7 @@ void Run::request(Rig& rig, bool read_only) {
   // 16 sectors or 256: more of the same clusters only takes longer.
   const std::uint64_t wanted = (1 + input_.byte() % (is_long ? 256U : 16U)) * kSectorBytes;
   if (rest == 0) return;
+  if (kind >= 0xe0 && kind % 16 == 14 && !read_only) return fill(rig, offset);
   if (kind % 16 < 4 && !read_only) {
     wait(rig);
     return write_and_read_back(rig, offset, (kind & 0x20) != 0);

@@ -94,7 +94,7 @@ def as_json(text):
 
 def released(path):
     """Waits until the kernel has given up the locks of a process that was killed."""
-    return wait_until(lambda: "lock" not in QEMU("info", path)[2])
+    return wait_until(lambda: "Failed to get" not in QEMU("map", path)[2])
 
 
 def without_holes(text):
@@ -333,6 +333,25 @@ def creates_alike(report, vblk, folder, rng):
 
 # ---- convert
 
+def gives_hints(report, vblk, folder):
+    """What is wished of the file system is asked for as qemu-img asks; whether it heeds it is its own affair."""
+    log, wrong = folder / "log", []
+    for kind, words in (("raw", "nocow=on"), ("qcow2", "nocow=on"), ("raw", "extent_size_hint=2M"), ("raw", "nocow=off"),
+                        ("raw", "preallocation=off,nocow=on,extent_size_hint=1M")):
+        asked = []
+        for tool in (QEMU, vblk):
+            traced = Tool("strace", "-f", "-o", log, "-e", "trace=ioctl", *tool.command)
+            ended = traced("create", "-f", kind, "-o", words, folder / "new", "1M")
+            calls = log.read_text()
+            asked.append((*ended[:2], "FS_IOC_GETFLAGS" in calls,
+                          "FS_IOC_FSGETXATTR" in calls or "extent_size_hint" not in words))
+        if asked[0] != asked[1]:
+            wrong.append(f"{kind} {words}: {asked}")
+    report.check("create -o nocow and extent_size_hint ask what qemu-img asks", not wrong, "\n".join(wrong))
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def content(rng, size, block=64 * KIB):
     """Text that compresses, noise that does not, zeroes: a third of each."""
     made = bytearray(size)
@@ -498,9 +517,113 @@ def converts_overlays(report, vblk, folder, rng):
     vblk.works("convert", "-n", "-O", "qcow2", top, target)
     found = QEMU("compare", "-f", "qcow2", "-F", "qcow2", top, target)
     report.check("-n writes over what a target has", found[0] == 0 and is_clean(check(target)), found)
-    QEMU.works("bitmap", "--add", target, "b")
-    status, _, errors = vblk("convert", "-n", "-O", "qcow2", top, target)
-    report.check("-n does not write over what a bitmap knows", status == 1 and "bitmaps" in errors, errors)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def compresses_into_images(report, vblk, folder, rng):
+    """-n -c: what an image has already gets compressed content, and gives back what it had."""
+    wrong, smaller = [], 0
+    raw = folder / "in.raw"
+    raw.write_bytes(content(rng, 6 * MIB))
+    for number, options in enumerate(([], ["-o", "compression_type=zstd"], ["-o", "cluster_size=512"], ["-o", "cluster_size=2M"],
+                                      ["-o", "extended_l2=on"], ["-o", "refcount_bits=1"], ["-o", "refcount_bits=2"],
+                                      ["-o", "compat=0.10"])):
+        paths = [folder / "theirs", folder / "ours", folder / "plain"]
+        for path in paths:
+            QEMU.works("create", "-q", "-f", "qcow2", *options, path, "6M")
+        ended = [tool("convert", "-n", "-c", "-f", "raw", "-O", "qcow2", raw, path)[:2] for tool, path in zip((QEMU, vblk), paths)]
+        vblk.works("convert", "-n", "-f", "raw", "-O", "qcow2", raw, paths[2])
+        smaller += allocated_bytes(paths[1]) < allocated_bytes(paths[2])
+        same_disk = QEMU("compare", "-f", "qcow2", "-F", "qcow2", paths[0], paths[1])[0] == 0
+        if ended[0] != ended[1] or not same_disk or not is_clean(check(paths[1])):
+            wrong.append(f"{options}: {ended} {check(paths[1])['text'][:300]}")
+        # Over what is there, where qemu-img gives up; a snapshot keeps what it has.
+        # What compressed data shares has no reference left for a snapshot where few can be counted.
+        has_snapshot = not any(word.startswith("refcount_bits") for word in options)
+        if has_snapshot:
+            QEMU.works("snapshot", "-c", "kept", paths[1])
+        qemu_io(paths[1], f"write -P 3 {rng.randrange(8000) * SECTOR} 300k")
+        vblk.works("convert", "-n", "-c", *rng.choice([[], ["-W"], ["-m", "1"]]), "-f", "raw", "-O", "qcow2", raw, paths[1])
+        if QEMU("compare", "-f", "qcow2", "-F", "qcow2", paths[0], paths[1])[0] != 0 or not is_clean(check(paths[1])):
+            wrong.append(f"{options} again: {check(paths[1])['text'][:300]}")
+        if has_snapshot:
+            QEMU.works("snapshot", "-a", "kept", paths[1])
+            if QEMU("compare", "-f", "qcow2", "-F", "qcow2", paths[0], paths[1])[0] != 0:
+                wrong.append(f"{options}: the snapshot has changed")
+        for path in paths:
+            path.unlink()
+    report.check("-n -c compresses into an image that is there", not wrong and smaller >= 5, f"{smaller}\n" + "\n".join(wrong))
+    # What a larger target has behind the source's end stays, and so qemu-img refuses a source that ends within a cluster.
+    short, target = folder / "short.raw", folder / "target"
+    short.write_bytes(content(rng, 3 * MIB - 7 * SECTOR))
+    QEMU.works("create", "-q", "-f", "qcow2", target, "6M")
+    qemu_io(target, "write -P 3 0 6M")
+    vblk.works("convert", "-n", "-c", "-f", "raw", "-O", "qcow2", short, target)
+    QEMU.works("convert", "-O", "raw", target, folder / "whole.raw")
+    report.check("-n -c leaves alone what is behind the source's end", is_clean(check(target)) and (folder / "whole.raw").read_bytes() ==
+                 short.read_bytes() + b"\3" * (3 * MIB + 7 * SECTOR))
+    target.unlink()
+    wrong, interrupted = [], 0
+    target, copy = folder / "target", folder / "copy"
+    QEMU.works("create", "-q", "-f", "qcow2", target, "6M")
+    qemu_io(target, "write -P 3 1M 2M")
+    for when in range(2, 60, 6):
+        shutil.copy(target, copy)
+        interrupted += killed_at(vblk, "io_uring_enter,pwritev2", when, "convert", "-n", "-c", "-f", "raw", "-O", "qcow2", raw, copy) != 0
+        released(copy)
+        judged = check(copy)
+        if judged["corruptions"] or judged["check-errors"]:
+            wrong.append(f"{when}: {judged['text'][:300]}")
+    report.check("-n -c killed on the way: leaks at the most", not wrong and interrupted > 4, f"{interrupted}\n" + "\n".join(wrong))
+    data = folder / "data"
+    QEMU.works("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", folder / "external", "6M")
+    each_fails(report, "-n -c refuses what qemu-img refuses", vblk, [
+        ["convert", "-n", "-c", "-f", "raw", "-O", "raw", raw, target],
+        ["convert", "-n", "-c", "-f", "raw", "-O", "qcow2", raw, folder / "external"]], folder)
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def copies_in_kernel(report, vblk, folder, rng):
+    """-C: the same disk, by copy_file_range(2) where the kernel can, and without it where it cannot."""
+    raw, image, wrong = folder / "in.raw", folder / "in.qcow2", []
+    raw.write_bytes(content(rng, 9 * MIB + 100))
+    with open(raw, "r+b") as file:
+        file.truncate(20 * MIB + 700)
+    QEMU.works("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    QEMU.works("convert", "-c", "-f", "raw", "-O", "qcow2", raw, folder / "packed.qcow2")
+    QEMU.works("create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", folder / "top.qcow2")
+    qemu_io(folder / "top.qcow2", "write -P 4 1M 90k", "write -z 2M 1M")
+    log = folder / "log"
+    traced = Tool("strace", "-f", "-o", log, "-e", "trace=copy_file_range", *vblk.command)
+    forbidden = Tool("strace", "-f", "-o", "/dev/null", "-e", "inject=copy_file_range:error=EXDEV:when=3+", *vblk.command)
+    for source, kind in ((raw, "raw"), (image, "qcow2"), (folder / "packed.qcow2", "qcow2"), (folder / "top.qcow2", "qcow2")):
+        for tool in (traced, forbidden):
+            for target, options in ((folder / "new", []), (folder / "new", ["-t", "none"]), (folder / "there", ["-n"])):
+                if "-n" in options:
+                    target.write_bytes(b"\5" * (21 * MIB))
+                ended = tool("convert", "-C", *options, "-f", kind, "-O", "raw", source, target)
+                calls = log.read_text().count("copy_file_range(") if tool is traced else 1
+                # Not what is written around the page cache.
+                expects = "none" not in options
+                found = identical(source, kind, target, "raw")[0] if "-n" not in options else \
+                    QEMU("compare", "-f", kind, "-F", "raw", source, target)[0]
+                if ended[0] != 0 or ("-n" not in options and found != 0) or (tool is traced and (calls > 0) != expects):
+                    wrong.append(f"{source.name} {options} {tool.command[0:1]}: {ended} {found} {calls}")
+                if "-n" in options:
+                    whole = folder / "whole"
+                    QEMU.works("convert", "-f", kind, "-O", "raw", source, whole)
+                    data = whole.read_bytes()
+                    if target.read_bytes()[:len(data)] != data:
+                        wrong.append(f"{source.name} {options}: other bytes")
+    vblk.works("convert", "-C", "-O", "qcow2", folder / "top.qcow2", folder / "new.qcow2")
+    if identical(folder / "top.qcow2", "qcow2", folder / "new.qcow2", "qcow2")[0] != 0 or not is_clean(check(folder / "new.qcow2")):
+        wrong.append("into qcow2")
+    report.check("-C copies in the kernel what it can", not wrong, "\n".join(wrong))
+    each_fails(report, "-C refuses what qemu-img refuses", vblk, [
+        ["convert", "-C", "-c", "-O", "qcow2", image, folder / "x"], ["convert", "-C", "-S", "4k", "-O", "raw", image, folder / "x"]],
+        folder)
     for path in folder.iterdir():
         path.unlink()
 
@@ -1185,6 +1308,87 @@ def resizes_alike(report, vblk, folder, rng):
         path.unlink()
 
 
+def preallocates_alike(report, vblk, folder):
+    """What a disk grows by, with its space: mapped as qemu-img maps it, zeroes, and in the file as far as that was asked for."""
+    wrong = []
+    for options in ([], ["-o", "cluster_size=4k"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"], ["-o", "data_file=DATA"],
+                    ["-o", "data_file=DATA,data_file_raw=on"]):
+        for mode, space in (("metadata", 0), ("falloc", 40 * MIB), ("full", 40 * MIB)):
+            paths = [folder / "theirs", folder / "ours"]
+            for path in paths:
+                QEMU.works("create", "-q", "-f", "qcow2", *[word.replace("DATA", str(path) + ".data") for word in options], path, "3M")
+                qemu_io(path, "write -P 5 1M 1M")
+            before = folder / "before"
+            QEMU.works("convert", "-O", "raw", paths[1], before)
+            os.truncate(before, 43 * MIB)
+            ended = [tool("resize", f"--preallocation={mode}", path, "43M")[:2] for tool, path in zip((QEMU, vblk), paths)]
+            mapped = [sum(piece["length"] for piece in without_holes(QEMU.works("map", "--output=json", path)) if piece["data"])
+                      for path in paths]
+            # There qemu-img's have their space and no subcluster in use, which reads as zeroes too.
+            if "extended_l2=on" in options:
+                mapped = [check(path)["allocated-clusters"] * 64 * KIB for path in paths]
+            holder = Path(f"{paths[1]}.data") if "data_file" in "".join(options) else paths[1]
+            taken = allocated_bytes(holder)
+            if ended[0] != ended[1] or mapped[0] != mapped[1] or not is_clean(check(paths[1])) or \
+                    identical(before, "raw", paths[1], "qcow2")[0] != 0 or not space <= taken < space + 8 * MIB:
+                wrong.append(f"{options} {mode}: {ended} {mapped} {taken} {check(paths[1])['text'][:300]}")
+            for path in folder.iterdir():
+                path.unlink()
+    report.check("resize --preallocation: the clusters that qemu-img maps, zeroes, and no more space than asked for", not wrong,
+                 "\n".join(wrong))
+    promises_only_space_that_is_there(report, vblk, folder)
+
+
+def promises_only_space_that_is_there(report, vblk, folder):
+    name = "resize --preallocation=falloc fails where there is no space, and the disk has its old size"
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]).returncode != 0:
+        report.skip(name, "nothing can be mounted")
+        return
+    try:
+        wrong = []
+        for options in ([], ["-o", "extended_l2=on"], ["-o", f"data_file={folder / 'data'}"]):
+            image = folder / "image"
+            QEMU.works("create", "-q", "-f", "qcow2", *options, image, "3M")
+            qemu_io(image, "write -P 5 0 3M")
+            ended = vblk("resize", "--preallocation=falloc", image, "60M")
+            if ended[0] != 1 or "No space left" not in ended[2] or Header(image)["size"] != 3 * MIB or not is_sound(check(image)):
+                wrong.append(f"{options}: {ended} {Header(image)['size']} {check(image)['text'][:300]}")
+            for path in folder.iterdir():
+                path.unlink()
+        report.check(name, not wrong, "\n".join(wrong))
+    finally:
+        subprocess.run(["umount", folder], check=False)
+
+
+def fills_empty_disks(report, vblk, folder):
+    """Disks of no bytes become larger, and take what is committed into them."""
+    wrong = []
+    for kind, options in (("raw", []), ("qcow2", []), ("qcow2", ["-o", "cluster_size=512"]), ("qcow2", ["-o", "compat=0.10"]),
+                          ("qcow2", ["-o", "data_file=DATA"])):
+        paths = [folder / "theirs", folder / "ours"]
+        for path in paths:
+            QEMU.works("create", "-q", "-f", kind, *[word.replace("DATA", f"{path}.data") for word in options], path, "0")
+        for size in ("0", "5M", "900M"):
+            ended = [tool("resize", "-f", kind, path, size)[0] for tool, path in zip((QEMU, vblk), paths)]
+            if ended[0] != ended[1] and size != "0" or (size != "0" and (identical(paths[0], kind, paths[1], kind)[0] != 0 or
+                                                                         kind == "qcow2" and not is_clean(check(paths[1])))):
+                wrong.append(f"{kind} {options} {size}: {ended}")
+        for path in paths:
+            base = Path(f"{path}.base")
+            QEMU.works("create", "-q", "-f", kind, *[word.replace("DATA", f"{base}.data") for word in options], base, "0")
+            top = Path(f"{path}.top")
+            QEMU.works("create", "-q", "-f", "qcow2", "-b", base, "-F", kind, top, "3M")
+            qemu_io(top, "write -P 7 1M 70k")
+        ended = [tool("commit", f"{path}.top")[:2] for tool, path in zip((QEMU, vblk), paths)]
+        bases = [Path(f"{path}.base") for path in paths]
+        if ended[0] != ended[1] or identical(bases[0], kind, bases[1], kind)[0] != 0 or \
+                kind == "qcow2" and not is_clean(check(bases[1])):
+            wrong.append(f"commit into {kind} {options}: {ended}")
+        for path in folder.iterdir():
+            path.unlink()
+    report.check("disks of no bytes grow, and are committed into, as with qemu-img", not wrong, "\n".join(wrong))
+
+
 # ---- rebase
 
 def rebases_alike(report, vblk, folder, rng):
@@ -1476,6 +1680,8 @@ def snapshots_alike(report, vblk, folder, rng):
             if raws[0].read_bytes() != raws[1].read_bytes():
                 wrong.append(f"{options}: snapshot {name} has another content")
         same(report, f"snapshot -l {' '.join(options)}", vblk, ["snapshot", "-l", paths[0]])
+    for path in (paths[0], raw, folder / "none"):
+        same(report, f"snapshot of {path.name} without an action", vblk, ["snapshot", path])
     report.check("snapshots are made, taken back to and removed as qemu-img does it", not wrong and orders > 25,
                  f"{orders}\n" + "\n".join(wrong[:3]))
     image = folder / "grow.qcow2"
@@ -1591,12 +1797,15 @@ def copies_parts_alike(report, vblk, folder, rng):
     for name in ("theirs", "ours"):
         (folder / name).unlink(missing_ok=True)
     same(report, "dd -U", vblk, ["dd", "-U", f"if={raw}", f"of={folder / 'u.raw'}"])
+    same(report, "dd --image-opts", vblk, ["dd", "--image-opts", f"if=driver=qcow2,file.filename={image}", f"of={folder / 'u.raw'}"])
     (folder / "u.raw").unlink()
     each_fails(report, "dd refuses what qemu-img refuses", vblk, [
         ["dd"], ["dd", f"if={raw}"], ["dd", f"of={folder / 'x'}"], ["dd", f"if={folder / 'none'}", f"of={folder / 'x'}"],
         *(["dd", word, f"if={raw}", f"of={folder / 'x'}"] for word in
           ("bs=0", "bs=2G", "bs=x", "count=-1", "skip=8E", "nonsense=1", "nonsense", "bs=")),
         ["dd", "-O", "nonsense", f"if={raw}", f"of={folder / 'x'}"], ["dd", "-n", f"if={raw}", f"of={folder / 'x'}"],
+        ["dd", "--image-opts", f"if={raw}", f"of={folder / 'x'}"],
+        ["dd", "--image-opts", "-f", "raw", f"if=driver=raw,file.filename={raw}", f"of={folder / 'x'}"],
         ["dd", f"if={raw}", f"of={folder / 'no' / 'x'}"], ["dd", "-f", "qcow2", f"if={raw}", f"of={folder / 'x'}"]], folder)
     before = raw.read_bytes()
     status, _, errors = vblk("dd", f"if={raw}", f"of={raw}")
@@ -1792,6 +2001,127 @@ def keeps_bitmaps_alike(report, vblk, folder, rng):
     wrong, interrupted = killed_alike(vblk, folder, sound, [["bitmap", *order, copy, "b"] for order in orders], stored_bitmaps)
     report.check("bitmap killed on the way: as it was or as it is to be, and clean", not wrong and interrupted > 6,
                  f"{interrupted}\n" + "\n".join(wrong[:3]))
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def keeps_bitmaps_while_writing(report, vblk, folder, rng):
+    """Whoever writes to an image with bitmaps keeps them: what changed is set in those that record writes, and the others are
+    as they were."""
+    def make(path, *backing):
+        QEMU.works("create", "-q", "-f", "qcow2", *backing, path, "6M")
+        for words in (["--add", "-g", "64k"], ["--add", "-g", "512"], ["--add", "--disable", "-g", "4k"], ["--add"]):
+            QEMU.works("bitmap", *words, path, {"64k": "coarse", "512": "fine", "4k": "off"}.get(words[-1], "lost"))
+        qemu_io(path, "write -P 1 100k 200k")
+        # Flag in_use, as an unclean end leaves it, of the last one.
+        directory = struct.unpack_from(">Q", path.read_bytes(), extension_offset(path, EXTENSION_BITMAPS) + 8 + 16)[0]
+        data = path.read_bytes()
+        at = data.index(b"lost", directory) - 24
+        write_number(path, at + 12, 3, ">I")
+
+    def disk(path):
+        QEMU.works("convert", "-U", "-O", "raw", path, folder / "disk.raw")
+        return (folder / "disk.raw").read_bytes()
+
+    source, other = folder / "source.qcow2", folder / "other.raw"
+    QEMU.works("create", "-q", "-f", "qcow2", source, "6M")
+    for _ in range(6):
+        qemu_io(source, f"write -P 7 {rng.randrange(11000) * SECTOR} {rng.randrange(1, 300) * SECTOR}")
+    other.write_bytes(content(rng, 6 * MIB))
+    wrong = []
+    for what in ("commit", "commit -d", "convert -n", "convert -n --target-is-zero", "rebase"):
+        places = [folder / "theirs", folder / "ours"]
+        found = []
+        for tool, place in zip((QEMU, vblk), places):
+            place.mkdir()
+            image = place / "image.qcow2"
+            if what == "rebase":
+                make(image, "-b", other, "-F", "raw")
+            else:
+                make(image)
+            old, stored = disk(image), stored_bitmaps(image)
+            if what.startswith("commit"):
+                top = place / "top.qcow2"
+                QEMU.works("create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top, "6M")
+                QEMU.works("bitmap", "--add", top, "above")
+                qemu_io(top, "write -P 9 1M 70k", "write -z 3M 1k", "write -P 4 5M 512")
+                above = stored_bitmaps(top)
+                ended = tool(*what.split(), top)
+                if tool is vblk and (stored_bitmaps(top) != above or not is_clean(check(top))):
+                    wrong.append(f"{what}: what is committed has other bitmaps")
+            elif what == "rebase":
+                ended = tool("rebase", "-b", "", image)
+            else:
+                ended = tool(*what.split(), "-O", "qcow2", source, image)
+            new, now = disk(image), stored_bitmaps(image)
+            changed = {number for number in range(len(new) // SECTOR)
+                       if new[number * SECTOR:(number + 1) * SECTOR] != old[number * SECTOR:(number + 1) * SECTOR]}
+            if what == "rebase":
+                # The disk stays; its image has what the backing file had.
+                changed = {number for number in range(len(new) // SECTOR) if any(new[number * SECTOR:(number + 1) * SECTOR]) and
+                           not 64 * KIB <= number * SECTOR < 320 * KIB}
+            found.append((ended[:2], {name: now[name][:2] for name in now}, now["coarse"][2]))
+            if tool is QEMU:
+                continue
+            fine = now["fine"][2]
+            missed = [number for number in changed if not fine >> number & 1]
+            if ended[0] != 0 or missed or (fine | stored["fine"][2]) != fine or now["off"] != stored["off"] or \
+                    not is_clean(check(image)):
+                wrong.append(f"{what}: {ended} {len(missed)} of {len(changed)} missed, {check(image)['text'][:300]}")
+        if found[0] != found[1]:
+            wrong.append(f"{what}: {found}")
+        for place in places:
+            shutil.rmtree(place)
+    report.check("commit, convert -n and rebase keep bitmaps, and set what they write", not wrong, "\n".join(wrong))
+
+    # amend gives the disk another size as resize does; what it cannot keep is refused before.
+    wrong, paths = [], [folder / "theirs.qcow2", folder / "ours.qcow2"]
+    for tool, path in zip((QEMU, vblk), paths):
+        make(path)
+        refused = tool("amend", "-o", "size=9M", path)
+        QEMU.works("bitmap", "--remove", path, "lost")
+        before = stored_bitmaps(path)
+        ended = tool("amend", "-o", "size=9M", path)
+        if refused[0] != 1 or ended[0] != 0 or Header(path)["size"] != 9 * MIB or not is_clean(check(path)) or \
+                {name: bits for name, (_, _, bits) in stored_bitmaps(path).items()} != {name: bits for name, (_, _, bits) in before.items()}:
+            wrong.append(f"{tool.command[0]}: {refused} {ended} {stored_bitmaps(path)} {before}")
+    report.check("amend -o size keeps bitmaps as qemu-img keeps them", not wrong, "\n".join(wrong))
+    QEMU.works("snapshot", "-c", "s", paths[1])
+    each_fails(report, "snapshot -a of an image with bitmaps is refused, as by qemu-img", vblk, [["snapshot", "-a", "s", paths[1]]], folder)
+
+    # --bitmaps into an image that is there, beside those that it has.
+    wrong = []
+    QEMU.works("create", "-q", "-f", "qcow2", source, "6M")
+    for name, words in (("one", ["-g", "64k"]), ("two", ["-g", "512", "--disable"])):
+        QEMU.works("bitmap", "--add", *words, source, name)
+    qemu_io(source, "write -P 5 2M 100k")
+    for tool, path in zip((QEMU, vblk), paths):
+        QEMU.works("create", "-q", "-f", "qcow2", path, "6M")
+        QEMU.works("bitmap", "--add", path, "own")
+        ended = tool("convert", "-n", "--bitmaps", "-O", "qcow2", source, path)
+        copy = folder / "again.qcow2"
+        shutil.copy(path, copy)
+        again = tool("convert", "-n", "--bitmaps", "-O", "qcow2", source, copy)
+        if ended[0] != 0 or again[0] != 1 or not is_clean(check(path)) or tool is vblk and copy.read_bytes() != path.read_bytes():
+            wrong.append(f"{tool.command[0]}: {ended} {again}")
+    stored = [stored_bitmaps(path) for path in paths]
+    if stored[0] != stored[1] or len(stored[1]) != 3:
+        wrong.append(f"{stored}")
+    report.check("convert -n --bitmaps copies what qemu-img copies", not wrong, "\n".join(wrong))
+    # Killed on the way: right, or gone.
+    wrong, interrupted, sound, image = [], 0, paths[1], folder / "killed.qcow2"
+    before = stored_bitmaps(sound)
+    after = dict(before)
+    for when in (1, 3, 6, 10, 15, 21, 30):
+        shutil.copy(sound, image)
+        interrupted += killed_at(vblk, "io_uring_enter,pwritev2", when, "convert", "-n", "-O", "qcow2", source, image) != 0
+        released(image)
+        found = stored_bitmaps(image)
+        grew = all(found.get(name, entry)[2] & entry[2] == entry[2] for name, entry in after.items())
+        if (found and (set(found) != set(before) or not grew)) or check(image)["corruptions"]:
+            wrong.append(f"killed at {when}: {found}")
+    report.check("convert -n with bitmaps killed on the way: its bitmaps are right or gone", not wrong and interrupted >= 4,
+                 f"{interrupted}\n" + "\n".join(wrong))
     for path in folder.iterdir():
         path.unlink()
 
@@ -2388,9 +2718,12 @@ def main():
         "describes_special": lambda folder: describes_special(report, vblk, folder),
         "takes_descriptions": lambda folder: takes_descriptions(report, vblk, folder),
         "creates_alike": lambda folder: creates_alike(report, vblk, folder, rng),
+        "gives_hints": lambda folder: gives_hints(report, vblk, folder),
         "converts": lambda folder: converts(report, vblk, folder, rng),
         "converts_content": lambda folder: converts_content(report, vblk, folder, rng),
         "converts_overlays": lambda folder: converts_overlays(report, vblk, folder, rng),
+        "compresses_into_images": lambda folder: compresses_into_images(report, vblk, folder, rng),
+        "copies_in_kernel": lambda folder: copies_in_kernel(report, vblk, folder, rng),
         "converts_distribution": lambda folder: converts_distribution(report, vblk, folder, rng),
         "bounds_memory": lambda folder: bounds_memory(report, vblk, folder, rng),
         "survives_changing_sources": lambda folder: survives_changing_sources(report, vblk, folder, rng),
@@ -2406,6 +2739,8 @@ def main():
         "tells_errors_of_compare": lambda folder: tells_errors_of_compare(report, vblk, folder, rng),
         "shows_progress_alike": lambda folder: shows_progress_alike(report, vblk, folder, rng),
         "resizes_alike": lambda folder: resizes_alike(report, vblk, folder, rng),
+        "preallocates_alike": lambda folder: preallocates_alike(report, vblk, folder),
+        "fills_empty_disks": lambda folder: fills_empty_disks(report, vblk, folder),
         "commits_alike": lambda folder: commits_alike(report, vblk, folder, rng),
         "commit_survives_power_cuts": lambda folder: commit_survives_power_cuts(report, vblk, folder, rng),
         "rebases_alike": lambda folder: rebases_alike(report, vblk, folder, rng),
@@ -2413,6 +2748,7 @@ def main():
         "snapshots_alike": lambda folder: snapshots_alike(report, vblk, folder, rng),
         "copies_parts_alike": lambda folder: copies_parts_alike(report, vblk, folder, rng),
         "keeps_bitmaps_alike": lambda folder: keeps_bitmaps_alike(report, vblk, folder, rng),
+        "keeps_bitmaps_while_writing": lambda folder: keeps_bitmaps_while_writing(report, vblk, folder, rng),
         "amends_alike": lambda folder: amends_alike(report, vblk, folder, rng),
         "damaged": lambda folder: damaged(report, vblk, folder, rng),
     }

@@ -12,6 +12,8 @@
 #include <fmt/core.h>
 #include <gtest/gtest.h>
 
+#include "blockdev/block_io.h"
+#include "blockdev/task.h"
 #include "tests/qcow2/guest_model.h"
 #include "tests/qcow2/qcow2_rig.h"
 
@@ -26,6 +28,7 @@ struct Work {
   unsigned discard_percent{12};
   unsigned zero_percent{12};
   unsigned read_percent{10};
+  unsigned compressed_percent{0};  // writes of whole clusters, to be stored compressed
   std::uint64_t length_sectors_max{32};
   std::uint64_t hot_sectors{0};  // only so many at the beginning of the disk; 0: all
   bool may_fail{false};
@@ -37,7 +40,15 @@ struct Work {
 struct GuestRequest : TestRequest {
   using TestRequest::TestRequest;
   std::uint64_t flush_begun{0};
+  blockdev::AlignedBuffer unit;  // of a compressed write
 };
+
+inline blockdev::Detached write_compressed(blockdev::BlockNode& node, blockdev::IoContext& context,
+                                           GuestRequest& request) {
+  const int error =
+      co_await node.write_compressed(context, request.offset_bytes, request.unit.bytes());
+  request.complete(request, error);
+}
 
 // A guest at work on the disk of a rig, or on a raw one.
 class Guest {
@@ -79,6 +90,7 @@ class Guest {
     const unsigned discards = flushes + work_.discard_percent;
     const unsigned zeroes = discards + work_.zero_percent;
     const unsigned reads = zeroes + work_.read_percent;
+    const bool is_compressed = kind >= reads && kind < reads + work_.compressed_percent;
     if (kind < flushes) return submit(std::make_unique<GuestRequest>(BlockOperation::kFlush, 0, 0));
     BlockOperation operation = BlockOperation::kWrite;
     if (kind < discards) {
@@ -91,14 +103,19 @@ class Guest {
     const std::uint64_t sectors =
         work_.hot_sectors == 0 ? model_.sector_count()
                                : std::min<std::uint64_t>(work_.hot_sectors, model_.sector_count());
-    const std::uint64_t first = random_() % sectors;
+    const std::uint64_t unit = is_compressed ? node_.compressed_unit_bytes() / kSectorBytes : 0;
+    if (is_compressed && unit == 0) return;
+    std::uint64_t first = random_() % sectors;
+    if (is_compressed) first = first / unit * unit;
     const std::uint64_t longest =
         std::max<std::uint64_t>(1, work_.length_sectors_max >> (random_() % 6));
     std::uint64_t count = std::min(sectors - first, operation == BlockOperation::kDiscard
                                                         ? 1 + random_() % (4 * longest)
                                                         : 1 + random_() % longest);
+    if (is_compressed) count = std::min(unit, model_.sector_count() - first);
     for (std::uint64_t i = first; i < first + count; ++i) {
       if (!owned_.empty() && !owned_[i]) {
+        if (is_compressed) return;
         count = i - first;
         break;
       }
@@ -124,6 +141,14 @@ class Guest {
       if (operation == BlockOperation::kDiscard) model_.begin(i, 0, true);
     }
     if (operation == BlockOperation::kWrite) request->fill(bytes_of(tags));
+    if (is_compressed) {
+      tags.resize(unit);
+      request->unit = blockdev::AlignedBuffer(unit * kSectorBytes);
+      std::ranges::copy(bytes_of(tags), request->unit.data());
+      in_flight_.push_back(std::move(request));
+      write_compressed(node_, **contexts_[random_() % contexts_.size()], *in_flight_.back());
+      return;
+    }
     request->may_unmap = random_() % 2 == 0;
     request->write_through =
         (operation == BlockOperation::kWrite || operation == BlockOperation::kWriteZeroes) &&
@@ -258,6 +283,7 @@ inline Work random_work(std::mt19937_64& random) {
   work.zero_percent = static_cast<unsigned>(random() % 20);
   work.length_sectors_max = std::uint64_t{8} << random() % 5;
   if (random() % 3 == 0) work.hot_sectors = 64 + random() % 256;
+  if (random() % 2 == 0) work.compressed_percent = static_cast<unsigned>(random() % 30);
   return work;
 }
 

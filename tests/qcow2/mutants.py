@@ -12,6 +12,7 @@ WRITE_BACK = "blockdev/qcow2/write_back.cpp"
 WRITE_PATH = "blockdev/qcow2/write_path.cpp"
 ALLOCATOR = "blockdev/qcow2/cluster_allocator.cpp"
 OPEN = "blockdev/qcow2/open.cpp"
+COMPRESSED = "blockdev/qcow2/compressed_path.cpp"
 
 
 def mutant(name, where, *changes):
@@ -70,4 +71,16 @@ MUTANTS = (
            ("  if (error == 0) error = co_await write_back_.barrier(context);\n  co_return error;\n}\n\nTask<int> Qcow2Node::close",
             '  if (error == 0 && !mutant("bitmaps-are-given-up-later")) error = co_await write_back_.barrier(context);\n'
             "  co_return error;\n}\n\nTask<int> Qcow2Node::close")),
+    mutant("compressed-data-may-come-later", COMPRESSED,
+           ("    order.barrier = state_.next_barrier();",
+            '    if (!mutant("compressed-data-may-come-later")) order.barrier = state_.next_barrier();')),
+    mutant("compressed-data-is-not-counted", COMPRESSED,
+           ("    const int error = co_await allocator_.raise(context, token, stream.cluster, refcount_change);",
+            '    int error = 0;\n'
+            '    if (!mutant("compressed-data-is-not-counted"))\n'
+            "      error = co_await allocator_.raise(context, token, stream.cluster, refcount_change);")),
+    mutant("compressed-count-may-come-later", COMPRESSED,
+           ("    state_.set_entry(*slot, guest_offset, entry, order);",
+            '    if (mutant("compressed-count-may-come-later")) order.refcount_change = 0;\n'
+            "    state_.set_entry(*slot, guest_offset, entry, order);")),
 )

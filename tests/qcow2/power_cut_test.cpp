@@ -122,6 +122,7 @@ Scene scene_of_kills(std::uint64_t seed, bool many_tables) {
   Scene scene(seed, many_tables ? spec_of_many_tables : random_spec);
   scene.work.kill_takes_nothing = true;
   scene.work.outlives_process = true;
+  scene.work.compressed_percent = 0;  // no guest's
   scene.cuts.percent = 10;
   return scene;
 }

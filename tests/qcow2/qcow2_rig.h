@@ -22,6 +22,7 @@
 #include "aio/simulated_engine.h"
 #include "blockdev/private_context.h"
 #include "blockdev/qcow2/qcow2_node.h"
+#include "blockdev/task.h"
 #include "tests/blockdev/disk_fixture.h"
 #include "tests/qcow2/image_check.h"
 #include "tests/qcow2/image_format.h"
@@ -57,6 +58,11 @@ class MemoryNode final : public blockdev::BlockNode {
  private:
   const Bytes bytes_;
 };
+
+// Begins a task; `outcome` is there when it has ended.
+inline blockdev::Detached begin(Task<int> task, std::optional<int>& outcome) {
+  outcome = co_await task;
+}
 
 struct RigOptions {
   bool direct{false};

@@ -74,6 +74,15 @@ class ResizedDisk : public ::testing::Test {
     EXPECT_EQ(rig_->node->size_bytes(), before);
     return resize.outcome->has_value() ? Error{} : resize.outcome->error();
   }
+  // What is new of it.
+  void preallocate(std::uint64_t sector, std::uint64_t end, bool takes_space) {
+    std::optional<int> error;
+    testing::begin(rig_->node->allocate(**rig_->contexts.front(), sector * kSectorBytes,
+                                        (end - sector) * kSectorBytes, takes_space),
+                   error);
+    rig_->settle();
+    ASSERT_EQ(error, 0);
+  }
   ImageFiles close() {
     rig_->close();
     return rig_->files();
@@ -116,6 +125,9 @@ TEST_F(ResizedDisk, keeps_what_it_holds_and_shows_zeroes_where_it_is_new) {
           spec.size_bytes / kSectorBytes * 4, (std::uint64_t{4} << 20) / kSectorBytes);
       const std::uint64_t sectors = 1 + random() % largest;
       ASSERT_NO_FATAL_FAILURE(resize(sectors * kSectorBytes)) << "step " << step;
+      if (sectors > model.size() && random() % 2 == 0) {
+        ASSERT_NO_FATAL_FAILURE(preallocate(model.size(), sectors, random() % 2 == 0));
+      }
       model.resize(sectors, 0);
       for (std::uint64_t tag = 1; tag <= 3; ++tag) {
         const std::uint64_t first = random() % sectors;
@@ -139,6 +151,36 @@ TEST_F(ResizedDisk, keeps_what_it_holds_and_shows_zeroes_where_it_is_new) {
       ASSERT_NO_FATAL_FAILURE(open(files, formatted.backing, options));
     }
   }
+}
+
+// With small clusters, an L1 table takes more of them than a refcount block counts.
+TEST_F(ResizedDisk, gets_an_l1_table_that_is_larger_than_a_refcount_block_counts) {
+  using enum testing::SimulatedDisk::Unflushed;
+  constexpr std::uint64_t kNewBytes = std::uint64_t{160} << 20;
+  std::mt19937_64 random(test::test_seed());
+  ImageSpec spec = small_spec(std::uint64_t{64} << 10);
+  spec.refcount_order = 6;
+  const FormattedImage formatted = format_image(spec, random);
+  ASSERT_NO_FATAL_FAILURE(open(formatted.files(), formatted.backing, {.l2_cache_bytes = 1}));
+  Resize resize(*rig_, kNewBytes);
+  int cuts = 0;
+  for (std::uint64_t steps = 0; !resize.outcome && steps < 100'000; ++steps) {
+    if ((*rig_->contexts.front())->poll() == 0) continue;
+    const CheckedImage checked =
+        check_image(rig_->files_after_power_cut(random(), kBySector), formatted.backing);
+    ASSERT_EQ(checked.errors, std::vector<std::string>{});
+    ++cuts;
+  }
+  ASSERT_TRUE(resize.outcome.has_value()) << "it never ends";
+  ASSERT_TRUE(resize.outcome->has_value()) << resize.outcome->error().message;
+  EXPECT_GT(cuts, 6);
+  Tags model = formatted.disk;
+  model.resize(kNewBytes / kSectorBytes, 0);
+  write(model.size() - 9, 9, 0x55, model);
+  const CheckedImage checked = check_image(close(), formatted.backing);
+  EXPECT_EQ(checked.errors, std::vector<std::string>{});
+  EXPECT_EQ(checked.leaks, 0U);
+  EXPECT_EQ(checked.disk, model);
 }
 
 TEST_F(ResizedDisk, has_old_or_new_size_after_a_power_cut_and_no_errors) {

@@ -33,11 +33,13 @@ enum class Kind : std::uint8_t {
   kFreedClusters,
   kFullRefcountTable,
   kDataFile,
-  kBitmaps
+  kBitmaps,
+  kCompressedWrites
 };
 
 Scene scene_of(Kind kind, std::uint64_t seed) {
-  const bool many_tables = kind != Kind::kDataFile && kind != Kind::kBitmaps;
+  const bool many_tables =
+      kind != Kind::kDataFile && kind != Kind::kBitmaps && kind != Kind::kCompressedWrites;
   Scene scene(seed, many_tables ? testing::spec_of_many_tables : testing::random_spec);
   testing::ImageSpec& spec = scene.spec;
   testing::Work& work = scene.work;
@@ -50,6 +52,7 @@ Scene scene_of(Kind kind, std::uint64_t seed) {
   work.flush_percent = 5;
   work.through_percent = 0;
   work.hot_sectors = 0;
+  work.compressed_percent = 0;
   scene.cuts.percent = 5;
   scene.cuts.reopen_percent = 0;
   switch (kind) {
@@ -104,6 +107,18 @@ Scene scene_of(Kind kind, std::uint64_t seed) {
       work.flush_percent = 0;
       scene.cuts.percent = 50;
       break;
+    case Kind::kCompressedWrites:
+      // Several fit into a cluster, and nothing else waits for data.
+      spec.cluster_bits = 12;
+      spec.extended_l2 = false;
+      spec.size_bytes = std::uint64_t{512} << 10;
+      spec.backing_bytes = 0;
+      spec.snapshot = false;
+      spec.mapped_percent = 0;
+      work.compressed_percent = 70;
+      work.discard_percent = work.zero_percent = 0;
+      scene.cuts.percent = 20;
+      break;
   }
   return scene;
 }
@@ -150,7 +165,10 @@ INSTANTIATE_TEST_SUITE_P(
                       Mutant{"copied-data-may-come-later", Kind::kDataFile},
                       Mutant{"copied-table-may-come-later", Kind::kSharedTables},
                       Mutant{"larger-refcount-table-may-come-later", Kind::kFullRefcountTable, 5},
-                      Mutant{"bitmaps-are-given-up-later", Kind::kBitmaps}),
+                      Mutant{"bitmaps-are-given-up-later", Kind::kBitmaps},
+                      Mutant{"compressed-data-may-come-later", Kind::kCompressedWrites},
+                      Mutant{"compressed-data-is-not-counted", Kind::kCompressedWrites},
+                      Mutant{"compressed-count-may-come-later", Kind::kCompressedWrites}),
     [](const auto& instance) {
       std::string name = fmt::format("{}_{}", instance.param.name, instance.index);
       std::ranges::replace(name, '-', '_');
