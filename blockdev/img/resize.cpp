@@ -265,10 +265,10 @@ Expected<void> resize_qcow2(const std::string& path, const ResizeOptions& option
   }
   const auto bytes = decide_size(options, old_bytes);
   if (!bytes) return std::unexpected(bytes.error());
+  // Whoever opens it for writing does not keep its bitmaps.
+  if (*bytes == old_bytes) return {};
   KeptBitmaps bitmaps(path);
-  if (*bytes != old_bytes) {
-    if (auto taken = bitmaps.take_out("qcow2", *bytes, false); !taken) return taken;
-  }
+  if (auto taken = bitmaps.take_out("qcow2", *bytes, false); !taken) return taken;
   source_options.is_locked = bitmaps.has_locked();
   // As they were, where the disk could not be resized.
   return bitmaps.put_in(resize_disk(source_options, options));
