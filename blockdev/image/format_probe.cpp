@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <fmt/core.h>
@@ -49,6 +50,11 @@ Expected<std::string_view> probe_format(const std::string& path) {
       return magic.format;
   }
   return "";
+}
+
+bool is_empty_file(const std::string& path) {
+  struct stat status{};
+  return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode) && status.st_size == 0;
 }
 
 }  // namespace vblk::blockdev

@@ -16,4 +16,7 @@ namespace vblk::blockdev {
 // of these. Error: as the system says.
 Expected<std::string_view> probe_format(const std::string& path);
 
+// Whether it is a regular file of no bytes, which no node is for: as a raw image a disk of none.
+[[nodiscard]] bool is_empty_file(const std::string& path);
+
 }  // namespace vblk::blockdev

@@ -47,11 +47,6 @@ GroupCommitPolicy group_commit(const ImageOptions& options) {
   return options.share_flushes ? GroupCommitPolicy::adaptive() : GroupCommitPolicy::never();
 }
 
-bool is_empty_file(const std::string& path) {
-  struct stat status{};
-  return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode) && status.st_size == 0;
-}
-
 class Opener {
  public:
   Expected<std::unique_ptr<BlockNode>> open(const ImageOptions& options);

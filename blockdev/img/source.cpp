@@ -22,11 +22,6 @@ namespace {
 // Stretches of data that are worth remembering: those that are asked for again and again.
 constexpr std::uint64_t kLongBytes = std::uint64_t{4} << 20;
 
-bool is_empty_file(const std::string& path) {
-  struct stat status{};
-  return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode) && status.st_size == 0;
-}
-
 blockdev::ImageOptions image_options(const SourceOptions& options) {
   return {.path = options.path,
           .format = options.format == "qcow2" ? blockdev::ImageFormat::kQcow2
@@ -62,7 +57,7 @@ Expected<std::string> decide_format(const std::string& path, const std::string& 
 }
 
 Expected<std::unique_ptr<blockdev::RawNode>> open_file(const SourceOptions& options) {
-  if (is_empty_file(options.path)) return nullptr;
+  if (blockdev::is_empty_file(options.path)) return nullptr;
   auto file = blockdev::ImageFile::open(image_options(options));
   if (!file) return std::unexpected(std::move(file.error()));
   return std::make_unique<blockdev::RawNode>(
@@ -91,7 +86,7 @@ Expected<Source> open_source(const SourceOptions& options) {
     return make_error(ErrorKind::kNotSupported,
                       fmt::format("'{}' is raw and has no snapshots", options.path));
   }
-  if (is_empty_file(options.path)) {
+  if (blockdev::is_empty_file(options.path)) {
     if (*format == "raw") return source;
     return make_error(ErrorKind::kInvalidArgument,
                       fmt::format("'{}' is not a qcow2 image: it is empty", options.path));
